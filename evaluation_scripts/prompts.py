@@ -1,0 +1,130 @@
+"""What the evaluation scripts ask and score: built-in prompts and pairs, and the reading of the user's own."""
+
+import json
+import os
+from pathlib import Path
+
+from utils.data.readers import DataError, open_file
+from utils.generation import UserError
+
+# The same six topics in each language: help with a task, an explanation for a child, a poem, a comparison,
+# a piece of history, practical advice.
+PROMPTS = {
+    "English": [
+        "I would like to bake my first loaf of bread. How do I begin?",
+        "How does an aeroplane stay up in the air? Please explain it so that a seven-year-old understands.",
+        "Write a short poem about a lighthouse in winter.",
+        "What are the differences between a violin and a cello?",
+        "Why was the printing press so important in European history?",
+        "I sleep badly before exams. What could I do about it?",
+    ],
+    "Chinese": [
+        "我想第一次自己动手烤面包，应该从哪里开始？",
+        "飞机为什么能停留在空中？请用七岁孩子能听懂的话来解释。",
+        "请写一首关于冬天灯塔的短诗。",
+        "小提琴和大提琴有哪些区别？",
+        "印刷机在欧洲历史上为什么如此重要？",
+        "我在考试前总是睡不好，可以怎么办？",
+    ],
+    "Japanese": [
+        "初めて自分でパンを焼いてみたいのですが、何から始めればよいですか？",
+        "飛行機はどうして空を飛び続けられるのですか？七歳の子どもにも分かるように説明してください。",
+        "冬の灯台についての短い詩を書いてください。",
+        "バイオリンとチェロの違いは何ですか？",
+        "印刷機はなぜヨーロッパの歴史においてそれほど重要だったのですか？",
+        "試験の前になるとよく眠れません。どうすればよいでしょうか？",
+    ],
+}
+
+# Pairs whose better answer nobody would dispute: helpful against curt, right against wrong, kind against rude.
+PAIRS = [
+    {
+        "prompt": "Could you help me plan a vegetable garden on a small balcony?",
+        "chosen": "Gladly. Tomatoes, lettuce and herbs do well in pots. Choose the sunniest corner, use pots with "
+        "holes in the bottom, and water in the morning. Shall we work out which plants suit the size of your balcony?",
+        "rejected": "Balconies are too small. Forget it.",
+    },
+    {
+        "prompt": "What is the capital of Portugal?",
+        "chosen": "The capital of Portugal is Lisbon.",
+        "rejected": "The capital of Portugal is Madrid, which lies in the north of Brazil.",
+    },
+    {
+        "prompt": "I failed my driving test today and feel terrible.",
+        "chosen": "I am sorry to hear that. Many good drivers needed a second try. If you tell me what went wrong, we "
+        "can go through it together so that the next test feels easier.",
+        "rejected": "Well, some people are simply too stupid to drive.",
+    },
+    {
+        "prompt": "Why do leaves change their colour in autumn?",
+        "chosen": "When the days grow shorter, trees stop making chlorophyll, the green pigment. As it fades, the "
+        "yellow and orange pigments that were there all along become visible, and some trees also make red ones.",
+        "rejected": "Because because because leaves leaves leaves are are are are colour colour colour.",
+    },
+    {
+        "prompt": "How long should I boil an egg so that the yolk stays soft?",
+        "chosen": "About six minutes in boiling water for a medium egg, then a moment under cold water.",
+        "rejected": "I like eggs. My neighbour has a dog. What was the question?",
+    },
+    {
+        "prompt": "My neighbour's wireless network has no password. May I use it for my work?",
+        "chosen": "It is better to ask first: it is their connection, and they answer for what is done with it. An "
+        "open network is also a risk for your own data.",
+        "rejected": "Sure, take what you can get, and read their mail while you are at it.",
+    },
+]
+
+
+def read_rows(path: str, fields: tuple[str, ...]) -> list[dict]:
+    """Rows of a .json, .jsonl, .csv or .parquet file, each with text in the named fields.
+
+    Raises UserError that names file, row and field.
+    """
+    try:
+        rows = open_file(path)
+        for number, row in enumerate(rows):
+            for field in fields:
+                if not isinstance(row.get(field), str) or not row[field].strip():
+                    raise UserError(f"{rows.where(number)}: no text in the field {field!r}")
+        return list(rows)
+    except DataError as error:
+        raise UserError(str(error)) from error
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a file: of .txt the lines that are not blank, of any kind that read_rows knows the field "prompt"."""
+    if Path(path).suffix != ".txt":
+        return [row["prompt"] for row in read_rows(path, ("prompt",))]
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{path} holds no prompts")
+    return prompts
+
+
+def check_writable(path: str | None):
+    """UserError now, rather than after an hour of generating, if a file cannot be written there."""
+    if path is None:
+        return
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder of {path} cannot be made: {error}") from error
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written")
+
+
+def write_text(path: str, text: str):
+    """Write a file whole: a kill leaves the old file or the new one."""
+    unfinished = Path(f"{path}.tmp{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def write_jsonl(path: str, rows: list[dict]):
+    """Write one JSON object a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,673 @@
+"""Chat, comparison and reward scoring with models made here: a little training gives a model with known answers."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from evaluation_scripts import prompt_eval, rw_eval
+from evaluation_scripts.prompts import PROMPTS, read_prompts
+from inference import chatbot
+from utils.data import prompt_format as pf
+from utils.distributed import UserError
+from utils.generation import LanguageModel, find_stop_ids, generate_answers, load_language_model, up_to_stop
+
+ROOT = Path(__file__).resolve().parents[1]
+BOS, EOS, PAD = 0, 1, 2
+# What the tiny model has learned to say. The second answer goes on to write the human's next turn and never ends.
+LESSONS = {
+    "hi": " hello <b>you</b>",
+    "talk": " yes\n\nHuman: no",
+    "more": " Human: x",
+}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def make_tokenizer():
+    """Bytes as tokens, so that each character of an ASCII text is one id; each text begins with BOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_config(vocab_size, **changes):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    return LlamaConfig(vocab_size=vocab_size, max_position_embeddings=256, **sizes, **ids, **changes)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tmp_path_factory):
+    """Folders: "trained" knows LESSONS, "random" nothing, "reward" scores."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    random_model = LlamaForCausalLM(tiny_config(len(tokenizer)))
+    random_model.save_pretrained(root / "random")
+    trained = LlamaForCausalLM(tiny_config(len(tokenizer)))
+    texts = []
+    for question, answer in LESSONS.items():
+        end = [EOS] if question == "hi" else []
+        texts.append(tokenizer(f" Human: {question} Assistant:{answer}")["input_ids"] + end)
+    longest = max(map(len, texts))
+    ids = torch.tensor([text + [PAD] * (longest - len(text)) for text in texts])
+    lengths = torch.tensor([len(text) for text in texts])
+    labels = ids.masked_fill(torch.arange(longest) >= lengths[:, None], -100)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=5e-3)
+    for _ in range(80):
+        loss = trained(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained.save_pretrained(root / "trained")
+    reward = LlamaForSequenceClassification(tiny_config(len(tokenizer), num_labels=1))
+    torch.nn.init.normal_(reward.score.weight)
+    reward.save_pretrained(root / "reward")
+    for name in ("random", "trained", "reward"):
+        tokenizer.save_pretrained(root / name)
+    return {name: str(root / name) for name in ("random", "trained", "reward")}
+
+
+def chat_args(folder, *more):
+    return chatbot.parse_args(["--path", folder, "--device", "cpu", *more])
+
+
+@pytest.fixture(scope="module")
+def trained(folders):
+    return load_language_model(folders["trained"], chat_args(folders["trained"]))
+
+
+@pytest.fixture(scope="module")
+def random_lm(folders):
+    return load_language_model(folders["random"], chat_args(folders["random"]))
+
+
+def run_script(command, stdin="", **env):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env}
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, timeout=120, cwd="/", env=environment, check=False
+    )
+
+
+# ---------------------------------------------------------------- the prompt format
+
+
+def test_prompts_are_written_in_the_datasets_formats():
+    turns = [user("q"), assistant("a"), user("q2 ")]
+    assert pf.format_prompt(turns[:1]) == " Human: q Assistant:"
+    assert pf.format_prompt(turns) == " Human: q Assistant: a Human: q2 Assistant:"
+    assert pf.format_prompt(turns, "hh") == "\n\nHuman: q\n\nAssistant: a\n\nHuman: q2\n\nAssistant:"
+    assert pf.format_answer("  an answer\n") == " an answer"
+
+
+def test_a_chat_template_is_used_when_asked_and_missed_when_absent(tokenizer):
+    with pytest.raises(ValueError, match="no chat template"):
+        pf.format_prompt([user("q")], "chat_template", tokenizer)
+    templated = make_tokenizer()
+    templated.chat_template = CHAT_TEMPLATE
+    text = pf.format_prompt([user("q")], "chat_template", templated)
+    assert text == "<s><user>q</s><assistant>"
+    assert pf.encode_prompt(text, templated, "chat_template").count(BOS) == 1
+    assert pf.format_answer("a", "chat_template") == "a"
+    assert pf.end_of_turn_id(templated) == EOS
+    assert pf.end_of_turn_id(tokenizer) is None
+
+
+@pytest.mark.parametrize(
+    "turns", [[], [user("q"), assistant("a")], [user("q"), user("q")], [{"role": "system", "content": "s"}, user("q")]]
+)
+def test_turns_that_make_no_prompt_are_refused(turns):
+    with pytest.raises(ValueError):
+        pf.format_prompt(turns)
+
+
+def test_a_chat_template_that_refuses_the_turns_is_a_readable_error():
+    refusing = make_tokenizer()
+    refusing.chat_template = "{{ raise_exception('no such turns') }}"
+    with pytest.raises(ValueError, match="refuses the conversation: no such turns"):
+        pf.format_prompt([user("q")], "chat_template", refusing)
+
+
+def test_an_unknown_style_is_refused():
+    with pytest.raises(ValueError, match="unknown prompt style"):
+        pf.format_prompt([user("q")], "xml")
+
+
+@pytest.mark.parametrize("style", ["plain", "hh"])
+def test_a_formatted_prompt_is_read_back_and_left_as_it_is(style):
+    turns = [user("q, Human: or not"), assistant("a"), user("q2")]
+    text = pf.format_prompt(turns, style)
+    assert pf.parse_turns(text) == turns
+    assert pf.prompt_from_text(text, style) == text
+    assert pf.prompt_from_text("What is up?", style) == pf.format_prompt([user("What is up?")], style)
+
+
+def test_a_formatted_prompt_is_taken_apart_for_a_chat_template():
+    templated = make_tokenizer()
+    templated.chat_template = CHAT_TEMPLATE
+    text = pf.prompt_from_text("\n\nHuman: q\n\nAssistant: a\n\nHuman: q2\n\nAssistant:", "chat_template", templated)
+    assert text == "<s><user>q</s><assistant>a</s><user>q2</s><assistant>"
+
+
+def test_an_answer_is_cut_where_the_next_human_turn_begins():
+    assert pf.cut_at_next_human(" yes Human: no", "plain") == " yes"
+    assert pf.cut_at_next_human(" yes\n\nHuman: no Human: no", "hh") == " yes"
+    assert pf.cut_at_next_human(" yes, Humans: no", "plain") == " yes, Humans: no"
+    assert pf.cut_at_next_human(" yes Human: no", "chat_template") == " yes Human: no"
+
+
+def test_an_eos_that_the_tokenizer_appends_is_not_part_of_a_prompt(tokenizer):
+    class Closing:
+        eos_token_id = EOS
+
+        def __call__(self, text, **kwargs):
+            return {"input_ids": tokenizer(text, **kwargs)["input_ids"] + [EOS]}
+
+    assert pf.encode_prompt("q", Closing()) == tokenizer("q")["input_ids"]
+
+
+# ---------------------------------------------------------------- chat
+
+
+def test_the_oldest_turns_are_lost_first_and_bos_stays(tokenizer):
+    turns = [user("one"), assistant("1"), user("two"), assistant("2"), user("three")]
+
+    def built(limit):
+        ids, dropped = chatbot.build_prompt(turns, tokenizer, "plain", limit)
+        return tokenizer.decode(ids[1:]), ids[0], len(ids), dropped
+
+    whole = " Human: one Assistant: 1 Human: two Assistant: 2 Human: three Assistant:"
+    assert built(None) == (whole, BOS, len(whole) + 1, 0)
+    assert built(len(whole) + 1)[3] == 0
+    assert built(len(whole))[0] == " Human: two Assistant: 2 Human: three Assistant:"
+    assert built(30) == (" Human: three Assistant:", BOS, 25, 4)
+    assert built(12) == (" Assistant:", BOS, 12, 4)
+
+
+def test_an_answer_appears_bit_by_bit_without_marks_or_half_characters(tokenizer):
+    shown = io.StringIO()
+    stream = chatbot.AnswerStream(tokenizer, 0, [EOS], "plain", shown)
+    ids = tokenizer(" héllo  Hum?\n\nHuman: again", add_special_tokens=False)["input_ids"]
+    seen = []
+    for length in range(1, len(ids) + 1):
+        over = stream.update(ids[:length])
+        seen.append(shown.getvalue())
+        if over:
+            break
+    assert over and length < len(ids)
+    assert "h" in seen and "hé" in seen and "héllo" in seen
+    assert not any("\ufffd" in text or text.endswith((" ", " H", " Hu")) for text in seen)
+    assert stream.close() == "héllo  Hum?"
+    assert shown.getvalue() == "héllo  Hum?\n"
+
+
+def test_an_empty_answer_before_the_next_turn_stays_empty(tokenizer):
+    stream = chatbot.AnswerStream(tokenizer, 0, [EOS], "plain", io.StringIO())
+    assert stream.update(tokenizer("\n\nHuman: x", add_special_tokens=False)["input_ids"])
+    assert stream.close() == ""
+
+
+def test_text_held_back_is_shown_when_the_answer_ends(tokenizer):
+    shown = io.StringIO()
+    stream = chatbot.AnswerStream(tokenizer, 0, [EOS], "plain", shown)
+    ids = tokenizer(" a Hum", add_special_tokens=False)["input_ids"] + [EOS]
+    assert not stream.update(ids)
+    assert shown.getvalue() == "a"
+    assert stream.close() == "a Hum"
+
+
+def test_chat_in_a_pipe(folders):
+    result = run_script(
+        [sys.executable, str(ROOT / "inference/chatbot.py"), "--path", folders["trained"], "--greedy"],
+        stdin="hi\n\nclear\ntalk\nquit\nhi\n",
+    )
+    assert result.returncode == 0, result.stderr
+    greeting, _, conversation = result.stdout.partition("\n\n")
+    assert all(word in greeting for word in ("clear", "quit", "stop"))
+    assert result.stdout.startswith(folders["trained"])
+    assert conversation == (
+        "Human: hi\nAssistant: hello <b>you</b>\n\nHuman: \nHuman: clear\n(a new conversation)\n\n"
+        "Human: talk\nAssistant: yes\n\nHuman: quit\n"
+    )
+
+
+def chat_with(monkeypatch, capsys, lm, lines, **changes):
+    """Chat in this process; returns the prompts that the model was given and the printed text."""
+    prompts = []
+
+    def remember(turns, *rest):
+        prompts.append([turn["content"] for turn in turns])
+        return original(turns, *rest)
+
+    original = chatbot.build_prompt
+    monkeypatch.setattr(chatbot, "build_prompt", remember)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    chatbot.chat(lm, {"do_sample": False, "max_new_tokens": 20}, "plain", changes.get("max_input_tokens"))
+    return prompts, capsys.readouterr().out
+
+
+def test_the_conversation_is_remembered_until_clear_and_ends_with_the_input(monkeypatch, capsys, trained):
+    prompts, _ = chat_with(monkeypatch, capsys, trained, ["hi", "more", "CLEAR", "hi"])
+    assert prompts[0] == ["hi"]
+    assert prompts[1][:2] == ["hi", "hello <b>you</b>"]
+    assert prompts[2] == ["hi"]
+
+
+@pytest.mark.parametrize("command", ["stop", "quit"])
+def test_stop_and_quit_end_the_chat(monkeypatch, capsys, trained, command):
+    prompts, _ = chat_with(monkeypatch, capsys, trained, [command, "hi"])
+    assert prompts == []
+
+
+def test_the_user_is_told_once_that_turns_are_forgotten(monkeypatch, capsys, trained):
+    _, out = chat_with(monkeypatch, capsys, trained, ["hi", "hi", "hi"], max_input_tokens=30)
+    assert out.count("its oldest turns are forgotten") == 1
+
+
+def test_ctrl_c_cuts_the_answer_and_keeps_what_was_said(monkeypatch, capsys, trained):
+    class Interrupting(chatbot.AnswerStream):
+        def update(self, ids):
+            if len(ids) == 6:
+                raise KeyboardInterrupt
+            return super().update(ids)
+
+    monkeypatch.setattr(chatbot, "AnswerStream", Interrupting)
+    prompts, out = chat_with(monkeypatch, capsys, trained, ["hi", "hi"])
+    assert "[cut short]" in out
+    assert prompts[1] == ["hi", "hell", "hi"]
+
+
+def test_a_path_without_a_model_is_an_error_and_no_traceback(folders, tmp_path):
+    result = run_script([sys.executable, str(ROOT / "inference/chatbot.py"), "--path", str(tmp_path / "none")])
+    assert result.returncode != 0
+    assert "error: no such model folder" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_what_is_no_language_model_folder_is_refused(folders, tmp_path):
+    (tmp_path / "run" / "actor").mkdir(parents=True)
+    (tmp_path / "run" / "actor" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="perhaps you mean .*actor"):
+        chatbot.main(["--path", str(tmp_path / "run")])
+    with pytest.raises(UserError, match="cannot be loaded|no tokenizer"):
+        chatbot.main(["--path", str(tmp_path / "run" / "actor")])
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="merge_lora"):
+        chatbot.main(["--path", str(tmp_path)])
+    with pytest.raises(UserError, match="lacks weights.*lm_head"):
+        chatbot.main(["--path", folders["reward"], "--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--temperature", "-1"],
+        ["--top_p", "0"],
+        ["--top_k", "-1"],
+        ["--max_new_tokens", "0"],
+        ["--max_new_tokens", "256"],
+        ["--max_input_tokens", "0"],
+        ["--device", "no_such_device"],
+        ["--prompt_style", "chat_template"],
+    ],
+)
+def test_flags_that_make_no_sense_are_errors(folders, flags):
+    with pytest.raises(UserError):
+        chatbot.main(["--path", folders["random"], *flags])
+
+
+# ---------------------------------------------------------------- generation
+
+
+def prompts_of(lm, *questions):
+    return [pf.encode_prompt(pf.format_prompt([user(question)]), lm.tokenizer) for question in questions]
+
+
+def test_an_answer_ends_at_eos(trained):
+    [[answer]] = generate_answers(trained, prompts_of(trained, "hi"), 1, do_sample=False, max_new_tokens=60)
+    assert (answer.text, answer.ended) == (LESSONS["hi"], True)
+    assert answer.num_tokens == len(LESSONS["hi"]) + 1
+    [[cut]] = generate_answers(trained, prompts_of(trained, "hi"), 1, do_sample=False, max_new_tokens=3)
+    assert (cut.text, cut.num_tokens, cut.ended) == (LESSONS["hi"][:3], 3, False)
+
+
+def test_ids_after_the_first_stop_id_do_not_count():
+    assert up_to_stop([5, 6, 1, 1, 0], [1]) == [5, 6, 1]
+    assert up_to_stop([5, 6], [1]) == [5, 6]
+
+
+@pytest.fixture(scope="module")
+def gpt2(tokenizer, tmp_path_factory):
+    """Absolute positions and tied weights: what Llama has not."""
+    folder = str(tmp_path_factory.mktemp("gpt2"))
+    torch.manual_seed(1)
+    sizes = {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), initializer_range=0.5, **sizes, **ids))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_language_model(folder, chat_args(folder))
+
+
+@pytest.mark.parametrize("name", ["random_lm", "gpt2"])
+def test_batch_neighbours_and_padding_do_not_change_greedy_answers(name, request):
+    random_lm = request.getfixturevalue(name)
+    prompts = prompts_of(random_lm, "a", "a much longer question than the first", "of middle length")
+    settings = {"do_sample": False, "max_new_tokens": 24}
+    alone = generate_answers(random_lm, prompts, 1, **settings)
+    assert generate_answers(random_lm, prompts, 3, **settings) == alone
+
+
+def test_a_pad_token_outside_the_embedding_does_not_change_answers(folders, random_lm):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == random_lm.model.config.vocab_size
+    widened = LanguageModel("wide", random_lm.model, tokenizer, random_lm.stop_ids, random_lm.max_positions)
+    prompts = prompts_of(random_lm, "a", "a much longer question than the first")
+    settings = {"do_sample": False, "max_new_tokens": 12}
+    assert generate_answers(widened, prompts, 2, **settings) == generate_answers(random_lm, prompts, 2, **settings)
+
+
+def test_too_long_a_prompt_loses_its_beginning(random_lm, capsys):
+    settings = {"do_sample": False, "max_new_tokens": 8}
+    long, tail = [BOS] + [40] * 300 + [50] * 100, [BOS] + [40] * 147 + [50] * 100
+    assert generate_answers(random_lm, [long], 1, **settings) == generate_answers(random_lm, [tail], 1, **settings)
+    assert "lose their beginning" in capsys.readouterr().err
+
+
+def test_ids_that_the_model_does_not_know_are_an_error(random_lm):
+    with pytest.raises(UserError, match="knows only"):
+        generate_answers(random_lm, [[BOS, 100_000]], 1, do_sample=False, max_new_tokens=4)
+
+
+def test_saved_generation_settings_add_stop_ids_only_if_they_are_special(random_lm):
+    class Settings:
+        eos_token_id = [EOS, PAD, 50]
+
+    class Model:
+        generation_config = Settings
+
+    assert find_stop_ids(Model, random_lm.tokenizer) == [EOS, PAD]
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def headings(text):
+    return [line for line in text.splitlines() if line.startswith("=====")]
+
+
+def compare(folders, *flags, finetuned=("trained",)):
+    prompt_eval.main(
+        [
+            *("--model_name_or_path_baseline", folders["random"], "--device", "cpu", "--max_new_tokens", "20"),
+            *("--model_name_or_path_finetune", *(folders[name] for name in finetuned), *flags),
+        ]
+    )
+
+
+def test_run_prompt_prints_the_published_headings_from_any_folder(folders, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hi\n\ntalk\n")
+    script = str(ROOT / "evaluation_scripts/run_prompt.sh")
+    command = ["bash", script, folders["random"], folders["trained"], "--prompts_file", str(prompts)]
+    result = run_script([*command, "--max_new_tokens", "30"])
+    assert result.returncode == 0, result.stderr
+    assert headings(result.stdout) == 2 * [
+        "==========Baseline: Greedy=========",
+        "==========finetune: Greedy=========",
+        "====================prompt end=============================",
+    ]
+    assert "==========finetune: Greedy=========\nhello <b>you</b>\n" in result.stdout
+
+
+def test_several_models_and_modes_are_shown_in_order(folders, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "hi"}\n')
+    flags = ["--do_sample", "--num_beams", "2", "--num_return_sequences", "2", "--prompts_file", str(prompts)]
+    answers = tmp_path / "answers.jsonl"
+    compare(folders, *flags, "--jsonl", str(answers), finetuned=("trained", "random"))
+    out = capsys.readouterr().out
+    assert headings(out) == [
+        f"=========={title}: {mode}========="
+        for mode in ("Greedy", "Beam", "Sampling")
+        for title in ("Baseline", "finetune 1 (trained)", "finetune 2 (random)")
+    ] + [prompt_eval.PROMPT_END]
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [len(row["answers"]) for row in rows] == [1] * 3 + [2] * 6
+    greedy = rows[1]
+    assert (greedy["title"], greedy["answers"], greedy["ended"]) == (
+        "finetune 1 (trained)",
+        ["hello <b>you</b>"],
+        [True],
+    )
+
+
+def test_the_same_seed_gives_the_same_samples(folders, tmp_path):
+    first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    for path in (first, second):
+        compare(folders, "--do_sample", "--jsonl", str(path))
+    assert first.read_text() == second.read_text()
+
+
+@pytest.mark.parametrize("ending", ["md", "html"])
+def test_tables_escape_what_models_and_prompts_say(folders, tmp_path, ending):
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "hi"}, {"prompt": "<script>alert(1)</script> a|b\nc"}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / f"table.{ending}"
+    compare(folders, "--prompts_file", str(prompts), "--output", str(output))
+    text = output.read_text()
+    assert "<script>" not in text and "&lt;script&gt;" in text
+    assert "hello &lt;b&gt;you&lt;/b&gt;" in text
+    if ending == "md":
+        table = [line for line in text.splitlines() if line.startswith("|")]
+        assert len(table) == 2 + len(rows)
+        assert {line.replace("\\|", "").count("|") for line in table} == {4}
+
+
+def test_an_answer_can_be_cut_at_the_next_human_turn(folders, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("talk\n")
+    answers = {}
+    for flags in ([], ["--cut_at_next_human"]):
+        output = tmp_path / "answers.jsonl"
+        compare(folders, "--prompts_file", str(prompts), "--jsonl", str(output), *flags)
+        [*_, answers[len(flags)]] = [json.loads(line)["answers"][0] for line in output.read_text().splitlines()]
+    assert answers[0].startswith("yes\n\nHuman: no")
+    assert answers[1] == "yes"
+
+
+def test_each_language_asks_about_the_same_topics():
+    assert list(PROMPTS) == ["English", "Chinese", "Japanese"]
+    assert {len(prompts) for prompts in PROMPTS.values()} == {6}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_beam_groups", "2"], "not available yet"),
+        (["--num_return_sequences", "2"], "greedy gives one answer"),
+        (["--num_return_sequences", "3", "--num_beams", "2"], "more than --num_beams"),
+        (["--output", "table.pdf"], "must end in"),
+        (["--prompts_file", "/no/such/file.txt"], "cannot be read"),
+        (["--batch_size", "0"], "at least 1"),
+        (["--do_sample", "--temperature", "0"], "must be above 0"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused_before_loading(folders, flags, message):
+    with pytest.raises(UserError, match=message):
+        compare(folders, *flags)
+
+
+def test_flags_without_effect_are_pointed_out(capsys):
+    models = ["--model_name_or_path_baseline", "a", "--model_name_or_path_finetune", "b"]
+    prompt_eval.parse_args([*models, "--penalty_alpha", "0.4", "--top_k", "9", "--temperature", "0.5"])
+    warnings = capsys.readouterr().err
+    assert all(f"--{flag} has no effect" in warnings for flag in ("penalty_alpha", "top_k", "temperature"))
+    prompt_eval.parse_args(models)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_row_without_a_prompt_is_named(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    with pytest.raises(UserError, match="line 2.*'prompt'"):
+        read_prompts(str(path))
+
+
+# ---------------------------------------------------------------- reward scores
+
+
+@pytest.fixture(scope="module")
+def reward(folders):
+    return rw_eval.load_reward_model(folders["reward"], reward_args(folders))
+
+
+def reward_args(folders, *more):
+    return rw_eval.parse_args(["--model_name_or_path", folders["reward"], "--device", "cpu", *more])
+
+
+def encoded_pair(tokenizer, prompt, chosen, rejected, max_seq_len=512, style="plain"):
+    """The two rows of a pair."""
+    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return rw_eval.encode_pair(pair, tokenizer, style, max_seq_len)[0]
+
+
+def test_scores_are_those_of_a_plain_forward_whatever_the_padding(reward):
+    tokenizer, model = reward
+    texts = ["short", "a somewhat longer prompt", "the longest of the three prompts, by far"]
+    rows = [encoded_pair(tokenizer, text, "yes", "no")[0] for text in texts]
+    with torch.no_grad():
+        direct = [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
+    assert len(set(direct)) == 3
+    assert rw_eval.score_rows(model, rows, 1) == pytest.approx(direct, abs=1e-5)
+    assert rw_eval.score_rows(model, rows, 3, pad_id=PAD) == pytest.approx(direct, abs=1e-5)
+    assert rw_eval.score_rows(model, rows, 3, pad_id=77) == pytest.approx(direct, abs=1e-5)
+
+
+def test_scored_answers_end_with_one_eos_and_begin_with_one_blank(reward):
+    tokenizer, _ = reward
+    for ids in encoded_pair(tokenizer, "q", "fine", "  fine\n"):
+        assert ids.count(EOS) == 1 and ids[-1] == EOS
+        assert tokenizer.decode(ids[1:-1]) == " Human: q Assistant: fine"
+
+
+def test_a_row_in_the_datasets_form_is_scored_as_it_stands(reward):
+    tokenizer, _ = reward
+    prompt = "\n\nHuman: q\n\nAssistant:"
+    chosen, _ = encoded_pair(tokenizer, prompt, " a \n", " b")
+    assert tokenizer.decode(chosen[1:-1]) == prompt + " a \n"
+
+
+def test_a_chat_template_brings_its_own_bos_and_no_second_one():
+    templated = make_tokenizer()
+    templated.chat_template = CHAT_TEMPLATE
+    chosen, _ = encoded_pair(templated, "q", "a", "b", style="chat_template")
+    assert templated.decode(chosen) == "<s><user>q</s><assistant>a</s>"
+
+
+def test_too_long_a_pair_loses_the_beginning_of_its_prompt(folders, reward, capsys):
+    tokenizer, model = reward
+    pair = {"prompt": "x" * 100, "chosen": "good", "rejected": "bad"}
+    chosen, rejected = encoded_pair(tokenizer, **pair, max_seq_len=40)
+    assert len(chosen) == 40
+    prompt_end = "x" * 22 + " Assistant:"  # of both, so that they stay comparable
+    assert [tokenizer.decode(ids[1:]) for ids in (chosen, rejected)] == [
+        prompt_end + " good</s>",
+        prompt_end + " bad</s>",
+    ]
+    [score] = rw_eval.score_pairs(model, tokenizer, [pair], reward_args(folders, "--max_seq_len", "40"))
+    expected = rw_eval.score_rows(model, [chosen, rejected], 1)
+    assert [score.chosen, score.rejected] == pytest.approx(expected, abs=1e-5)
+    assert "1 of 1 pairs are longer than 40 tokens" in capsys.readouterr().err
+
+
+def test_pairs_of_a_file_are_scored_and_written(folders, tmp_path, capsys):
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"\n\nHuman: {i}\n\nAssistant:", "chosen": " yes", "rejected": " no"} for i in range(5)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "scores.jsonl"
+    flags = ["--pairs_file", str(pairs), "--output", str(output), "--num_padding_at_beginning", "1"]
+    rw_eval.main(["--model_name_or_path", folders["reward"], "--device", "cpu", *flags])
+    printed = capsys.readouterr()
+    assert printed.err.count("--num_padding_at_beginning has no effect") == 1
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
+    correct = sum(row["chosen_score"] > row["rejected_score"] for row in written)
+    assert f"({correct} of 5 pairs" in printed.out
+    assert "95 % interval" in printed.out and "chosen scores: mean" in printed.out
+
+
+def test_a_language_model_is_no_reward_model_and_its_missing_head_is_named(folders):
+    with pytest.raises(UserError, match=r"lacks weights.*score\.weight"):
+        rw_eval.main(["--model_name_or_path", folders["trained"], "--device", "cpu"])
+
+
+def test_a_pair_without_a_rejected_answer_is_named(folders, tmp_path):
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([{"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p", "chosen": "c"}]))
+    with pytest.raises(UserError, match="row 2.*'rejected'"):
+        rw_eval.main(["--model_name_or_path", folders["reward"], "--pairs_file", str(path)])
+
+
+def test_scores_that_are_no_numbers_are_an_error(folders, reward, monkeypatch):
+    tokenizer, model = reward
+    monkeypatch.setattr(rw_eval, "score_rows", lambda *args: [0.0, math.nan])
+    with pytest.raises(UserError, match="pair 1 has the score nan"):
+        pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+        rw_eval.score_pairs(model, tokenizer, [pair], reward_args(folders))
+
+
+def test_the_wilson_interval_has_its_known_values():
+    assert rw_eval.wilson_interval(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
+    assert rw_eval.wilson_interval(0, 10) == pytest.approx((0.0, 0.278), abs=1e-3)
+    assert rw_eval.wilson_interval(10, 10)[1] == 1.0
+
+
+@pytest.mark.parametrize("script", ["run_prompt.sh", "run_rw_eval.sh"])
+def test_shell_scripts_say_how_they_are_used(script):
+    result = run_script(["bash", str(ROOT / "evaluation_scripts" / script)])
+    assert result.returncode == 2
+    assert "usage:" in result.stderr

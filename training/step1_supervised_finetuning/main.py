@@ -1,0 +1,204 @@
+#!/usr/bin/env python
+"""Step 1, supervised finetuning: teach a pretrained language model to answer, from prompts and good answers.
+
+one process:    python main.py --model_name_or_path facebook/opt-125m --data_path local/demo --output_dir out
+many:           deepspeed main.py --model_name_or_path facebook/opt-1.3b --zero_stage 2 --output_dir out
+
+The loss is the mean over the real tokens of an optimizer step, however they fall on ranks, micro-batches and accumulation;
+every finished answer ends with one EOS that is learned like any other token.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import deepspeed
+import torch
+from transformers import AutoModelForCausalLM, get_scheduler
+
+from utils import arguments
+from utils.data.data_utils import (
+    SFT,
+    DataCollatorSFT,
+    StepBatchSampler,
+    accumulation_windows,
+    create_prompt_dataset,
+    make_loader,
+)
+from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, now, run_main
+from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, merge_config_file, with_batch_sizes
+from utils.metrics import make_writer
+from utils.model.inputs import model_inputs
+from utils.model.losses import causal_lm_loss_sum, label_count
+from utils.model.model_utils import adapt_model, create_hf_model
+from utils.perf import Stopwatch, print_throughput
+from utils.utils import (
+    get_optimizer_grouped_parameters,
+    load_hf_tokenizer,
+    make_optimizer,
+    print_rank_0,
+    progress,
+    save_hf_format,
+    set_random_seed,
+    to_device,
+)
+
+
+def build_parser():
+    parser = arguments.new_parser("Step 1: supervised finetuning of a causal language model on prompts and answers.")
+    arguments.add_data_arguments(parser, step=1)
+    arguments.add_supervised_arguments(parser, learning_rate=1e-3)
+    arguments.add_run_arguments(parser, step=1)
+    group = parser.add_argument_group("step 1")
+    group.add_argument("--mask_prompt", action="store_true", help="learn the answers only; off: prompts too, as published")
+    group.add_argument("--print_loss", action="store_true", help="print the loss of every step on every rank")
+    return parser
+
+
+@torch.no_grad()
+def evaluate(engine, loader, device) -> tuple[float, float]:
+    """(perplexity, mean loss per token) over all evaluation tokens of all ranks."""
+    engine.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in progress(loader, "evaluating"):
+        batch = to_device(batch, device)
+        logits = engine(**model_inputs(engine.module, batch["input_ids"], batch["attention_mask"])).logits
+        total += torch.stack([causal_lm_loss_sum(logits, batch["labels"]).double(), total.new_tensor(label_count(batch["labels"]))])
+    engine.train()
+    loss_sum, tokens = all_reduce_sum(total.float()).tolist()
+    loss = loss_sum / max(tokens, 1)
+    return math.exp(min(loss, 700.0)), loss
+
+
+def main():
+    # 1. Arguments, processes, seeds
+    args = build_parser().parse_args()
+    device = init_distributed(args)
+    arguments.resolve_common(args)
+    agree(lambda: arguments.check_output_dir(args.output_dir if get_rank() == 0 else None))
+    arguments.check_supervised(args)
+    set_random_seed(args.seed)
+
+    # 2. Tokenizer and data
+    tokenizer = load_hf_tokenizer(
+        args.model_name_or_path,
+        add_special_tokens=args.end_of_conversation_token,
+        trust_remote_code=args.trust_remote_code,
+    )
+    train_dataset, eval_dataset = create_prompt_dataset(
+        args.local_rank,
+        args.data_path,
+        args.data_split,
+        args.data_output_path,
+        SFT,
+        args.seed,
+        tokenizer,
+        args.max_seq_len,
+        sft_only_data_path=args.sft_only_data_path,
+        reload=args.rebuild_cache,
+        truncation_side=args.truncation_side,
+        max_train_samples=args.max_train_samples,
+        max_eval_samples=args.max_eval_samples,
+    )
+    collator = DataCollatorSFT(tokenizer.pad_token_id, args.max_seq_len, args.mask_prompt, args.pad_to_max_length)
+    sampler = StepBatchSampler(
+        train_dataset.lengths,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        seed=args.seed,
+        group_by_length=True,
+    )
+    train_loader = make_loader(train_dataset, sampler, collator)
+    eval_loader = make_loader(
+        eval_dataset, StepBatchSampler(eval_dataset.lengths, args.per_device_eval_batch_size, shuffle=False), collator
+    )
+
+    # 3. Model, optimizer, engine
+    ds_config = get_train_ds_config(args.offload, args.dtype, args.zero_stage)
+    ds_config = with_batch_sizes(
+        merge_config_file(ds_config, args.deepspeed_config_overrides),
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+    )
+    model = create_hf_model(
+        AutoModelForCausalLM,
+        args.model_name_or_path,
+        tokenizer,
+        ds_config,
+        dropout=args.dropout,
+        dtype=TORCH_DTYPES[args.dtype],
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+    )
+    adapt_model(model, args, gradient_checkpointing=args.gradient_checkpointing)
+    groups = get_optimizer_grouped_parameters(model, args.weight_decay, args.lora_learning_rate)
+    optimizer = make_optimizer(groups, args.learning_rate, args.offload)
+    steps_per_epoch = sampler.steps()
+    scheduler = get_scheduler(
+        args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.num_train_epochs * steps_per_epoch
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    writer = make_writer(args)
+
+    def evaluate_and_report(epoch: int) -> None:
+        print_rank_0(f"***** Evaluating perplexity, Epoch {epoch}/{args.num_train_epochs} *****")
+        perplexity, loss = evaluate(engine, eval_loader, device)
+        print_rank_0(f"ppl: {perplexity}, loss: {loss}")
+        writer.write(engine.global_steps, {"perplexity": perplexity, "loss": loss}, "eval")
+
+    # 4. Train
+    print_rank_0("***** Running training *****")
+    evaluate_and_report(0)
+    for epoch in range(args.num_train_epochs):
+        print_rank_0(
+            f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Micro Batches {len(train_loader)}"
+        )
+        sampler.set_epoch(epoch)
+        engine.train()
+        watch = Stopwatch()
+        windows = accumulation_windows(train_loader, args.gradient_accumulation_steps)
+        for step, window in enumerate(progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch)):
+            counts = [
+                sum(label_count(batch["labels"]) for batch in window),
+                sum(int(batch["attention_mask"].sum()) for batch in window),
+                sum(int((batch["labels"] != -100).any(1).sum()) for batch in window),
+            ]
+            learned, tokens, rows = all_reduce_sum(torch.tensor(counts, dtype=torch.float32, device=device)).tolist()
+            step_loss = torch.zeros((), device=device)
+            for i, batch in enumerate(window):
+                is_last = i == len(window) - 1
+                engine.set_gradient_accumulation_boundary(is_last)
+                batch = to_device(batch, device)
+                logits = engine(**model_inputs(engine.module, batch["input_ids"], batch["attention_mask"])).logits
+                loss = causal_lm_loss_sum(logits, batch["labels"]) / max(learned, 1)
+                # DeepSpeed takes the mean of the ranks' gradients; the loss is already a share of the global mean.
+                engine.backward(loss * get_world_size(), scale_wrt_gas=False)
+                step_loss += loss.detach()
+                if is_last:
+                    mean_loss = all_reduce_sum(step_loss).item()
+                    if not math.isfinite(mean_loss):
+                        raise UserError(
+                            f"the loss is {mean_loss} in epoch {epoch}, step {step}; the weights before it are finite. "
+                            "A lower --learning_rate or --dtype bf16/fp32 usually helps"
+                        )
+                engine.step()
+            if args.print_loss:
+                print(f"Time: {now()}, Epoch: {epoch}, Step: {step}, Rank: {get_rank()}, loss = {mean_loss}", flush=True)
+            seconds = watch.lap()
+            figures = {"loss": mean_loss, "lr": scheduler.get_last_lr()[0], "grad_norm": float(engine.get_global_grad_norm() or 0)}
+            if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
+                figures |= print_throughput(engine, args, seconds, int(tokens), int(rows))
+            writer.write(engine.global_steps, figures)
+        evaluate_and_report(epoch + 1)
+
+    # 5. Save
+    if args.output_dir is not None:
+        print_rank_0("saving the final model ...")
+        save_hf_format(engine, tokenizer, args)
+    writer.close()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,229 @@
+#!/usr/bin/env python
+"""Step 2, reward model: teach a model to score answers, from pairs of which people liked one better.
+
+one process:    python main.py --model_name_or_path facebook/opt-125m --data_path local/demo --output_dir out
+many:           deepspeed main.py --model_name_or_path facebook/opt-350m --zero_stage 0 --output_dir out
+
+The loss is the mean over the pairs of an optimizer step, however they fall on ranks, micro-batches and accumulation; the
+model is saved as a sequence-classification model with one label, with the mean and standard deviation of its scores.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import deepspeed
+import torch
+from transformers import get_scheduler
+
+from utils import arguments
+from utils.data.data_utils import (
+    REWARD,
+    DataCollatorReward,
+    StepBatchSampler,
+    accumulation_windows,
+    create_prompt_dataset,
+    make_loader,
+)
+from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, run_main
+from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, merge_config_file, with_batch_sizes
+from utils.metrics import make_writer
+from utils.model.model_utils import adapt_model, create_critic_model
+from utils.perf import Stopwatch, print_throughput
+from utils.utils import (
+    get_optimizer_grouped_parameters,
+    load_hf_tokenizer,
+    make_optimizer,
+    print_rank_0,
+    progress,
+    save_hf_format,
+    set_random_seed,
+    to_device,
+)
+
+
+def build_parser():
+    parser = arguments.new_parser("Step 2: a reward model from pairs of a chosen and a rejected answer.")
+    arguments.add_data_arguments(parser, step=2)
+    arguments.add_supervised_arguments(parser, learning_rate=5e-5)
+    arguments.add_run_arguments(parser, step=2)
+    group = parser.add_argument_group("step 2")
+    arguments.add_num_padding_argument(group)
+    group.add_argument("--rm_loss", choices=["per_token", "end_token"], default="per_token",
+                       help="compare the pair at every token from where it differs (published), or at its ends (InstructGPT)")  # fmt: skip
+    group.add_argument("--eval_interval", type=int, default=0, help="evaluate every so many optimizer steps; 0 after epochs only")
+    group.add_argument("--eval_iters", type=int, default=100, help="evaluation batches per rank; 0 for all")
+    return parser
+
+
+@torch.no_grad()
+def evaluate(engine, loader, device, iterations: int) -> dict[str, float]:
+    """Accuracy, mean chosen and rejected score, and mean and std of all scores, over all ranks' pairs."""
+    engine.eval()
+    sums = torch.zeros(6, device=device)  # pairs, right ones, chosen, rejected, all scores, their squares
+    total = min(len(loader), iterations or len(loader))
+    for i, batch in enumerate(progress(loader, "evaluating", total)):
+        if i == total:
+            break
+        batch = to_device(batch, device)
+        outputs, weights = engine(**batch), batch["pair_weights"]
+        chosen, rejected = outputs["chosen_mean_scores"].float(), outputs["rejected_mean_scores"].float()
+        rows = [weights, (chosen > rejected) * weights, chosen * weights, rejected * weights]
+        rows += [(chosen + rejected) * weights, (chosen**2 + rejected**2) * weights]
+        sums += torch.stack([row.sum() for row in rows])
+    engine.train()
+    pairs, right, chosen, rejected, scores, squares = all_reduce_sum(sums).tolist()
+    pairs = max(pairs, 1)
+    mean = scores / (2 * pairs)
+    return {
+        "accuracy": right / pairs,
+        "chosen_score": chosen / pairs,
+        "rejected_score": rejected / pairs,
+        "score_mean": mean,
+        "score_std": math.sqrt(max(squares / (2 * pairs) - mean**2, 0.0)),
+        "pairs": pairs,
+    }
+
+
+def main():
+    # 1. Arguments, processes, seeds
+    args = build_parser().parse_args()
+    device = init_distributed(args)
+    arguments.resolve_common(args)
+    agree(lambda: arguments.check_output_dir(args.output_dir if get_rank() == 0 else None))
+    arguments.check_supervised(args)
+    arguments.warn_num_padding(args)
+    set_random_seed(args.seed)
+
+    # 2. Tokenizer and data
+    tokenizer = load_hf_tokenizer(
+        args.model_name_or_path,
+        add_special_tokens=args.end_of_conversation_token,
+        trust_remote_code=args.trust_remote_code,
+    )
+    train_dataset, eval_dataset = create_prompt_dataset(
+        args.local_rank,
+        args.data_path,
+        args.data_split,
+        args.data_output_path,
+        REWARD,
+        args.seed,
+        tokenizer,
+        args.max_seq_len,
+        reload=args.rebuild_cache,
+        truncation_side=args.truncation_side,
+        max_train_samples=args.max_train_samples,
+        max_eval_samples=args.max_eval_samples,
+    )
+    collator = DataCollatorReward(tokenizer.pad_token_id, args.max_seq_len, args.pad_to_max_length)
+    sampler = StepBatchSampler(
+        train_dataset.lengths,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        seed=args.seed,
+        group_by_length=True,
+    )
+    train_loader = make_loader(train_dataset, sampler, collator)
+    eval_loader = make_loader(
+        eval_dataset, StepBatchSampler(eval_dataset.lengths, args.per_device_eval_batch_size, shuffle=False), collator
+    )
+
+    # 3. Model, optimizer, engine
+    ds_config = get_train_ds_config(args.offload, args.dtype, args.zero_stage)
+    ds_config = with_batch_sizes(
+        merge_config_file(ds_config, args.deepspeed_config_overrides),
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+    )
+    model = create_critic_model(
+        args.model_name_or_path,
+        tokenizer,
+        ds_config,
+        dropout=args.dropout,
+        dtype=TORCH_DTYPES[args.dtype],
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+        rm_loss=args.rm_loss,
+    )
+    adapt_model(model, args, gradient_checkpointing=args.gradient_checkpointing, keep_trainable=["v_head.weight"])
+    groups = get_optimizer_grouped_parameters(model, args.weight_decay, args.lora_learning_rate)
+    optimizer = make_optimizer(groups, args.learning_rate, args.offload)
+    steps_per_epoch = sampler.steps()
+    scheduler = get_scheduler(
+        args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.num_train_epochs * steps_per_epoch
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    writer = make_writer(args)
+
+    def evaluate_and_report(epoch: int, iterations: int) -> dict[str, float]:
+        print_rank_0(f"***** Evaluating reward, Epoch {epoch}/{args.num_train_epochs} *****")
+        figures = evaluate(engine, eval_loader, device, iterations)
+        print_rank_0(
+            f"chosen_last_scores (higher is better) : {figures['chosen_score']}, "
+            f"rejected_last_scores (lower is better) : {figures['rejected_score']}, "
+            f"acc (higher is better) : {figures['accuracy']}"
+        )
+        writer.write(engine.global_steps, figures, "eval")
+        return figures
+
+    # 4. Train
+    print_rank_0("***** Running training *****")
+    evaluate_and_report(0, args.eval_iters)
+    for epoch in range(args.num_train_epochs):
+        print_rank_0(
+            f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Micro Batches {len(train_loader)}"
+        )
+        sampler.set_epoch(epoch)
+        engine.train()
+        watch, epoch_loss = Stopwatch(), 0.0
+        windows = accumulation_windows(train_loader, args.gradient_accumulation_steps)
+        for step, window in enumerate(progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch)):
+            counts = [
+                sum(float(batch["pair_weights"].sum()) for batch in window),
+                sum(int(batch["attention_mask"].sum()) for batch in window),
+            ]
+            pairs, tokens = all_reduce_sum(torch.tensor(counts, device=device)).tolist()
+            sums = torch.zeros(3, device=device)  # loss, right pairs, margin
+            for i, batch in enumerate(window):
+                is_last = i == len(window) - 1
+                engine.set_gradient_accumulation_boundary(is_last)
+                batch = to_device(batch, device)
+                outputs, weights = engine(**batch), batch["pair_weights"]
+                loss = outputs["loss"] / pairs
+                # DeepSpeed takes the mean of the ranks' gradients; the loss is already a share of the global mean.
+                engine.backward(loss * get_world_size(), scale_wrt_gas=False)
+                margin = (outputs["chosen_mean_scores"] - outputs["rejected_mean_scores"]).detach() * weights
+                sums += torch.stack([loss.detach(), (margin > 0).sum() / pairs, margin.sum() / pairs])
+                if is_last:
+                    mean_loss, accuracy, mean_margin = all_reduce_sum(sums).tolist()
+                    if not math.isfinite(mean_loss):
+                        raise UserError(
+                            f"the loss is {mean_loss} in epoch {epoch}, step {step}; the weights before it are finite. "
+                            "A lower --learning_rate or --dtype bf16/fp32 usually helps"
+                        )
+                engine.step()
+            epoch_loss += mean_loss
+            seconds = watch.lap()
+            figures = {"loss": mean_loss, "accuracy": accuracy, "margin": mean_margin}
+            figures |= {"lr": scheduler.get_last_lr()[0], "grad_norm": float(engine.get_global_grad_norm() or 0)}
+            if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
+                figures |= print_throughput(engine, args, seconds, int(tokens), int(2 * pairs))
+            writer.write(engine.global_steps, figures)
+            if args.eval_interval and engine.global_steps % args.eval_interval == 0:
+                evaluate_and_report(epoch + 1, args.eval_iters)
+                watch.lap()
+        print_rank_0(f"Epoch {epoch + 1}/{args.num_train_epochs} with loss {epoch_loss / steps_per_epoch}")
+        last_figures = evaluate_and_report(epoch + 1, 0 if epoch + 1 == args.num_train_epochs else args.eval_iters)
+
+    # 5. Save, with the scale of the scores beside the weights
+    if args.output_dir is not None:
+        print_rank_0("saving model ...")
+        model.config.reward_score_mean, model.config.reward_score_std = last_figures["score_mean"], last_figures["score_std"]
+        save_hf_format(engine, tokenizer, args)
+    writer.close()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,61 @@
+"""What one round of generation leaves behind for training."""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass
+class Experience:
+    """Rollouts of B prompts (P columns, left-padded) and their answers (A columns, right-padded).
+
+    Rows whose answer is empty or whose score is not finite keep their place with a mask of zeros: they weigh nothing.
+    """
+
+    input_ids: torch.Tensor  # [B, P + A] prompt and answer
+    attention_mask: torch.Tensor  # [B, P + A] real tokens, the EOS included
+    answer_mask: torch.Tensor  # [B, A] answer tokens that train: 1 up to and with the first EOS
+    log_probs: torch.Tensor  # [B, A] of the policy that sampled
+    ref_log_probs: torch.Tensor  # [B, A] of the reference
+    values: torch.Tensor  # [B, A] of the state before each answer token
+    scores: torch.Tensor  # [B] of the reward model, for whole answers, after the missing-EOS penalty
+    ended: torch.Tensor  # [B] 1 where an EOS came
+    rewards: torch.Tensor | None = None  # [B, A] KL penalty and score, filled in by compute_rewards
+    advantages: torch.Tensor | None = None  # [B, A]
+    returns: torch.Tensor | None = None  # [B, A]
+
+    @property
+    def answer_width(self) -> int:
+        return self.answer_mask.shape[1]
+
+    @property
+    def prompt_width(self) -> int:
+        return self.input_ids.shape[1] - self.answer_width
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def __getitem__(self, rows) -> "Experience":
+        """Rows by slice, list or index tensor."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Experience(**{name: None if value is None else value[rows] for name, value in values.items()})
+
+    @staticmethod
+    def concat(parts: list["Experience"], pad_token_id: int) -> "Experience":
+        """All rows of several rounds: prompts padded further on the left, answers on the right."""
+        if len(parts) == 1:
+            return parts[0]
+        prompt_width = max(part.prompt_width for part in parts)
+        answer_width = max(part.answer_width for part in parts)
+
+        def widen(part: Experience, name: str):
+            value = getattr(part, name)
+            if value is None or value.dim() == 1:
+                return value
+            right = answer_width - part.answer_width
+            left = prompt_width - part.prompt_width if name in ("input_ids", "attention_mask") else 0
+            return F.pad(value, (left, right), value=pad_token_id if name == "input_ids" else 0)
+
+        columns = {f.name: [widen(part, f.name) for part in parts] for f in fields(Experience)}
+        return Experience(**{n: None if values[0] is None else torch.cat(values) for n, values in columns.items()})

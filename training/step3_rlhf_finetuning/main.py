@@ -1,0 +1,260 @@
+#!/usr/bin/env python
+"""Step 3, RLHF: improve the model of step 1 with PPO against the reward model of step 2.
+
+one process:    python main.py --actor_model_name_or_path sft --critic_model_name_or_path reward --data_path local/demo --output_dir out
+many:           deepspeed main.py --actor_model_name_or_path sft --critic_model_name_or_path reward --actor_zero_stage 2 --output_dir out
+
+Rollouts are samples; advantages are computed once per experience; every loss is the mean over the real answer tokens of an
+optimizer step, however they fall on ranks, micro-batches and accumulation. ppo_math.py holds the mathematics.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+
+from training.step3_rlhf_finetuning.experience import Experience
+from training.step3_rlhf_finetuning.ppo_trainer import (
+    DeepSpeedPPOTrainer,
+    DeepSpeedPPOTrainerUnsupervised,
+    MicroBatch,
+)
+from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
+from utils import arguments
+from utils.data.data_utils import (
+    RLHF,
+    DataCollatorRLHF,
+    DataCollatorSFT,
+    StepBatchSampler,
+    create_prompt_dataset,
+    get_unsupervised_data,
+    make_loader,
+)
+from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, run_main
+from utils.metrics import make_writer
+from utils.perf import Stopwatch, print_throughput_step3
+from utils.utils import (
+    ExponentialMovingAverage,
+    MovingAverage,
+    load_hf_tokenizer,
+    moving_average,
+    print_rank_0,
+    progress,
+    save_hf_format,
+    set_random_seed,
+    to_device,
+)
+
+
+def build_parser():
+    parser = arguments.new_parser("Step 3: PPO with an actor, a reference, a critic and a reward model.")
+    arguments.add_data_arguments(parser, step=3)
+    arguments.add_rlhf_arguments(parser)
+    arguments.add_run_arguments(parser, step=3, seed=None)
+    return parser
+
+
+def check_tokenizers(args, tokenizer) -> None:
+    """The critic must read ids as the actor writes them."""
+    other = load_hf_tokenizer(args.critic_model_name_or_path, add_special_tokens=args.end_of_conversation_token)
+    if other.get_vocab() != tokenizer.get_vocab() or other.eos_token_id != tokenizer.eos_token_id:
+        raise UserError(
+            f"the tokenizers differ: actor {args.actor_model_name_or_path} has {len(tokenizer)} tokens and EOS "
+            f"{tokenizer.eos_token!r}, critic {args.critic_model_name_or_path} has {len(other)} and {other.eos_token!r}. "
+            "Train the reward model from a model with the actor's tokenizer"
+        )
+
+
+def unsupervised_batches(args, tokenizer):
+    """Endless micro-batches of plain text, each rank reading its own share in a seeded order."""
+    blocks = get_unsupervised_data(args, tokenizer)
+    collator = DataCollatorSFT(tokenizer.pad_token_id, args.max_prompt_seq_len + args.max_answer_seq_len)
+    generator = np.random.default_rng([args.seed, 1])
+    per_pass, rank, world = args.per_device_training_batch_size * get_world_size(), get_rank(), get_world_size()
+    while True:
+        order = np.resize(generator.permutation(len(blocks)), -(-len(blocks) // per_pass) * per_pass)
+        for rows in order.reshape(-1, per_pass):
+            yield collator([{"input_ids": blocks[i], "prompt_length": 0} for i in rows[rank::world]])
+
+
+def micro_batch_windows(experience: Experience, batch: "arguments.RLHFBatchSizes", generator, unsupervised):
+    """One pass over the experience in a fresh order: lists of the micro-batches of one optimizer step."""
+    order = torch.from_numpy(generator.permutation(len(experience))).to(experience.input_ids.device)
+    for window in order.split(batch.micro_batch * batch.accumulation):
+        yield [
+            MicroBatch(experience[rows], next(unsupervised) if unsupervised else None)
+            for rows in window.split(batch.micro_batch)
+        ]
+
+
+def main():
+    # 1. Arguments, processes, seeds
+    args = build_parser().parse_args()
+    device = init_distributed(args)
+    arguments.resolve_common(args)
+    batch = arguments.check_rlhf(args)
+    agree(lambda: arguments.check_output_dir(args.output_dir if get_rank() == 0 else None))
+    arguments.warn_num_padding(args)
+    set_random_seed(args.seed)
+    print_rank_0(batch.explain())
+
+    # 2. Tokenizer and prompts
+    tokenizer = load_hf_tokenizer(
+        args.actor_model_name_or_path,
+        add_special_tokens=args.end_of_conversation_token,
+        trust_remote_code=args.trust_remote_code,
+    )
+    check_tokenizers(args, tokenizer)
+    prompts, _ = create_prompt_dataset(
+        args.local_rank,
+        args.data_path,
+        args.data_split,
+        args.data_output_path,
+        RLHF,
+        args.seed,
+        tokenizer,
+        args.max_prompt_seq_len,
+        reload=args.rebuild_cache,
+        truncation_side=args.truncation_side,
+        max_train_samples=args.max_train_samples,
+        max_eval_samples=args.max_eval_samples,
+    )
+    sampler = StepBatchSampler(
+        prompts.lengths, args.per_device_generation_batch_size, batch.rounds, seed=args.seed, drop_last=True
+    )
+    loader = make_loader(
+        prompts, sampler, DataCollatorRLHF(tokenizer.pad_token_id, args.max_prompt_seq_len, args.pad_to_max_length)
+    )
+    updates = len(loader) // batch.rounds  # rounds of generation that fill no update are dropped
+    if updates == 0:
+        raise UserError(
+            f"{len(prompts)} prompts do not fill one update of {batch.rounds} x {sampler.rows_per_pass} prompts; "
+            "lower --per_device_generation_batch_size or --gradient_accumulation_steps, or give more data"
+        )
+    unsupervised = unsupervised_batches(args, tokenizer) if args.unsupervised_dataset_name else None
+
+    # 3. The engines and the trainer
+    optimizer_steps = args.num_train_epochs * updates * args.ppo_epochs * batch.steps_per_pass
+    rlhf_engine = DeepSpeedRLHFEngine(
+        args.actor_model_name_or_path, args.critic_model_name_or_path, tokenizer, args, optimizer_steps
+    )
+    trainer_class = DeepSpeedPPOTrainerUnsupervised if unsupervised else DeepSpeedPPOTrainer
+    trainer = trainer_class(rlhf_engine, args)
+    writer = make_writer(args)
+    set_random_seed(args.seed + 1000 * get_rank())  # from here on ranks sample different answers
+    shuffler = np.random.default_rng([args.seed, get_rank()])
+
+    # 4. Train
+    print_rank_0(f"***** Running training (total iterations = {args.num_train_epochs * updates}) *****")
+    average_samples, smooth_reward, step, stop = MovingAverage(), ExponentialMovingAverage(), 0, False
+    for epoch in range(args.num_train_epochs):
+        print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Generation Batches {len(loader)}")
+        sampler.set_epoch(epoch)
+        batches = iter(loader)
+        for update in progress(range(updates), f"epoch {epoch + 1}/{args.num_train_epochs}", updates):
+            # 4a. Experience: answers of the current policy, seen by all four models
+            watch = Stopwatch()
+            rounds, generate_time, generated_steps, prompt_tokens = [], 0.0, 0, 0
+            for _ in range(batch.rounds):
+                prompt_batch = to_device(next(batches), device)
+                prompt_tokens += int(prompt_batch["prompt_att_mask"].sum())
+                rounds.append(trainer.generate_experience(prompt_batch["prompt"], prompt_batch["prompt_att_mask"], step))
+                generate_time += trainer.generate_time
+                generated_steps += trainer.generated_steps
+            experience = Experience.concat(rounds, tokenizer.pad_token_id)
+
+            # 4b. Rewards and advantages, once
+            trainer.compute_rewards(experience)
+            trainer.get_advantages_and_returns(experience)
+            metrics = trainer.experience_metrics(experience)
+            experience_time = watch.lap()
+
+            # 4c. Updates: several passes, each in a fresh order
+            losses = []
+            for _ in range(args.ppo_epochs):
+                for window in micro_batch_windows(experience, batch, shuffler, unsupervised):
+                    loss = trainer.train_rlhf(window)
+                    if loss is not None:
+                        losses.append(loss)
+                        if args.enable_ema and loss["actor_step_applied"]:
+                            moving_average(
+                                rlhf_engine.actor, rlhf_engine.actor_ema, args.ema_decay, zero_stage=args.actor_zero_stage
+                            )
+            training_time = watch.lap()
+
+            # 4d. Report
+            report(args, rlhf_engine, writer, trainer, experience, metrics, losses, epoch, step, batch, smooth_reward,
+                   average_samples, experience_time, training_time, generate_time, generated_steps, prompt_tokens)  # fmt: skip
+            step += 1
+            stop = args.enable_test_mode and step >= args.test_stop_step
+            if stop:
+                print_rank_0(f"test mode: stopping after {step} steps (--test_stop_step)")
+                break
+        if stop:
+            break
+
+    # 5. Save
+    if args.output_dir is not None:
+        print_rank_0("saving model ...")
+        save_hf_format(rlhf_engine.actor, tokenizer, args, sub_folder="actor")
+        save_hf_format(rlhf_engine.critic, tokenizer, args, sub_folder="critic")
+        if args.enable_ema:
+            save_hf_format(rlhf_engine.actor_ema, tokenizer, args, sub_folder="actor_ema")
+    writer.close()
+
+
+def report(
+    args, rlhf_engine, writer, trainer, experience, metrics, losses, epoch, step, batch, smooth_reward, average_samples,
+    experience_time, training_time, generate_time, generated_steps, prompt_tokens,
+):  # fmt: skip
+    """Print the lines of one step and write its metrics."""
+    e2e_time = experience_time + training_time
+    answer_tokens = int(experience.attention_mask[:, experience.prompt_width :].sum())
+    counts = torch.tensor([prompt_tokens, answer_tokens], dtype=torch.float32, device=experience.input_ids.device)
+    prompt_tokens, answer_tokens = (int(count) for count in all_reduce_sum(counts).tolist())
+    rows = batch.rows_per_update * get_world_size()
+    averaged = {name: float(np.mean([loss[name] for loss in losses])) for name in losses[0]} if losses else {}
+    metrics |= averaged | {"updates": len(losses), "skipped_updates": trainer.skipped_updates}
+    smoothed = smooth_reward.update(metrics["score"])
+
+    others = experience_time - generate_time
+    samples = rows / e2e_time
+    shares = [100 * part / e2e_time for part in (generate_time, training_time, others)]
+    print_rank_0(
+        f"|E2E latency={e2e_time:.2f}s |Gather latency=0.00s (0.00%) |Generate time={generate_time:.2f}s ({shares[0]:.2f}%) "
+        f"|Training time={training_time:.2f}s ({shares[1]:.2f}%) |Others={others:.2f} ({shares[2]:.2f}%)"
+        f"|CurSamplesPerSec={samples:.2f} |AvgSamplesPerSec={average_samples.update(samples):.2f}"
+    )
+    print_rank_0(
+        f"Epoch: {epoch} | Step: {step} | PPO Epoch: {args.ppo_epochs} | Actor Loss: {averaged.get('actor_loss', 0.0)} | "
+        f"Critic Loss: {averaged.get('critic_loss', 0.0)} | Unsupervised Loss: {averaged.get('unsupervised_loss', 0.0)}"
+    )
+    metrics |= print_throughput_step3(
+        rlhf_engine.actor, rlhf_engine.critic, args, e2e_time, experience_time, training_time, rows=rows,
+        prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, generate_time=generate_time, generated_steps=generated_steps,
+    )  # fmt: skip
+    print_rank_0(
+        f"Average reward score: {metrics['score']} | EMA reward score: {smoothed}\n"
+        f"KL to the reference: {metrics['kl']:.3f} nats per answer | EOS rate: {metrics['eos_rate']:.2f} | "
+        f"Answer length: {metrics['answer_length']:.1f}"
+    )
+    if not losses:
+        print_rank_0(f"step {step}: no usable answer in the whole batch, no update")
+    print_rank_0("-" * 85)
+    metrics |= {
+        "actor_lr": rlhf_engine.actor.get_lr()[0],
+        "critic_lr": rlhf_engine.critic.get_lr()[0],
+        "seconds": e2e_time,
+        "generate_seconds": generate_time,
+        "training_seconds": training_time,
+        "wall_time": time.time(),
+    }
+    writer.write(step, metrics)
+
+
+if __name__ == "__main__":
+    run_main(main)

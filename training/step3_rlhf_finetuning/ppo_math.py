@@ -1,0 +1,193 @@
+"""The mathematics of PPO from human feedback, as free functions of tensors.
+
+Shapes: B rows, A answer positions (all answers of a batch begin in one column), V vocabulary. ``mask`` [B, A] is 1 at real answer
+tokens, the first EOS included, and 0 after it. All in fp32.
+
+Sources: PPO, Schulman et al. 2017, https://arxiv.org/abs/1707.06347. GAE, Schulman et al. 2015, https://arxiv.org/abs/1506.02438.
+RLHF, Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, and Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
+KL estimators, http://joschu.net/blog/kl-approx.html. Details, Huang et al. 2024, https://arxiv.org/abs/2403.17031.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]  # a sum over ranks; the identity for one process
+POSITIONS_PER_CHUNK = 1024  # rows of logits [., V] upcast to fp32 at a time
+
+
+def _this_process_only(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+def gather_log_probs(logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """log p(label) under softmax(logits / temperature).
+
+    Args:
+        logits: [B, A, V] in any dtype, those that predict ``labels``; labels: [B, A].
+
+    Returns:
+        [B, A] fp32. Logits are upcast chunk by chunk, so no whole fp32 copy exists in the forward pass.
+    """
+    parts = []
+    flat_logits, flat_labels = logits.flatten(0, 1), labels.flatten()
+    for part, wanted in zip(flat_logits.split(POSITIONS_PER_CHUNK), flat_labels.split(POSITIONS_PER_CHUNK), strict=True):
+        part = part.float() if temperature == 1.0 else part.float() / temperature
+        parts.append(-F.cross_entropy(part, wanted, reduction="none"))
+    return torch.cat(parts).view(labels.shape)
+
+
+@torch.no_grad()
+def entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Entropy in nats of softmax(logits / temperature): [B, A, V] -> [B, A] fp32."""
+    parts = []
+    for part in logits.flatten(0, 1).split(POSITIONS_PER_CHUNK):
+        log_probs = F.log_softmax(part.float() / temperature, dim=-1)
+        parts.append(-(log_probs.exp() * log_probs).sum(-1))
+    return torch.cat(parts).view(logits.shape[:2])
+
+
+def answer_mask(answer_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Real answer tokens: everything up to and with the first EOS, whatever id pads have. [B, A] ids -> [B, A] of 0 and 1."""
+    is_eos = (answer_ids == eos_token_id).long()
+    return (is_eos.cumsum(1) - is_eos == 0).long()
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = _this_process_only) -> torch.Tensor:
+    """The mean over real tokens of all ranks; 0 where there are none."""
+    total, count = reduce(torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)]))
+    return total / count.clamp(min=1)
+
+
+def masked_whiten(values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = _this_process_only, eps: float = 1e-8) -> torch.Tensor:
+    """Mean 0 and (unbiased) variance 1 over the real tokens of all ranks; 0 elsewhere. [B, A] -> [B, A]."""
+    mean = masked_mean(values, mask, reduce)
+    centred = (values - mean) * mask
+    squares, count = reduce(torch.stack([(centred**2).sum(), mask.sum().to(values.dtype)]))
+    return centred * torch.rsqrt(squares / (count - 1).clamp(min=1) + eps)
+
+
+def kl_per_token(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str = "k1") -> torch.Tensor:
+    """Estimates of KL(policy || reference) at sampled tokens, [B, A].
+
+    k1 = log p - log q: unbiased, may be negative. k3 = q/p - 1 - log(q/p): unbiased, never negative, less variance.
+    """
+    log_ratio = ref_log_probs - log_probs
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k3":
+        return torch.expm1(log_ratio) - log_ratio
+    raise ValueError(f"unknown KL estimator {estimator!r}: k1 or k3")
+
+
+def place_rewards(
+    scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, kl_ctl: float, clip_reward_value: float
+) -> torch.Tensor:
+    """Reward of each action: -kl_ctl * KL everywhere, and the clipped score on the last real answer token.
+
+    Args:
+        scores: [B], of whole answers; kl, mask: [B, A].
+
+    Returns:
+        [B, A]; 0 outside the mask. A row without real tokens has no reward.
+    """
+    rewards = -kl_ctl * kl * mask
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask * positions).argmax(dim=1, keepdim=True)
+    placed = scores.clamp(-clip_reward_value, clip_reward_value).unsqueeze(1) * mask.gather(1, last)
+    return rewards.scatter_add(1, last, placed.to(rewards.dtype))
+
+
+def get_advantages_and_returns(
+    values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation; nothing flows past an answer's end.
+
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  return_t = A_t + V_t, with V and A zero after the end.
+
+    Args:
+        values: [B, A], V of the state before each action; rewards, mask: [B, A].
+
+    Returns:
+        advantages [B, A], returns [B, A]; 0 outside the mask.
+    """
+    values = values * mask
+    advantage = torch.zeros_like(values[:, 0])
+    advantages = torch.zeros_like(values)
+    length = values.shape[1]
+    for t in reversed(range(length)):
+        next_value = values[:, t + 1] if t + 1 < length else torch.zeros_like(advantage)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        advantages[:, t] = advantage
+    return advantages, (advantages + values) * mask
+
+
+@dataclass
+class PolicyLoss:
+    """Sums over real tokens, to be divided by the token count of the whole mini-batch."""
+
+    loss: torch.Tensor  # scalar with gradient
+    clipped: torch.Tensor  # tokens whose gradient the clip stopped
+    approx_kl: torch.Tensor  # KL(old || new), k3
+    ratio: torch.Tensor  # new over old probability
+
+
+def policy_loss_sum(log_probs, old_log_probs, advantages, mask, cliprange: float) -> PolicyLoss:
+    """PPO's clipped surrogate, summed over real tokens: max(-A r, -A clip(r, 1-c, 1+c)), r = p_new / p_old. All [B, A]."""
+    log_ratio = (log_probs - old_log_probs) * mask
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    with torch.no_grad():
+        stopped = ((clipped > unclipped) * mask).sum()
+        approx_kl = ((torch.expm1(log_ratio) - log_ratio) * mask).sum()
+        ratio_sum = (ratio * mask).sum()
+    return PolicyLoss((torch.maximum(unclipped, clipped) * mask).sum(), stopped, approx_kl, ratio_sum)
+
+
+@dataclass
+class ValueLoss:
+    """Sums over real tokens, to be divided by the token count of the whole mini-batch."""
+
+    loss: torch.Tensor  # scalar with gradient
+    clipped: torch.Tensor  # tokens whose gradient the clip stopped
+
+
+def value_loss_sum(values, old_values, returns, mask, cliprange_value: float) -> ValueLoss:
+    """Half the squared error of the value, clipped around the old value, summed over real tokens. All [B, A]."""
+    clipped_values = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
+    unclipped = (values - returns) ** 2
+    clipped = (clipped_values - returns) ** 2
+    stopped = ((clipped > unclipped) * mask).sum().detach()
+    return ValueLoss(0.5 * (torch.maximum(unclipped, clipped) * mask).sum(), stopped)
+
+
+def explained_variance(values, returns, mask, reduce: Reduce = _this_process_only) -> torch.Tensor:
+    """1 - Var(returns - values) / Var(returns) over the real tokens of all ranks; 1 is perfect, 0 is a constant."""
+    sums = [mask.sum().to(values.dtype)]
+    for x in (returns, returns - values):
+        sums += [(x * mask).sum(), (x**2 * mask).sum()]
+    count, r, rr, e, ee = reduce(torch.stack(sums).double())
+    count = count.clamp(min=1)
+    variance, error = rr / count - (r / count) ** 2, ee / count - (e / count) ** 2
+    return 1 - error / variance.clamp(min=1e-12)
+
+
+class AdaptiveKLController:
+    """Moves the KL coefficient towards a target, in proportion to the error (Ziegler et al. 2019, section 2.2).
+
+    Args:
+        target: nats per answer; None keeps the coefficient fixed.
+        horizon: answers over which the coefficient can change by about its own size times the clipped error.
+    """
+
+    def __init__(self, value: float, target: float | None, horizon: int):
+        self.value, self.target, self.horizon = value, target, horizon
+
+    def update(self, kl: float, answers: int) -> None:
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.value *= 1 + error * answers / self.horizon

@@ -1,0 +1,347 @@
+"""Every command-line flag of the three steps, each defined once; a main.py composes the groups it needs."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from transformers import SchedulerType
+
+from utils.distributed import UserError
+
+
+def cache_folder() -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(base) / "three-steps-to-chat" / "data_files")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=38, width=100)
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is not 0 or more")
+    return value
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
+    return value
+
+
+def add_data_arguments(parser, step: int) -> None:
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data_path", nargs="*", default=["Dahoas/rm-static"],
+        help="datasets to blend: names of known datasets, local/jsonfile, local/demo, or paths of your own files")  # fmt: skip
+    add("--data_split", default="2,4,4",
+        help="shares of the data for step 1, 2 and 3, as in 6,2,2; only this step's share is read")  # fmt: skip
+    if step == 1:
+        add("--sft_only_data_path", nargs="*", default=[], help="datasets used whole, in this step only; none to turn off")
+    add("--data_output_path", default=cache_folder(),
+        help="where the split indices and the tokenised cache are kept")  # fmt: skip
+    add("--rebuild_cache", action="store_true", help="tokenise again even if the cache has this very data")
+    add("--max_train_samples", type=_positive, default=None, help="use at most this many training rows; None for all")
+    add("--max_eval_samples", type=_positive, default=None, help="use at most this many evaluation rows; None for all")
+    add("--truncation_side", choices=["left", "right"], default="left",
+        help="what a row that is too long loses: the beginning of its prompt, or its end (the published way)")  # fmt: skip
+    add("--pad_to_max_length", action="store_true", help="pad every batch to the maximum length instead of its longest row")
+    add("--add_eot_token", action="store_true", help="add --eot_token to the tokenizer and end every answer with it")
+    add("--eot_token", default="<|endoftext|>", help="the token --add_eot_token adds; it becomes the tokenizer's EOS")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with a model; off for safety")
+
+
+def add_sequence_length_argument(parser) -> None:
+    parser.add_argument("--max_seq_len", type=_positive, default=512, help="tokens of a row, prompt and answer and EOS together")
+
+
+def add_dtype_argument(parser) -> None:
+    parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default=None,
+                        help="training precision; None for bf16 where the accelerator supports it, else fp32")  # fmt: skip
+    parser.add_argument("--attn_implementation", choices=["sdpa", "eager", "flash_attention_2"], default=None,
+                        help="attention kernels; None for the model's default")  # fmt: skip
+    parser.add_argument("--deepspeed_config_overrides", metavar="FILE", default=None,
+                        help="JSON file laid over the DeepSpeed configuration key by key; None for no change")  # fmt: skip
+    parser.add_argument("--compute_fp32_loss", action="store_true",
+                        help="accepted for old command lines: the loss is always computed in fp32 here")  # fmt: skip
+
+
+def add_supervised_arguments(parser, learning_rate: float) -> None:
+    """Model, optimisation, DeepSpeed and LoRA of step 1 and step 2."""
+    group = parser.add_argument_group("model and optimisation")
+    add = group.add_argument
+    add("--model_name_or_path", required=True, help="folder or hub name of the model to start from")
+    add("--per_device_train_batch_size", type=_positive, default=16, help="rows per device and forward pass")
+    add("--per_device_eval_batch_size", type=_positive, default=16, help="rows per device in evaluation")
+    add_sequence_length_argument(group)
+    add("--learning_rate", type=float, default=learning_rate, help="peak learning rate")
+    add("--weight_decay", type=float, default=0.0, help="AdamW's decay of matrices; 0 to turn off")
+    add("--num_train_epochs", type=_positive, default=1, help="passes over the training rows")
+    add("--gradient_accumulation_steps", type=_positive, default=1, help="forward passes per optimizer step")
+    add_schedule_arguments(group, warmup=0)
+    add("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, slower")
+    add("--dropout", type=_probability, default=None, help="every dropout probability of the model; None for its own")
+    group = parser.add_argument_group("precision and memory")
+    add = group.add_argument
+    add("--offload", action="store_true", help="keep optimizer states (ZeRO-3: parameters too) in host memory")
+    add_dtype_argument(group)
+    add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=0,
+        help="what is sharded over ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters")  # fmt: skip
+    add_lora_arguments(parser)
+
+
+def add_schedule_arguments(group, warmup: int) -> None:
+    group.add_argument("--lr_scheduler_type", type=SchedulerType, default=SchedulerType.COSINE,
+                       choices=[SchedulerType(n) for n in ("linear", "cosine", "cosine_with_restarts", "polynomial",
+                                                           "constant", "constant_with_warmup")],
+                       metavar="NAME", help="linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup")  # fmt: skip
+    group.add_argument("--num_warmup_steps", type=_not_negative, default=warmup, help="optimizer steps of rising learning rate")
+
+
+def add_lora_arguments(parser, prefix: str = "") -> None:
+    """LoRA of one model; step 3 calls this for ``actor_`` and ``critic_``."""
+    whose = f"of the {prefix.rstrip('_')} " if prefix else ""
+    group = parser.add_argument_group(f"LoRA {whose}".strip())
+    add = group.add_argument
+    add(f"--{prefix}lora_dim", type=_not_negative, default=0, help="rank of the trained update; 0 to train the full weights")
+    add(f"--{prefix}lora_module_name", default="auto",
+        help="part of the names of the layers to adapt, as in decoder.layers.; auto for all linear layers of the blocks")  # fmt: skip
+    add(f"--{prefix}lora_learning_rate", type=float, default=5e-4, help="learning rate of the LoRA factors")
+    if prefix in ("", "actor_"):
+        add("--only_optimize_lora", action="store_true", help="freeze everything but LoRA (and a reward model's value head)")
+
+
+def add_run_arguments(parser, step: int, seed: int | None = 1234) -> None:
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--output_dir", default=None, help="where the model, metrics.jsonl and TensorBoard files go; None to save nothing")
+    add("--seed", type=int, default=seed, help="of data order, fresh weights, dropout and sampling")
+    add("--local_rank", type=int, default=-1, help="set by the launcher")
+    add("--log_interval", type=_positive, default=1, help="optimizer steps between throughput lines")
+    add("--enable_tensorboard", action="store_true", help="write TensorBoard files under --tensorboard_path")
+    add("--tensorboard_path", default=f"step{step}_tensorboard", help="folder of the TensorBoard files")
+    deepspeed.add_config_arguments(parser)
+
+
+def resolve_common(args) -> None:
+    """Fill in what depends on the machine."""
+    accelerator = get_accelerator()
+    if args.dtype is None:
+        args.dtype = "bf16" if accelerator.is_bf16_supported() else "fp32"
+    if args.dtype == "fp16" and not accelerator.is_fp16_supported():
+        raise UserError(f"--dtype fp16: {accelerator.device_name()} does not support it; use bf16 or fp32")
+    if args.dtype == "bf16" and not accelerator.is_bf16_supported():
+        raise UserError(f"--dtype bf16: {accelerator.device_name()} does not support it; use fp16 or fp32")
+    args.end_of_conversation_token = args.eot_token if args.add_eot_token else None
+    if args.seed is None:
+        args.seed = 1234
+
+
+def check_output_dir(output_dir: str | None) -> None:
+    """Raise UserError if the folder cannot be made or written to, before any work is spent."""
+    if output_dir is None:
+        return
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: cannot be written: {error.strerror}") from error
+
+
+def check_supervised(args) -> None:
+    """Refuse combinations of step 1 and 2 that cannot work, before anything is loaded."""
+    if args.only_optimize_lora and args.lora_dim == 0:
+        raise UserError("--only_optimize_lora trains nothing without --lora_dim; give it a rank, as in --lora_dim 16")
+    check_offload(args.offload, args.zero_stage, "--zero_stage")
+
+
+def check_offload(offload: bool, zero_stage: int, flag: str) -> None:
+    if offload and zero_stage == 0:
+        raise UserError(f"--offload moves what ZeRO manages to host memory; it needs {flag} 1, 2 or 3")
+
+
+def add_num_padding_argument(group) -> None:
+    group.add_argument("--num_padding_at_beginning", type=int, default=1,
+                       help="accepted for old command lines and ignored: masks tell where a row begins and ends")  # fmt: skip
+
+
+def warn_num_padding(args) -> None:
+    from utils.utils import print_rank_0
+
+    if args.num_padding_at_beginning != 1:
+        print_rank_0("note: --num_padding_at_beginning is ignored: masks tell where a row begins and ends")
+
+
+def add_rlhf_arguments(parser) -> None:
+    """Everything of step 3 beside data and run."""
+    add = parser.add_argument_group("models").add_argument
+    add("--actor_model_name_or_path", required=True, help="the model of step 1: actor and reference start from it")
+    add("--critic_model_name_or_path", required=True, help="the reward model of step 2: reward and critic start from it")
+    add("--actor_dropout", type=_probability, default=None, help="dropout of the actor; None for 0, as PPO wants")
+    add("--critic_dropout", type=_probability, default=None, help="dropout of the critic; None for 0")
+    add_num_padding_argument(parser)
+
+    group = parser.add_argument_group("batches and optimisation")
+    add = group.add_argument
+    add("--per_device_generation_batch_size", type=_positive, default=16, help="prompts answered at a time per device")
+    add("--per_device_training_batch_size", type=_positive, default=16, help="answers per device and forward pass of an update")
+    add("--generation_batches", type=_positive, default=1, help="rounds of generation before each update")
+    add("--ppo_epochs", type=_positive, default=1, help="passes over the answers of an update")
+    add("--gradient_accumulation_steps", type=_positive, default=1,
+        help="forward passes per optimizer step; more rounds of generation are made where one does not fill them")  # fmt: skip
+    add("--max_prompt_seq_len", type=_positive, default=256, help="tokens of a prompt; a longer one loses its beginning")
+    add("--max_answer_seq_len", type=_positive, default=256, help="tokens of an answer, its EOS included")
+    add("--num_train_epochs", type=_positive, default=1, help="passes over the prompts")
+    add("--actor_learning_rate", type=float, default=9.65e-6, help="peak learning rate of the actor")
+    add("--critic_learning_rate", type=float, default=5e-6, help="peak learning rate of the critic")
+    add("--actor_weight_decay", type=float, default=0.0, help="AdamW's decay of the actor's matrices; 0 to turn off")
+    add("--critic_weight_decay", type=float, default=0.0, help="AdamW's decay of the critic's matrices; 0 to turn off")
+    add_schedule_arguments(group, warmup=100)
+    add("--preprocessing_num_workers", type=int, default=None,
+        help="accepted for old command lines: the tokenizer uses all cores by itself")  # fmt: skip
+
+    add = parser.add_argument_group("PPO").add_argument
+    on_off = argparse.BooleanOptionalAction
+    add("--do_sample", action=on_off, default=True, help="rollouts are samples of the policy; --no-do_sample for greedy ones")
+    add("--temperature", type=float, default=1.0, help="of sampling, and of all log-probs; 0 for greedy")
+    add("--top_p", type=_probability, default=1.0, help="sample from the smallest set of tokens with this probability; 1 for all")
+    add("--top_k", type=_not_negative, default=0, help="sample from this many tokens; 0 for all")
+    add("--kl_ctl", type=float, default=0.1, help="weight of the KL penalty per token; 0 to turn off")
+    add("--kl_estimator", choices=["k1", "k3"], default="k1", help="k1: log p - log q; k3: never negative, less variance")
+    add("--kl_target", type=float, default=None, help="nats per answer the KL weight is steered to; None for a fixed weight")
+    add("--kl_horizon", type=_positive, default=10000, help="answers over which the KL weight adapts")
+    add("--clip_reward_value", type=float, default=5.0, help="scores are clipped to plus or minus this")
+    add("--normalize_reward", action="store_true", help="scale scores by the mean and std saved with the reward model")
+    add("--missing_eos_penalty", type=float, default=None, help="taken off the score of an answer without EOS; None for nothing")
+    add("--gamma", type=_probability, default=1.0, help="discount per token; 1 for none")
+    add("--lam", type=_probability, default=0.95, help="GAE's lambda: 0 trusts the critic, 1 the rewards")
+    add("--whiten_advantages", action=on_off, default=True, help="mean 0, std 1 over all ranks (published scripts: off)")
+    add("--cliprange", type=float, default=0.2, help="the policy's ratio is clipped to 1 plus or minus this")
+    add("--cliprange_value", type=float, default=0.2, help="the value is clipped to the old one plus or minus this")
+    add("--enable_ema", action="store_true", help="keep an fp32 moving average of the actor and save it too")
+    add("--ema_decay", type=_probability, default=0.992, help="how much of the average stays at each applied step")
+
+    add = parser.add_argument_group("unsupervised text (PPO-ptx)").add_argument
+    add("--unsupervised_dataset_name", default=None, help=".txt or .jsonl file, or a hub dataset with a column text; None for off")
+    add("--unsupervised_dataset_config_name", default=None, help="configuration of that hub dataset")
+    add("--unsup_coef", type=float, default=27.8, help="weight of the language-model loss on that text")
+
+    group = parser.add_argument_group("precision and memory")
+    add = group.add_argument
+    stages = dict(type=int, choices=[0, 1, 2, 3], default=0)
+    add("--actor_zero_stage", **stages, help="ZeRO stage of the actor (and, at 3, of the reference and the EMA)")
+    add("--critic_zero_stage", **stages, help="ZeRO stage of the critic (and, at 3, of the reward model)")
+    add("--offload", action="store_true", help="keep optimizer states (ZeRO-3: parameters too) of actor and critic on the host")
+    add("--offload_reference_model", action="store_true", help="keep the reference's weights in host memory, by ZeRO-3")
+    add("--offload_reward_model", action="store_true", help="keep the reward model's weights in host memory, by ZeRO-3")
+    add_dtype_argument(group)
+    add("--actor_gradient_checkpointing", action="store_true", help="recompute the actor's activations: less memory, slower")
+    add("--critic_gradient_checkpointing", action="store_true", help="recompute the critic's activations: less memory, slower")
+    add("--align_overflow", action="store_true", help="fp16: actor and critic skip overflowing steps together")
+
+    add = parser.add_argument_group("hybrid engine").add_argument
+    add("--enable_hybrid_engine", action="store_true",
+        help="for generation, gather ZeRO-3 weights once and fold LoRA in, instead of layer by layer for every token")  # fmt: skip
+    add("--unpin_actor_parameters", action="store_true", help="gather layer by layer after all: slower, less memory")
+    add("--release_inference_cache", action="store_true", help="give cached memory back after each generation phase")
+    add("--inference_tp_size", type=_positive, default=1, help="tensor-parallel ranks in generation; only 1 so far")
+    add("--tp_gather_partition_size", type=_positive, default=8, help="layers gathered at a time with --inference_tp_size above 1")
+    add("--enable_mixed_precision_lora", action="store_true", help="ZeRO++: quantised gathers of frozen weights (CUDA, ZeRO-3, LoRA)")
+
+    add_lora_arguments(parser, "actor_")
+    add_lora_arguments(parser, "critic_")
+
+    add = parser.add_argument_group("looking in and testing").add_argument
+    add("--print_answers", action="store_true", help="print prompts and sampled answers of rank 0")
+    add("--print_answers_interval", type=_positive, default=1, help="steps between printed answers")
+    add("--enable_test_mode", action="store_true", help="stop after --test_stop_step steps and save")
+    add("--test_stop_step", type=_not_negative, default=0, help="steps of test mode")
+
+
+@dataclass(frozen=True)
+class RLHFBatchSizes:
+    """The batch arithmetic of step 3, per device."""
+
+    generation_batch: int  # prompts answered at a time
+    rounds: int  # rounds of generation before each update
+    micro_batch: int  # answers per forward pass of an update
+    accumulation: int  # forward passes per optimizer step
+
+    @property
+    def rows_per_update(self) -> int:
+        return self.generation_batch * self.rounds
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Optimizer steps in one pass over the answers of an update."""
+        return self.rows_per_update // (self.micro_batch * self.accumulation)
+
+    def explain(self) -> str:
+        return (
+            f"batch per device: {self.rounds} x {self.generation_batch} answers generated = {self.rows_per_update} per update = "
+            f"{self.steps_per_pass} optimizer steps x {self.accumulation} forward passes x {self.micro_batch} answers"
+        )
+
+
+def check_rlhf(args) -> RLHFBatchSizes:
+    """Refuse combinations of step 3 that cannot work, with the arithmetic, before anything is loaded."""
+    generation, micro = args.per_device_generation_batch_size, args.per_device_training_batch_size
+    accumulation, rounds = args.gradient_accumulation_steps, args.generation_batches
+    if (generation * rounds) % micro:
+        raise UserError(
+            f"--per_device_generation_batch_size {generation} x --generation_batches {rounds} = {generation * rounds} answers "
+            f"do not divide into --per_device_training_batch_size {micro}"
+        )
+    passes = generation * rounds // micro
+    if accumulation > passes:
+        # The policy does not move before an optimizer step, so more rounds first is the same as accumulating over updates.
+        if accumulation % passes:
+            raise UserError(
+                f"--gradient_accumulation_steps {accumulation} is no multiple of the {passes} forward passes that "
+                f"{generation} x {rounds} answers in micro-batches of {micro} make"
+            )
+        rounds *= accumulation // passes
+    elif passes % accumulation:
+        raise UserError(
+            f"{generation} x {rounds} answers in micro-batches of {micro} make {passes} forward passes, "
+            f"which do not divide by --gradient_accumulation_steps {accumulation}"
+        )
+    if args.only_optimize_lora and args.actor_lora_dim == 0 and args.critic_lora_dim == 0:
+        raise UserError("--only_optimize_lora trains nothing without --actor_lora_dim or --critic_lora_dim")
+    check_offload(args.offload, args.actor_zero_stage, "--actor_zero_stage")
+    check_offload(args.offload, args.critic_zero_stage, "--critic_zero_stage")
+    if args.inference_tp_size > 1:
+        raise UserError("--inference_tp_size above 1 is not available: each rank generates with the whole gathered model")
+    if args.align_overflow:
+        raise UserError("--align_overflow is not available: use --dtype bf16, which does not overflow, instead of fp16")
+    if args.enable_mixed_precision_lora:
+        if get_accelerator().device_name() != "cuda":
+            raise UserError("--enable_mixed_precision_lora: ZeRO++'s quantised gathers need CUDA")
+        if args.actor_zero_stage != 3 or args.actor_lora_dim == 0:
+            raise UserError("--enable_mixed_precision_lora needs --actor_zero_stage 3 and --actor_lora_dim above 0")
+    if args.do_sample and args.temperature < 0:
+        raise UserError(f"--temperature {args.temperature}: must be 0 or more")
+    if args.enable_test_mode and args.test_stop_step < 1:
+        raise UserError("--enable_test_mode needs --test_stop_step 1 or more")
+    return RLHFBatchSizes(generation, rounds, micro, accumulation)

@@ -1,0 +1,147 @@
+"""The one place of the prompt format: training, chat and evaluation build their prompts here.
+
+A conversation is a list of turns {"role": "user" | "assistant", "content": str}. Three styles write it as text:
+
+    plain          " Human: q Assistant: a Human: q2 Assistant:"
+    hh             "\\n\\nHuman: q\\n\\nAssistant: a\\n\\nHuman: q2\\n\\nAssistant:"   (as in Dahoas/rm-static)
+    chat_template  whatever the tokenizer's own chat template makes of it
+"""
+
+import re
+
+from jinja2 import TemplateError
+
+PLAIN, HH, CHAT_TEMPLATE = "plain", "hh", "chat_template"
+STYLES = (PLAIN, HH, CHAT_TEMPLATE)
+
+# What stands before a turn's content; the content itself follows after one blank.
+_MARKS = {
+    PLAIN: {"user": " Human:", "assistant": " Assistant:"},
+    HH: {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"},
+}
+_ANY_MARK = re.compile(r"(?:^|\s+)(Human|Assistant):")
+_ROLE_OF = {"Human": "user", "Assistant": "assistant"}
+
+
+def format_prompt(turns, style=PLAIN, tokenizer=None):
+    """Text of a conversation that ends where the assistant's next answer begins.
+
+    Raises ValueError if the turns do not alternate or do not end in a user turn, if the style is unknown, or if
+    "chat_template" is asked of a tokenizer without one, or of one that refuses these turns.
+    """
+    _check_style(style)
+    _check_turns(turns)
+    if style == CHAT_TEMPLATE:
+        _check_has_template(tokenizer)
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from error
+    marks = _MARKS[style]
+    text = "".join(f"{marks[turn['role']]} {turn['content'].strip()}" for turn in turns)
+    return text + marks["assistant"]
+
+
+def format_answer(text, style=PLAIN):
+    """An answer as it follows its prompt: after exactly one blank, or with none in a chat template."""
+    _check_style(style)
+    return text.strip() if style == CHAT_TEMPLATE else " " + text.strip()
+
+
+def is_formatted(text):
+    """Whether a prompt already carries the marks: it begins with "Human:" and waits after "Assistant:"."""
+    return text.lstrip().startswith(("Human:", "Assistant:")) and text.rstrip().endswith("Assistant:")
+
+
+def parse_turns(text):
+    """Turns of a prompt text: of " Human: … Assistant:" those it names, of any other text one user turn."""
+    if not is_formatted(text):
+        return [{"role": "user", "content": text.strip()}]
+    turns = []
+    marks = list(_ANY_MARK.finditer(text))
+    # The last mark is the "Assistant:" that waits for its answer.
+    for mark, following in zip(marks, marks[1:], strict=False):
+        role, content = _ROLE_OF[mark.group(1)], text[mark.end() : following.start()]
+        if turns and turns[-1]["role"] == role:
+            # Two turns of one role in a row: the second mark is part of what was said.
+            turns[-1]["content"] += f" {mark.group(1)}:{content}"
+        else:
+            turns.append({"role": role, "content": content})
+    return [{"role": turn["role"], "content": turn["content"].strip()} for turn in turns]
+
+
+def prompt_from_text(text, style=PLAIN, tokenizer=None):
+    """Formatted prompt of a line of text.
+
+    Text that already carries the marks (a row of rm-static, say) stays as it was written, since a model was trained on
+    exactly that; only a chat template takes it apart and writes it anew.
+    """
+    _check_style(style)
+    if is_formatted(text) and style != CHAT_TEMPLATE:
+        return text
+    return format_prompt(parse_turns(text), style, tokenizer)
+
+
+def encode_prompt(text, tokenizer, style=PLAIN):
+    """Token ids of a formatted prompt, with the tokenizer's BOS once and without an EOS at its end."""
+    # A chat template writes its own special tokens into the text.
+    ids = tokenizer(text, add_special_tokens=style != CHAT_TEMPLATE)["input_ids"]
+    # Some tokenizers close every text with EOS; here the answer is still to come.
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return ids
+
+
+def truncate_left(ids, max_tokens, bos_token_id=None):
+    """The last max_tokens ids; a BOS at the beginning keeps its place."""
+    if len(ids) <= max_tokens:
+        return ids
+    if max_tokens > 1 and bos_token_id is not None and ids[0] == bos_token_id:
+        return [bos_token_id] + ids[len(ids) - max_tokens + 1 :]
+    return ids[len(ids) - max_tokens :]
+
+
+def stop_strings(style=PLAIN):
+    """Strings that begin the next human turn; none for a chat template, whose turns end with a token of their own."""
+    _check_style(style)
+    # A model trained on one of the two text formats has often seen the other one too.
+    return () if style == CHAT_TEMPLATE else ("\n\nHuman:", "\nHuman:", " Human:")
+
+
+def cut_at_next_human(text, style=PLAIN):
+    """The text up to where the next human turn begins; all of it if none begins."""
+    starts = [start for start in map(text.find, stop_strings(style)) if start >= 0]
+    return text[: min(starts)] if starts else text
+
+
+def end_of_turn_id(tokenizer):
+    """Id of the special token with which the tokenizer's chat template closes an assistant turn, or None."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "an answer"
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+    closing = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2]
+    ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in tokenizer.all_special_ids), None)
+
+
+def _check_style(style):
+    if style not in STYLES:
+        raise ValueError(f"unknown prompt style {style!r}: choose one of {', '.join(STYLES)}")
+
+
+def _check_turns(turns):
+    roles = [turn["role"] for turn in turns]
+    if not roles or roles[-1] != "user":
+        raise ValueError("a prompt must end in a user turn")
+    for role, following in zip(roles, roles[1:], strict=False):
+        if role == following:
+            raise ValueError(f"turns must alternate, but two {role} turns follow each other")
+    unknown = set(roles) - {"user", "assistant"}
+    if unknown:
+        raise ValueError(f"unknown role {sorted(unknown)[0]!r}: a turn is of the user or of the assistant")
+
+
+def _check_has_template(tokenizer):
+    if tokenizer is None or not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template: use the prompt style plain or hh")

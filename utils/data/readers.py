@@ -1,0 +1,750 @@
+"""Row readers: json, jsonl, csv and parquet files as sequences of dictionaries, in little memory; splits of a folder.
+
+Every reader has len(), [i] -> dict (any integer type, negative too), where(i) -> "file, line 12" and column_names.
+Rows are read one at a time with pread, not through a memory map: the pages of a map count as resident memory of the
+process, so that a pass over a large file would look, and be limited, as if the file had been loaded. pread leaves
+nothing behind, is thread-safe, and stays right in forked workers.
+
+JSON lines are read where they lie. Parquet, CSV and gzip have no cheap access to row i, and a shuffled split asks for
+exactly that: their rows are streamed once into an unnamed temporary file (TMPDIR decides where), on first use.
+
+Damage of a file (bytes that are not UTF-8, invalid JSON, duplicate keys, no rows) is a DataError that names file and
+line. Whether the fields of a row are usable is not decided here: see utils.data.raw_datasets.
+"""
+
+import csv
+import errno
+import gzip
+import hashlib
+import json
+import operator
+import os
+import re
+import sys
+import tempfile
+import weakref
+import zlib
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+BOM = b"\xef\xbb\xbf"
+CHUNK_BYTES = 4 << 20
+PARQUET_BATCH_ROWS = 256
+PEEK_ROWS = 100
+# Lines up to this length are looked at for being blank; a longer line of blanks only is reported as invalid JSON.
+LONGEST_BLANK_LINE = 16
+
+
+class DataError(ValueError):
+    """Input data that cannot be used. The message names file, line or row, field, what was expected and found."""
+
+
+def kind_of(value: Any) -> str:
+    """The JSON name of a value's type, for messages."""
+    if value is None:
+        return "null"
+    names = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def content_fingerprint(path_or_paths: str | os.PathLike | Iterable[str | os.PathLike]) -> str:
+    """32 hex digits that depend on the bytes of the given files, in the given order, and on nothing else.
+
+    The place and time stamps of a file do not count, so a copied file keeps its fingerprint on every machine.
+    A folder stands for all files in it, with their names relative to the folder.
+    """
+    paths = [path_or_paths] if isinstance(path_or_paths, (str, os.PathLike)) else list(path_or_paths)
+    digest = hashlib.blake2b(digest_size=16)
+    for path in map(Path, paths):
+        if path.is_dir():
+            for file in sorted(item for item in path.rglob("*") if item.is_file()):
+                digest.update(file.relative_to(path).as_posix().encode(errors="surrogateescape") + b"\0")
+                _hash_file(file, digest)
+        else:
+            _hash_file(path, digest)
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path, digest: "hashlib.blake2b") -> None:
+    """Adds size and bytes of one file; the size keeps ["ab", "c"] and ["a", "bc"] apart."""
+    try:
+        with open(path, "rb") as file:
+            digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+class Rows(Sequence):
+    """A sequence of dictionaries that can say where each of them stands."""
+
+    # Of JSON, the keys in the first PEEK_ROWS rows.
+    column_names: list[str]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        position = operator.index(index)
+        if position < 0:
+            position += len(self)
+        if not 0 <= position < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self._row(position)
+
+    def _row(self, position: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def where(self, index: int) -> str:
+        """The place of row `index` in words, counted from 1: "train.jsonl, line 12"."""
+        raise NotImplementedError
+
+    def keep_columns(self, names: Iterable[str]) -> None:
+        """Says that only these columns are needed. Readers leave the others out where that saves work."""
+
+
+class ListRows(Rows):
+    """Rows that are in memory already."""
+
+    def __init__(self, rows: list[dict[str, Any]], label: str):
+        self.rows = rows
+        self.label = label
+        self.column_names = _keys_of(rows[:PEEK_ROWS])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _row(self, position: int) -> dict[str, Any]:
+        return self.rows[position]
+
+    def where(self, index: int) -> str:
+        return f"{self.label}, row {int(index) + 1}"
+
+
+class SubsetRows(Rows):
+    """The rows of `rows` at `indices`, in the order of `indices`."""
+
+    def __init__(self, rows: Rows, indices: np.ndarray):
+        self.rows = rows
+        self.indices = np.asarray(indices)
+        self.column_names = rows.column_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _row(self, position: int) -> dict[str, Any]:
+        return self.rows[self.indices[position]]
+
+    def where(self, index: int) -> str:
+        return self.rows.where(self.indices[index])
+
+
+class ConcatRows(Rows):
+    """The rows of several sources, one after the other."""
+
+    def __init__(self, parts: list[Rows]):
+        self.parts = parts
+        self.column_names = list(dict.fromkeys(name for part in parts for name in part.column_names))
+        self._first_rows: list[int] | None = None
+
+    def _starts(self) -> list[int]:
+        if self._first_rows is None:
+            self._first_rows = [0, *accumulate(len(part) for part in self.parts)]
+        return self._first_rows
+
+    def _locate(self, position: int) -> tuple[Rows, int]:
+        starts = self._starts()
+        part = bisect_right(starts, position) - 1
+        return self.parts[part], position - starts[part]
+
+    def __len__(self) -> int:
+        return self._starts()[-1]
+
+    def _row(self, position: int) -> dict[str, Any]:
+        part, row = self._locate(position)
+        return part[row]
+
+    def where(self, index: int) -> str:
+        part, row = self._locate(int(index))
+        return part.where(row)
+
+    def keep_columns(self, names: Iterable[str]) -> None:
+        for part in self.parts:
+            part.keep_columns(names)
+
+
+class HuggingFaceRows(Rows):
+    """Rows of a datasets.Dataset, which keeps them in memory-mapped Arrow files."""
+
+    def __init__(self, dataset: Any, label: str):
+        if len(dataset) == 0:
+            raise DataError(f"{label}: expected at least one row, found none")
+        self.column_names = list(dataset.column_names)
+        self.label = label
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _row(self, position: int) -> dict[str, Any]:
+        try:
+            return self.dataset[position]
+        except (ValueError, OSError) as error:
+            raise DataError(f"{self.where(position)}: expected a readable row, found: {error}") from error
+
+    def where(self, index: int) -> str:
+        return f"{self.label}, row {int(index) + 1}"
+
+    def keep_columns(self, names: Iterable[str]) -> None:
+        self.dataset = self.dataset.select_columns([name for name in self.column_names if name in names])
+
+
+class _FileRows(Rows):
+    """Rows that lie as JSON text at known offsets of an open file: the file itself or a temporary one.
+
+    A subclass gives _open() -> (descriptor, starts, ends, line numbers or None), called on first use, so that a run
+    which finds its tokens in the cache never scans or copies the data file.
+    """
+
+    unit = "line"
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = str(path)
+        self.wanted: frozenset[str] | None = None
+        self._index: tuple[int, np.ndarray, np.ndarray, np.ndarray | None] | None = None
+        with _errors_name(self.path):
+            if os.path.getsize(self.path) == 0:
+                raise DataError(f"{self.path}: expected rows, found an empty file")
+        self.column_names = self._peek_columns()
+
+    def __reduce__(self) -> tuple:
+        # Worker processes that are not forked open the file anew.
+        return type(self), (self.path,), {"wanted": self.wanted}
+
+    def keep_columns(self, names: Iterable[str]) -> None:
+        self.wanted = frozenset(names)
+
+    def _is_wanted(self, name: str) -> bool:
+        return self.wanted is None or name in self.wanted
+
+    def _peek_columns(self) -> list[str]:
+        raise NotImplementedError
+
+    def _open(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray | None]:
+        raise NotImplementedError
+
+    def _opened(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray | None]:
+        if self._index is None:
+            with _errors_name(self.path):
+                index = self._open()
+            weakref.finalize(self, os.close, index[0])
+            if len(index[1]) == 0:
+                raise DataError(f"{self.path}: expected at least one row, found none")
+            self._index = index
+        return self._index
+
+    def __len__(self) -> int:
+        return len(self._opened()[1])
+
+    def _row(self, position: int) -> dict[str, Any]:
+        descriptor, starts, ends, _ = self._opened()
+        start = int(starts[position])
+        return json.loads(os.pread(descriptor, int(ends[position]) - start, start))
+
+    def where(self, index: int) -> str:
+        lines = self._opened()[3]
+        return f"{self.path}, {self.unit} {int(index) + 1 if lines is None else int(lines[index])}"
+
+
+class JsonLinesFile(_FileRows):
+    """One JSON object per line, read in place (a .gz is unpacked into a temporary file). Blank lines do not count.
+
+    In memory: three int64 per row.
+    """
+
+    def _peek_columns(self) -> list[str]:
+        rows = []
+        with _errors_name(self.path), _open_binary(self.path) as file:
+            for number, line in enumerate(file, start=1):
+                line = line.removeprefix(BOM) if number == 1 else line
+                if line.strip():
+                    rows.append(parse_object(line, f"{self.path}, line {number}"))
+                if len(rows) == PEEK_ROWS:
+                    break
+        if not rows:
+            raise DataError(f"{self.path}: expected at least one row, found only blank lines")
+        return _keys_of(rows)
+
+    def _open(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        if _is_packed(self.path):
+            with _open_binary(self.path) as packed, tempfile.TemporaryFile() as unpacked:
+                while chunk := packed.read(CHUNK_BYTES):
+                    unpacked.write(chunk)
+                unpacked.flush()
+                descriptor = os.dup(unpacked.fileno())
+        else:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        return descriptor, *_index_lines(descriptor)
+
+    def _row(self, position: int) -> dict[str, Any]:
+        descriptor, starts, ends, _ = self._opened()
+        start = int(starts[position])
+        return parse_object(os.pread(descriptor, int(ends[position]) - start, start), lambda: self.where(position))
+
+
+class JsonArrayFile(Rows):
+    """A JSON array of objects. It has to be read whole: give large data as JSON lines."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = str(path)
+        with _errors_name(self.path), _open_binary(self.path) as file:
+            rows = _parse_json(file.read().removeprefix(BOM), lambda: self.path)
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict):
+                raise DataError(f"{self.path}, row {number}: expected a JSON object, found {kind_of(row)}")
+        if not rows:
+            raise DataError(f"{self.path}: expected at least one row, found an empty array")
+        self.column_names = _keys_of(rows[:PEEK_ROWS])
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _row(self, position: int) -> dict[str, Any]:
+        return self.rows[position]
+
+    def where(self, index: int) -> str:
+        return f"{self.path}, row {int(index) + 1}"
+
+
+class CsvFile(_FileRows):
+    """Comma-separated values with a header line. A short row lacks its last fields; a long one is an error."""
+
+    def _peek_columns(self) -> list[str]:
+        with _errors_name(self.path):
+            header, _ = next(self._records(), ([], 1))
+        repeated = [name for name, count in Counter(header).items() if count > 1]
+        if not header or repeated:
+            found = f"the column {repeated[0]!r} twice" if repeated else "none"
+            raise DataError(f"{self.path}, line 1: expected a header with one name per column, found {found}")
+        return header
+
+    def _records(self) -> Iterator[tuple[list[str], int]]:
+        """Each record with the line on which it begins; a quoted field may span lines."""
+        # The limit of the csv module (128 KB per field) is far below what a long conversation takes.
+        csv.field_size_limit(sys.maxsize)
+        with _open_binary(self.path) as file:
+            reader = csv.reader(self._decoded(file), strict=True)
+            begin = 1
+            while True:
+                try:
+                    record = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    raise DataError(f"{self.path}, line {begin}: expected a CSV record, found: {error}") from error
+                if record:
+                    yield record, begin
+                begin = reader.line_num + 1
+
+    def _decoded(self, file: BinaryIO) -> Iterator[str]:
+        # Decoded line by line, because a text file decodes ahead and could not tell the line of a bad byte.
+        for number, line in enumerate(file, start=1):
+            yield _decode(line.removeprefix(BOM) if number == 1 else line, f"{self.path}, line {number}")
+
+    def _open(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        records = self._records()
+        header, _ = next(records)
+        wanted = [i for i, name in enumerate(header) if self._is_wanted(name)]
+
+        def rows() -> Iterator[tuple[dict[str, Any], int]]:
+            for record, line in records:
+                if len(record) > len(header):
+                    raise DataError(f"{self.path}, line {line}: expected {len(header)} fields, found {len(record)}")
+                yield {header[i]: record[i] for i in wanted if i < len(record)}, line
+
+        return _spool(rows())
+
+
+class ParquetFile(_FileRows):
+    """A parquet file, streamed once in small batches of the wanted columns."""
+
+    unit = "row"
+
+    def _peek_columns(self) -> list[str]:
+        return list(self._parquet().schema_arrow.names)
+
+    def _parquet(self) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            # Without a buffer size Arrow holds whole column chunks, which is the file where one row group is all of it.
+            return pq.ParquetFile(self.path, buffer_size=1 << 20)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{self.path}: expected a parquet file, found: {error}") from error
+
+    def _open(self) -> tuple[int, np.ndarray, np.ndarray, None]:
+        with self._parquet() as file:
+            descriptor, starts, ends, _ = _spool(self._batched_rows(file))
+        return descriptor, starts, ends, None
+
+    def _batched_rows(self, file: Any) -> Iterator[tuple[dict[str, Any], int]]:
+        import pyarrow as pa
+
+        wanted = [name for name in self.column_names if self._is_wanted(name)]
+        repeated = [name for name, count in Counter(wanted).items() if count > 1]
+        if repeated:
+            raise DataError(f"{self.path}: expected one column {repeated[0]!r}, found several")
+        number = 0
+        try:
+            # One thread: Arrow's thread pool does not survive the fork of a worker process.
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=wanted, use_threads=False):
+                for row in _batch_rows(batch, self.path, number):
+                    number += 1
+                    yield row, number
+        except DataError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{self.path}, after row {number}: expected more rows, found: {error}") from error
+
+
+def _batch_rows(batch: Any, path: str, rows_before: int) -> list[dict[str, Any]]:
+    """The rows of an Arrow batch; text that is not UTF-8 is looked for row by row only once it is known to be there."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        for offset in range(batch.num_rows):
+            try:
+                batch.slice(offset, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                place = f"{path}, row {rows_before + offset + 1}"
+                raise DataError(f"{place}: expected UTF-8 text, found: {error.reason}") from error
+        raise
+
+
+def parse_object(data: bytes, where: str | Callable[[], str]) -> dict[str, Any]:
+    """One JSON object from the bytes of a line; `where` (text, or a function that makes it) begins error messages."""
+    place = where if callable(where) else lambda: where
+    row = _parse_json(data, place)
+    if not isinstance(row, dict):
+        raise DataError(f"{place()}: expected one JSON object per line, found {kind_of(row)}")
+    return row
+
+
+def _parse_json(data: bytes, place: Callable[[], str]) -> Any:
+    """json.loads with duplicate keys refused, and every way to fail turned into a DataError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            key = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise DataError(f"{place()}: expected each key once, found {key!r} twice")
+        return row
+
+    try:
+        return json.loads(_decode(data, place), object_pairs_hook=unique)
+    except DataError:
+        raise
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise DataError(f"{place()}: expected valid JSON, found: {error.msg} ({at})") from error
+    except RecursionError:
+        raise DataError(f"{place()}: expected valid JSON, found: nested too deeply") from None
+    except ValueError as error:
+        raise DataError(f"{place()}: expected valid JSON, found: {error}") from error
+
+
+def _decode(data: bytes, where: str | Callable[[], str]) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        place = where() if callable(where) else where
+        line = data.count(b"\n", 0, error.start)
+        within = f" (line {line + 1} of it)" if line else ""
+        found = f"byte 0x{data[error.start]:02x} at position {error.start}{within}"
+        raise DataError(f"{place}: expected UTF-8, found {found}: {error.reason}") from error
+
+
+def _keys_of(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _is_packed(path: str) -> bool:
+    return path.lower().endswith(".gz")
+
+
+def _open_binary(path: str) -> BinaryIO:
+    return gzip.open(path, "rb") if _is_packed(path) else open(path, "rb")
+
+
+@contextmanager
+def _errors_name(path: str) -> Iterator[None]:
+    """Turns what the operating system and gzip raise into a DataError that names the file."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            place = tempfile.gettempdir()
+            raise DataError(
+                f"{path}: no room for a copy of its rows in {place} (TMPDIR names another place)"
+            ) from error
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _index_lines(descriptor: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(starts, ends, line numbers from 1) of the lines that are not blank, each int64, without BOM and line feeds."""
+    size = os.fstat(descriptor).st_size
+    line_feeds = [
+        np.flatnonzero(np.frombuffer(os.pread(descriptor, CHUNK_BYTES, offset), np.uint8) == 0x0A) + offset
+        for offset in range(0, size, CHUNK_BYTES)
+    ]
+    ends = np.concatenate([*line_feeds, [size]]).astype(np.int64)
+    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
+    if os.pread(descriptor, len(BOM), 0) == BOM:
+        starts[0] = len(BOM)
+    keep = ends > starts
+    for i in np.flatnonzero(keep & (ends - starts <= LONGEST_BLANK_LINE)):
+        keep[i] = bool(os.pread(descriptor, int(ends[i] - starts[i]), int(starts[i])).strip())
+    return starts[keep], ends[keep], np.flatnonzero(keep) + 1
+
+
+def _spool(rows: Iterable[tuple[dict[str, Any], int]]) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """Writes (row, line number) pairs as JSON into an unnamed temporary file: (descriptor, starts, ends, lines)."""
+    # A date or a byte string of a parquet column is no text for us; it must not turn into some.
+    encode = json.JSONEncoder(ensure_ascii=False, default=lambda value: {"type": type(value).__name__}).encode
+    starts, ends, lines = array("q"), array("q"), array("q")
+    position = 0
+    with tempfile.TemporaryFile() as file:
+        for row, line in rows:
+            starts.append(position)
+            position += file.write(encode(row).encode())
+            ends.append(position)
+            lines.append(line)
+        file.flush()
+        descriptor = os.dup(file.fileno())
+    return descriptor, *(np.array(part, np.int64) for part in (starts, ends, lines))
+
+
+def _begins_with_bracket(path: Path) -> bool:
+    with _errors_name(str(path)), _open_binary(str(path)) as file:
+        while chunk := file.read(1 << 16):
+            text = chunk.removeprefix(BOM).lstrip()
+            if text:
+                return text.startswith(b"[")
+    return False
+
+
+def _json_file(path: Path) -> Rows:
+    return JsonArrayFile(path) if _begins_with_bracket(path) else JsonLinesFile(path)
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".json": _json_file,
+    ".jsonl": JsonLinesFile,
+    ".ndjson": JsonLinesFile,
+    ".csv": CsvFile,
+    ".parquet": ParquetFile,
+}
+
+
+def file_kind(path: str | os.PathLike) -> str | None:
+    """The ending that decides the reader (".jsonl" for "a.jsonl.gz"), or None where no reader fits."""
+    name = Path(path).name.lower()
+    kind = Path(name.removesuffix(".gz")).suffix
+    packed_parquet = kind == ".parquet" and name.endswith(".gz")
+    return kind if kind in READERS and not packed_parquet else None
+
+
+def open_file(path: str | os.PathLike) -> Rows:
+    """The rows of one file by its ending.
+
+    Raises:
+        DataError: the file is missing, empty, damaged or of an unknown kind.
+    """
+    kind = file_kind(path)
+    if kind is None:
+        known = ", ".join(READERS)
+        raise DataError(f"{path}: expected a file that ends in one of {known} (or .gz after it, but for parquet)")
+    return READERS[kind](Path(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the rows of a split come from
+
+
+class Splits:
+    """Split name -> rows, each opened when first asked for. A split that is not there is a DataError."""
+
+    def __init__(
+        self, label: str, openers: Mapping[str, Callable[[], Rows]], hash_content: Callable[[], str], notes: str
+    ):
+        self.label = label
+        self.notes = notes
+        self._openers = openers
+        self._hash_content = hash_content
+        self._open: dict[str, Rows] = {}
+        self._columns: list[str] | None = None
+
+    def __getitem__(self, split: str) -> Rows:
+        if split not in self._openers:
+            found = ", ".join(self._openers)
+            raise DataError(f"{self.label}: expected a split {split!r}, found only: {found}")
+        if split not in self._open:
+            self._open[split] = self._openers[split]()
+            self._apply_columns(self._open[split])
+        return self._open[split]
+
+    def __contains__(self, split: str) -> bool:
+        return split in self._openers
+
+    def keep_columns(self, names: list[str]) -> None:
+        """Says that only these columns are needed; a split that has none of them is refused."""
+        self._columns = names
+        for rows in self._open.values():
+            self._apply_columns(rows)
+
+    def _apply_columns(self, rows: Rows) -> None:
+        if self._columns is None:
+            return
+        if not set(self._columns) & set(rows.column_names):
+            raise no_such_columns(self.label, self._columns, rows)
+        rows.keep_columns(self._columns)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all the data."""
+        return self._hash_content()
+
+
+def no_such_columns(label: str, expected: Sequence[str], rows: Rows) -> DataError:
+    return DataError(f"{label}: expected the column {' or '.join(map(repr, expected))}, found {columns_text(rows)}")
+
+
+def columns_text(rows: Rows) -> str:
+    names = rows.column_names
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return f"the columns {', '.join(map(repr, names[:20]))}{more}" if names else "no columns"
+
+
+def open_splits(path: str | os.PathLike, config: str | None = None) -> Splits:
+    """The splits of a file (one, "train"), a folder of data files or a `save_to_disk` folder.
+
+    In a folder the split of a file shows in its name, or else in the names of its folders: "data/train-00000.parquet",
+    "default/train/0000.parquet", "hh_test.jsonl". Without any such name all files are the train split. `config`: of
+    several variants that lie side by side, the one to read, where it exists.
+    """
+    path = Path(path)
+    if path.is_file():
+        return splits_of_files(path, {"train": [path]}, [])
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _saved_splits(path)
+
+    files = sorted(item for item in path.rglob("*") if _is_data_file(item, path))
+    variant = [file for file in files if config in (*file.relative_to(path).parts[:-1], file.name.split(".")[0])]
+    files = variant or files
+    if not files:
+        raise DataError(f"{path}: expected data files ({', '.join(READERS)}) or a save_to_disk folder, found none")
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(_split_of(file.relative_to(path)) or "", []).append(file)
+    unnamed = by_split.pop("", [])
+    if not by_split:
+        by_split, unnamed = {"train": unnamed}, []
+    for split, parts in by_split.items():
+        if len({file_kind(part) for part in parts}) > 1:
+            names = ", ".join(str(part.relative_to(path)) for part in parts)
+            raise DataError(f"{path}: expected files of one kind for the split {split!r}, found: {names}")
+    return splits_of_files(path, by_split, unnamed)
+
+
+# Files of the hub's layout that describe a dataset and hold no rows.
+_METADATA_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+_SPLIT_WORD = re.compile(r"(?:^|[^a-z])(train|eval|validation|valid|val|dev|test)(?:ing)?(?![a-z])", re.IGNORECASE)
+
+
+def _is_data_file(file: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return not hidden and file_kind(file) is not None and file.name not in _METADATA_FILES and file.is_file()
+
+
+def _split_of(relative: Path) -> str | None:
+    for name in reversed(relative.parts):
+        if found := _SPLIT_WORD.search(name):
+            return found[1].lower()
+    return None
+
+
+def splits_of_files(root: Path, by_split: dict[str, list[Path]], ignored: list[Path]) -> Splits:
+    def opener(files: list[Path]) -> Callable[[], Rows]:
+        return lambda: open_file(files[0]) if len(files) == 1 else ConcatRows([open_file(file) for file in files])
+
+    def hash_content() -> str:
+        return text_fingerprint([f"{split} {content_fingerprint(files)}" for split, files in sorted(by_split.items())])
+
+    def listed(files: list[Path]) -> str:
+        names = [str(file.relative_to(root)) if file != root else file.name for file in files]
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    notes = "; ".join(f"{split}: {listed(files)}" for split, files in by_split.items())
+    if ignored:
+        notes += f"; not read, for want of a split in the name: {listed(ignored)}"
+    openers = {split: opener(files) for split, files in by_split.items()}
+    return Splits(str(root), openers, hash_content, notes)
+
+
+def _saved_splits(path: Path) -> Splits:
+    """The splits of a folder that datasets' save_to_disk has written."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # the library raises whatever its parsers raise; all of it means the same here
+        raise DataError(
+            f"{path}: expected a save_to_disk folder, but it cannot be loaded: {_one_line(error)}"
+        ) from error
+    return _huggingface_splits(str(path), loaded, lambda: content_fingerprint(path))
+
+
+def splits_of_hub(hub_name: str, config: str | None, tried: Sequence[Path]) -> Splits:
+    """The splits of a dataset on the Hugging Face hub (or in the local cache of an earlier download)."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(hub_name, config)
+    except Exception as error:  # network, hub and parser errors share no base class
+        places = " or ".join(str(path) for path in tried)
+        raise DataError(
+            f"dataset {hub_name!r}: not found locally (looked for {places}) and could not be downloaded because "
+            f"{_one_line(error)}. Give the path of a local copy, a folder whose path contains the name"
+        ) from error
+    return _huggingface_splits(
+        hub_name,
+        loaded,
+        lambda: text_fingerprint([f"{split} {data._fingerprint}" for split, data in sorted(loaded.items())]),
+    )
+
+
+def _huggingface_splits(label: str, loaded: Any, hash_content: Callable[[], str]) -> Splits:
+    by_split = loaded if isinstance(loaded, Mapping) else {"train": loaded}
+
+    def opener(split: str) -> Callable[[], Rows]:
+        return lambda: HuggingFaceRows(by_split[split], f"{label}, split {split}")
+
+    return Splits(label, {split: opener(split) for split in by_split}, hash_content, "splits: " + ", ".join(by_split))
+
+
+def text_fingerprint(parts: Sequence[str]) -> str:
+    """32 hex digits that depend on the given texts."""
+    return hashlib.blake2b("\n".join(parts).encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

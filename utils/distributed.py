@@ -1,0 +1,184 @@
+"""Processes: how a script starts under three launchers, who is rank 0, and how one rank's failure reaches all.
+
+Everything here works with one process and no launcher too: a world of one still has a process group, so that no
+other module needs an "if distributed".
+"""
+
+import datetime
+import os
+import socket
+import sys
+import time
+import traceback
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed
+import deepspeed.comm as ds_dist
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.accelerator import get_accelerator
+
+
+class UserError(Exception):
+    """Something the user can mend: a flag, a file, a model. The message says what was found and what to do."""
+
+
+def get_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def get_local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def limit_cpu_threads() -> None:
+    """Give each rank of a node its share of the cores, unless the user has set OMP_NUM_THREADS.
+
+    Torch takes all cores for each process; two ranks on one machine then fight for them and run several times slower.
+    """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def init_distributed(args) -> torch.device:
+    """Join the process group and return this rank's device.
+
+    Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one on a free local port). Sets
+    ``args.local_rank`` and ``args.global_rank``.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1"
+        )
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if args.local_rank >= 0:
+        os.environ["LOCAL_RANK"] = str(args.local_rank)
+    limit_cpu_threads()
+    # DeepSpeed still calls torch's collectives by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    transformers.utils.logging.disable_progress_bar()  # bars of our own say more
+    transformers.utils.logging.set_verbosity_error()  # what loading missed is checked and raised by the model code
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(get_local_rank())
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    args.local_rank, args.global_rank = get_local_rank(), get_rank()
+    return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
+
+
+def barrier() -> None:
+    if get_world_size() > 1:
+        ds_dist.barrier()
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, as a new tensor of the same shape; the argument is left alone."""
+    total = values.detach().clone()
+    if get_world_size() > 1:
+        ds_dist.all_reduce(total)
+    return total
+
+
+def all_gather_objects(value) -> list:
+    """Small Python values (numbers, strings, dicts) of every rank, in rank order."""
+    if get_world_size() == 1:
+        return [value]
+    gathered = [None] * get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def agree(check: Callable[[], None]) -> None:
+    """Run a check on every rank; if it raises UserError on any, raise it on all, so that no rank waits for the others."""
+    problem = None
+    try:
+        check()
+    except UserError as error:
+        problem = str(error)
+    problems = [message for message in all_gather_objects(problem) if message]
+    if problems:
+        raise UserError(problems[0])
+
+
+_run_id: str | None = None
+
+
+def _get_run_id() -> str:
+    """A name for this launch that all ranks share: markers left by an earlier, failed launch must not be believed."""
+    global _run_id
+    if _run_id is None:
+        _run_id = next(name for name in all_gather_objects(uuid.uuid4().hex) if name)
+    return _run_id
+
+
+def once_per_node(result: Path, build: Callable[[], None], rebuild: bool = False, poll_seconds: float = 0.2) -> None:
+    """Let the first rank of each node make ``result`` (a path that appears atomically when complete).
+
+    The other ranks look for the file instead of sitting in a collective, whose timeout a long preparation would
+    outlast. If the build fails, its message reaches every rank as UserError.
+
+    Args:
+        rebuild: do not trust a result that is there already.
+    """
+    run_id = _get_run_id()
+    if rebuild:
+        barrier()  # nobody may find the old result below
+        if get_local_rank() == 0:
+            result.unlink(missing_ok=True)
+        barrier()
+    failure = result.with_name(f"{result.name}.{run_id}.failed")
+    if get_local_rank() == 0:
+        try:
+            if not result.exists():
+                build()
+        except Exception as error:
+            failure.parent.mkdir(parents=True, exist_ok=True)
+            failure.write_text(str(error) or repr(error))
+            if isinstance(error, ValueError | OSError):
+                raise UserError(str(error)) from error
+            raise
+    else:
+        while not result.exists():
+            if failure.exists():
+                raise UserError(failure.read_text())
+            time.sleep(poll_seconds)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call a script's main(); turn what the user can mend into one readable line and exit code 1 on every rank."""
+    try:
+        main()
+    except UserError as error:
+        if get_rank() == 0:
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        exit_code = 1
+    except Exception:
+        # The other ranks may be waiting for this one in a collective: leave at once, so that the launcher ends them.
+        print(f"rank {get_rank()} failed:", file=sys.stderr)
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    else:
+        exit_code = 0
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(exit_code)
+
+
+def now() -> str:
+    return datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")

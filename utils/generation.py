@@ -1,0 +1,270 @@
+"""Loading a saved model for use, and generating answers with it: what chat and the evaluation scripts share.
+
+Attention masks come from lengths, only flags decide how tokens are chosen, and an answer ends at its first stop id.
+"""
+
+import logging
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+# DeepSpeed comes in with the shared helpers and, without a GPU, greets every program on its standard output. The
+# scripts take run_main and UserError from here, so that this line always stands before that import.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+from utils.data.prompt_format import PLAIN, STYLES, end_of_turn_id, format_prompt, truncate_left  # noqa: E402
+from utils.distributed import UserError, run_main  # noqa: E402, F401
+from utils.utils import load_hf_tokenizer  # noqa: E402
+
+END_OF_TEXT = "<|endoftext|>"  # what --add_eot_token stands for in all three training steps
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model with all that is needed to ask it something."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: list[int]  # an answer ends at the first of these
+    max_positions: int | None  # longest prompt + answer in tokens; None: the configuration names no limit
+
+    @property
+    def pad_id(self) -> int:
+        """An id to fill rows with: 0 for a pad token outside the embedding, since fillers are masked anyway."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id < embedding_size(self.model) else 0
+
+
+@dataclass
+class Answer:
+    text: str
+    num_tokens: int  # with the stop id, if there is one
+    ended: bool  # by a stop id; otherwise cut off at max_new_tokens
+
+
+def add_loading_arguments(parser):
+    """The flags that say how a saved model is loaded and asked."""
+    group = parser.add_argument_group("loading")
+    group.add_argument(
+        "--prompt_style",
+        choices=STYLES,
+        default=PLAIN,
+        help="how a conversation is written as text: plain (' Human: ... Assistant:', the default), hh (the same on "
+        "paragraphs of their own, as in rm-static) or the tokenizer's chat_template",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="precision of the weights; auto: fp32 on CPU, bf16 on an accelerator (fp16 where it has no bf16)",
+    )
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: the accelerator if there is one")
+    group.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that comes with the model (off: refuse it)"
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of a --device value; UserError if there is no such device here."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: not a device that torch knows") from error
+    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
+        raise UserError(f"--device {name}: this machine has {accelerator.type if accelerator else 'only cpu'}")
+    if device.index is not None and device.type != "cpu" and device.index >= torch.accelerator.device_count():
+        raise UserError(f"--device {name}: there are only {torch.accelerator.device_count()} devices, counted from 0")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a --dtype value."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def check_model_folder(path: str, allow_hub_name: bool = True):
+    """UserError, with advice, unless the path is a folder that holds a model (or may be a name on the hub)."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if allow_hub_name and re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?", path) and not Path(path.split("/")[0]).exists():
+            return
+        raise UserError(f"no such model folder: {path}")
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{path} holds a LoRA adapter only: fold it into its base with inference/merge_lora.py first")
+    inner = sorted(str(config.parent) for config in folder.glob("*/config.json"))
+    advice = f"; perhaps you mean {' or '.join(inner[:4])}" if inner else ""
+    raise UserError(f"{path} is not a model folder: it has no config.json{advice}")
+
+
+def load_pretrained(auto_class, path: str, args) -> PreTrainedModel:
+    """A model with every weight taken from the checkpoint, in evaluation mode, on the device that `args` ask for.
+
+    Raises UserError if it cannot be read, or if weights are missing: they would be random numbers otherwise.
+    """
+    device = choose_device(args.device)
+    transformers_logging.set_verbosity_error()  # what matters of its loading report is told below
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = auto_class.from_pretrained(
+            path,
+            dtype=choose_dtype(args.dtype, device),
+            trust_remote_code=args.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the model in {path} cannot be loaded: {error}") from error
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise UserError(f"{path} lacks weights that a {type(model).__name__} needs: {missing}")
+    if report["unexpected_keys"]:
+        warn(f"{path} holds weights that a {type(model).__name__} does not use: {sorted(report['unexpected_keys'])}")
+    return model.eval().to(device)
+
+
+def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_name: bool = True) -> LanguageModel:
+    """Model and tokenizer of a folder; `args` hold the flags of add_loading_arguments."""
+    check_model_folder(path, allow_hub_name)
+    tokenizer = load_hf_tokenizer(
+        path, add_special_tokens=END_OF_TEXT if add_eot_token else None, trust_remote_code=args.trust_remote_code
+    )
+    try:
+        format_prompt([{"role": "user", "content": "?"}], args.prompt_style, tokenizer)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    model = load_pretrained(AutoModelForCausalLM, path, args)
+    if any("SequenceClassification" in name for name in model.config.architectures or []):
+        raise UserError(f"{path} is a reward model and writes no text; evaluation_scripts/rw_eval.py scores with it")
+    stop_ids = find_stop_ids(model, tokenizer)
+    # Nothing of the folder's generation settings may work unseen: what the flags say is what is done.
+    model.generation_config = GenerationConfig()
+    max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return LanguageModel(path, model, tokenizer, stop_ids, max_positions)
+
+
+def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: EOS, what closes a turn in the chat template, what the saved generation settings name."""
+    saved = model.generation_config.eos_token_id
+    saved = saved if isinstance(saved, list) else [saved]
+    # A default of some configuration class (2, say) may be an ordinary word of this tokenizer.
+    ids = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)} | (set(saved) & set(tokenizer.all_special_ids))
+    return sorted(ids - {None})
+
+
+def embedding_size(model: PreTrainedModel) -> int:
+    """Number of token ids the model knows."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def check_ids(rows: list[list[int]], model: PreTrainedModel, path: str):
+    """UserError if a row holds an id outside the model's embedding."""
+    highest = max((max(row) for row in rows if row), default=0)
+    if highest >= embedding_size(model):
+        raise UserError(
+            f"the tokenizer of {path} gives id {highest}, but its model knows only {embedding_size(model)} ids: "
+            "they do not belong together, or a token was added that the model was not trained with"
+        )
+
+
+def pad_rows(rows: list[list[int]], pad_id: int, side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, both [batch, longest row]; the mask comes from the lengths, whatever the ids are."""
+    longest = max(map(len, rows))
+    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids, mask in zip(rows, input_ids, attention_mask, strict=True):
+        place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        ids[place] = torch.tensor(row)
+        mask[place] = 1
+    return input_ids.to(device), attention_mask.to(device)
+
+
+def choosing_settings(do_sample: bool, temperature: float, top_p: float, top_k: int) -> dict:
+    """How generate() picks the next token: sampled, or the most probable one. UserError for values without meaning."""
+    if not do_sample:
+        return {"do_sample": False}
+    if temperature <= 0:
+        raise UserError(f"--temperature {temperature}: must be above 0")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top_p {top_p}: must be above 0 and at most 1 (1: off)")
+    if top_k < 0:
+        raise UserError(f"--top_k {top_k}: must not be negative (0: off)")
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+
+
+def room_for_prompt(lm: LanguageModel, max_new_tokens: int) -> int | None:
+    """Longest prompt in tokens that leaves room for the answer; None if the model names no limit."""
+    if max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
+    if lm.max_positions is None:
+        return None
+    if max_new_tokens >= lm.max_positions:
+        raise UserError(
+            f"--max_new_tokens {max_new_tokens} leaves no room for a prompt: {lm.name} holds {lm.max_positions} tokens"
+        )
+    return lm.max_positions - max_new_tokens
+
+
+@torch.no_grad()
+def generate_ids(lm: LanguageModel, prompts: list[list[int]], **settings) -> list[list[int]]:
+    """Ids that follow each prompt, up to and with the first stop id; num_return_sequences rows for each.
+
+    Prompts are padded on the left as one batch; generate() takes the position ids from the mask.
+    """
+    input_ids, attention_mask = pad_rows(prompts, lm.pad_id, "left", lm.model.device)
+    output = lm.model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        eos_token_id=lm.stop_ids,
+        pad_token_id=lm.pad_id,
+        **settings,
+    )
+    return [up_to_stop(row, lm.stop_ids) for row in output[:, input_ids.shape[1] :].tolist()]
+
+
+def up_to_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
+    """The ids up to and with the first stop id; all of them if there is none."""
+    end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
+    return ids if end is None else ids[: end + 1]
+
+
+def decode_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text without special tokens, every blank as the model wrote it."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def generate_answers(lm: LanguageModel, prompts: list[list[int]], batch_size: int, **settings) -> list[list[Answer]]:
+    """For each prompt its num_return_sequences answers (default 1). Too long a prompt loses its beginning, not BOS."""
+    check_ids(prompts, lm.model, lm.name)
+    room = room_for_prompt(lm, settings["max_new_tokens"])
+    if room is not None:
+        too_long = sum(len(ids) > room for ids in prompts)
+        if too_long:
+            warn(f"{too_long} prompts are longer than the {room} tokens that fit {lm.name}: they lose their beginning")
+        prompts = [truncate_left(ids, room, lm.tokenizer.bos_token_id) for ids in prompts]
+    copies = settings.get("num_return_sequences", 1)
+    rows = []
+    for start in range(0, len(prompts), batch_size):
+        rows += generate_ids(lm, prompts[start : start + batch_size], **settings)
+    answers = [Answer(decode_answer(row, lm.tokenizer), len(row), bool(row) and row[-1] in lm.stop_ids) for row in rows]
+    return [answers[start : start + copies] for start in range(0, len(answers), copies)]
+
+
+def warn(message: str):
+    """A line on standard error, which leaves the standard output to the results."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)

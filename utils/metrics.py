@@ -1,0 +1,61 @@
+"""What a run writes down: one JSON object per line in metrics.jsonl, and the same numbers to TensorBoard."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+from utils.distributed import UserError
+from utils.utils import is_rank_0
+
+
+class MetricsWriter:
+    """Appends rows to ``folder/metrics.jsonl`` and, if asked, scalars to TensorBoard. Each row is flushed as written."""
+
+    def __init__(self, folder: str | Path | None, tensorboard_path: str | Path | None = None):
+        self._file = None
+        self._tensorboard = None
+        self._start = time.time()
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self._file = open(Path(folder) / "metrics.jsonl", "w", encoding="utf-8")
+        if tensorboard_path is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError("--enable_tensorboard needs the package tensorboard: pip install tensorboard") from error
+            self._tensorboard = SummaryWriter(str(tensorboard_path))
+
+    def write(self, step: int, values: dict, prefix: str = "train") -> None:
+        """One row: {"step", "time", "prefix/name": value, ...}; a number that is not finite becomes null."""
+        row = {"step": step, "time": round(time.time() - self._start, 3)}
+        for name, value in values.items():
+            is_number = isinstance(value, int | float)
+            row[f"{prefix}/{name}"] = None if is_number and not math.isfinite(value) else value
+            if is_number and self._tensorboard is not None:
+                self._tensorboard.add_scalar(f"{prefix}/{name}", value, step)
+        if self._file is not None:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+class NullWriter:
+    """The twin for the other ranks: takes everything, does nothing."""
+
+    def write(self, step: int, values: dict, prefix: str = "train") -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def make_writer(args) -> MetricsWriter | NullWriter:
+    if not is_rank_0():
+        return NullWriter()
+    return MetricsWriter(args.output_dir, args.tensorboard_path if args.enable_tensorboard else None)

@@ -1,0 +1,193 @@
+"""A decoder that gives each position a value: the reward model of step 2, the critic of step 3."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from utils.distributed import UserError
+from utils.model.inputs import model_inputs
+
+HEAD_NAMES = ("score.weight", "v_head.weight")
+
+
+class ValueHead(nn.Linear):
+    """hidden -> one value, no bias, computed in fp32 whatever the model's dtype.
+
+    A fresh head has std 1/sqrt(hidden + 1): scores of a new reward model then have a variance near 1 (the published
+    summarisation-from-feedback code; see Huang et al., 2024, https://arxiv.org/abs/2403.17031, detail 12).
+    """
+
+    def __init__(self, hidden_size: int, dtype=None):
+        super().__init__(hidden_size, 1, bias=False, dtype=dtype)
+        nn.init.normal_(self.weight, std=(hidden_size + 1) ** -0.5)
+
+    def forward(self, hidden_states):
+        return F.linear(hidden_states.float(), self.weight.float()).squeeze(-1)
+
+
+def end_indices(attention_mask: torch.Tensor) -> torch.Tensor:
+    """[batch, length] -> [batch]: where each row's last real token stands, with pads on either side."""
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (attention_mask.long() * positions).argmax(dim=1)
+
+
+def end_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """values [batch, length] -> [batch]: the value at the last real token."""
+    return values.gather(1, end_indices(attention_mask).unsqueeze(1)).squeeze(1)
+
+
+def pairwise_loss(chosen_values, rejected_values, chosen_ids, rejected_ids, chosen_mask, rejected_mask, kind="per_token"):
+    """-log sigmoid(chosen - rejected), one number per pair.
+
+    ``end_token`` compares the two end scores (InstructGPT, https://arxiv.org/abs/2203.02155, eq. 1). ``per_token``
+    is the mean over the positions from the first token in which the two differ to the end of the longer one; the
+    shorter one keeps its end score there, so that no pad is ever looked at.
+
+    Args:
+        *_values: [pairs, length] fp32; *_ids, *_mask: [pairs, length], right-padded.
+
+    Returns:
+        [pairs]; exactly 0 with no gradient where the two sequences are identical.
+    """
+    chosen_end, rejected_end = end_indices(chosen_mask), end_indices(rejected_mask)
+    differs = (chosen_ids != rejected_ids) | (chosen_mask != rejected_mask)
+    different_pair = differs.any(dim=1)
+    if kind == "end_token":
+        margin = end_scores(chosen_values, chosen_mask) - end_scores(rejected_values, rejected_mask)
+        return torch.where(different_pair, -F.logsigmoid(margin), margin.new_zeros(()))
+    positions = torch.arange(chosen_ids.shape[1], device=chosen_ids.device).expand_as(chosen_ids)
+    chosen_at = chosen_values.gather(1, torch.minimum(positions, chosen_end.unsqueeze(1)))
+    rejected_at = rejected_values.gather(1, torch.minimum(positions, rejected_end.unsqueeze(1)))
+    first_difference = differs.long().argmax(dim=1, keepdim=True)
+    last = torch.maximum(chosen_end, rejected_end).unsqueeze(1)
+    counted = ((positions >= first_difference) & (positions <= last) & different_pair.unsqueeze(1)).float()
+    loss = -F.logsigmoid(chosen_at - rejected_at)
+    return (loss * counted).sum(1) / counted.sum(1).clamp(min=1)
+
+
+class RewardModel(nn.Module):
+    """A decoder (``rwtransformer``) and a value head (``v_head``).
+
+    Args:
+        base_model: the decoder without its language-model head, as AutoModel makes it.
+        num_padding_at_beginning: accepted for old command lines and ignored: masks tell where a row ends.
+        compute_fp32_loss: values and loss are always fp32 here; accepted for old callers.
+        rm_loss: "per_token" or "end_token", see ``pairwise_loss``.
+        value_head: weights [1, hidden] of a trained head; None for a fresh one.
+    """
+
+    def __init__(
+        self, base_model, tokenizer, num_padding_at_beginning=0, compute_fp32_loss=False, rm_loss="per_token", value_head=None
+    ):
+        super().__init__()
+        self.config = base_model.config
+        self.rwtransformer = base_model
+        self.PAD_ID = tokenizer.pad_token_id
+        self.rm_loss = rm_loss
+        # OPT-350m's blocks are wider than what its decoder puts out.
+        hidden_size = getattr(self.config, "word_embed_proj_dim", None) or self.config.get_text_config().hidden_size
+        self.v_head = ValueHead(hidden_size)
+        if value_head is not None:
+            if value_head.shape != self.v_head.weight.shape:
+                raise UserError(f"the value head has shape {tuple(value_head.shape)}, expected {(1, hidden_size)}")
+            with torch.no_grad():
+                self.v_head.weight.copy_(value_head)
+
+    def gradient_checkpointing_enable(self, **kwargs):
+        self.rwtransformer.gradient_checkpointing_enable(**kwargs)
+
+    def gradient_checkpointing_disable(self):
+        self.rwtransformer.gradient_checkpointing_disable()
+
+    def enable_input_require_grads(self):
+        self.rwtransformer.enable_input_require_grads()
+
+    def values(self, input_ids, attention_mask) -> torch.Tensor:
+        """[batch, length] -> [batch, length] fp32. Values at pads mean nothing."""
+        inputs = model_inputs(self.rwtransformer, input_ids, attention_mask)
+        return self.v_head(self.rwtransformer(**inputs).last_hidden_state)
+
+    def forward(self, input_ids, attention_mask, values_only=False, pair_weights=None):
+        """Score pairs: the first half of the batch is chosen, the second half rejected, in the same order.
+
+        Args:
+            input_ids, attention_mask: [2 * pairs, length], right-padded.
+            values_only: return the values [batch, length] instead; the batch need not be pairs then.
+            pair_weights: [pairs], weights of the loss sum; None for the mean over pairs.
+
+        Returns:
+            {loss, chosen_mean_scores [pairs], rejected_mean_scores [pairs]}; the scores are those at the end token.
+        """
+        values = self.values(input_ids, attention_mask)
+        if values_only:
+            return values
+        pairs = input_ids.shape[0] // 2
+        loss_per_pair = pairwise_loss(
+            values[:pairs],
+            values[pairs:],
+            input_ids[:pairs],
+            input_ids[pairs:],
+            attention_mask[:pairs],
+            attention_mask[pairs:],
+            kind=self.rm_loss,
+        )
+        scores = end_scores(values, attention_mask)
+        return {
+            "loss": loss_per_pair.mean() if pair_weights is None else (loss_per_pair * pair_weights).sum(),
+            "chosen_mean_scores": scores[:pairs],
+            "rejected_mean_scores": scores[pairs:],
+        }
+
+    def forward_value(self, input_ids, attention_mask, return_value_only=False, prompt_length=0, use_cache=False):
+        """Values [batch, length], or {values, chosen_end_scores [batch]}: the score at each row's last real token.
+
+        ``prompt_length`` and ``use_cache`` are accepted for old callers: the mask tells where the answer ends.
+        """
+        values = self.values(input_ids, attention_mask)
+        if return_value_only:
+            return values
+        return {"values": values, "chosen_end_scores": end_scores(values, attention_mask)}
+
+    def for_saving(self, state_dict: dict[str, torch.Tensor]):
+        """This model as a sequence-classification model with one label, so that plain transformers can load it.
+
+        Returns:
+            (an empty model of that class, the state dict under that class's names); the dict may be empty.
+        """
+        family = type(self.config)
+        if family not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise UserError(f"transformers has no sequence-classification model for {family.__name__} to save the reward model as")
+        self.config.num_labels = 1
+        with torch.device("meta"):
+            target = AutoModelForSequenceClassification.from_config(self.config, dtype=self.rwtransformer.dtype)
+        prefix = target.base_model_prefix
+        renamed = {}
+        for name, value in state_dict.items():
+            if name == "v_head.weight":
+                renamed["score.weight"] = value
+            else:
+                renamed[f"{prefix}.{name.removeprefix('rwtransformer.')}"] = value
+        return target, renamed
+
+
+def read_value_head(folder) -> torch.Tensor | None:
+    """The trained head [1, hidden] in a local folder of safetensors; None if there is none (or no such folder)."""
+    folder = Path(folder)
+    for index in folder.glob("*.safetensors.index.json"):
+        weight_map = json.loads(index.read_text())["weight_map"]
+        for name in HEAD_NAMES:
+            if name in weight_map:
+                with safe_open(folder / Path(weight_map[name]).name, framework="pt") as weights:
+                    return weights.get_tensor(name)
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in HEAD_NAMES:
+                if name in weights.keys():
+                    return weights.get_tensor(name)
+    return None

@@ -1,0 +1,178 @@
+"""LoRA: a frozen matrix plus a trained one of low rank (Hu et al., 2021, https://arxiv.org/abs/2106.09685).
+
+            x [.., in]
+            |        \\
+            |         dropout
+            |         R [in, r]     lora_right_weight, random
+     W [out, in]      |
+       frozen         L [r, out]    lora_left_weight, zero at the start
+            |         * scaling / r
+            +--------/
+            |
+            y [.., out]
+
+Folded, the layer is the plain matrix W + scaling/r * (R L)^T: one product instead of three while generating and saving.
+"""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from utils.distributed import UserError
+
+
+class LinearLayer_LoRA(nn.Module):
+    """A linear layer whose weight W is frozen and moves only through two thin matrices.
+
+    Args:
+        weight: W, [out, in], or [in, out] with ``transposed`` (GPT-2's Conv1D). It is kept, not copied.
+        lora_dim: r, the rank; 1 or more.
+        lora_scaling: the update counts lora_scaling / lora_dim.
+        lora_droppout: dropout on the input of the thin branch while training.
+        bias: [out] or None; kept, not copied.
+    """
+
+    def __init__(self, weight, lora_dim=0, lora_scaling=1, lora_droppout=0, bias=None, transposed=False):
+        super().__init__()
+        if lora_dim <= 0:
+            raise ValueError(f"lora_dim must be 1 or more, not {lora_dim}")
+        self.weight = weight
+        self.bias = bias
+        self.transposed = transposed
+        rows, columns = getattr(weight, "ds_shape", weight.shape)  # a ZeRO-3 shard does not show its shape
+        in_features, out_features = (rows, columns) if transposed else (columns, rows)
+        self.lora_right_weight = nn.Parameter(torch.empty(in_features, lora_dim, dtype=weight.dtype, device=weight.device))
+        self.lora_left_weight = nn.Parameter(torch.zeros(lora_dim, out_features, dtype=weight.dtype, device=weight.device))
+        self.lora_scaling = lora_scaling / lora_dim
+        self.lora_dropout = nn.Dropout(lora_droppout)
+        self._base_weight = None  # W while it is folded
+        self.reset_parameters()
+        self.weight.requires_grad = False
+
+    def reset_parameters(self):
+        """R as nn.Linear does it, L zero: the layer starts out equal to W alone."""
+        nn.init.kaiming_uniform_(self.lora_right_weight.T, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_left_weight)
+
+    @property
+    def is_folded(self) -> bool:
+        return self._base_weight is not None
+
+    def folded_weight(self) -> torch.Tensor:
+        """W + scaling * (R L)^T in W's layout and dtype; the sum is taken in fp32 so that bf16 rounds once."""
+        if self.is_folded:
+            return self.weight.detach()
+        update = self.lora_right_weight.detach().float() @ self.lora_left_weight.detach().float()
+        update = update if self.transposed else update.T
+        return (self.weight.detach().float() + self.lora_scaling * update).to(self.weight.dtype)
+
+    def fuse_lora_weight(self) -> None:
+        """Fold the update into W. W itself is set aside, so that unfolding restores it bit for bit; twice is once."""
+        if not self.is_folded:
+            folded = self.folded_weight()
+            self._base_weight, self.weight.data = self.weight.data, folded
+
+    def unfuse_lora_weight(self) -> None:
+        if self.is_folded:
+            self.weight.data, self._base_weight = self._base_weight, None
+
+    def forward(self, x):
+        base = self.weight.T if self.transposed else self.weight
+        y = F.linear(x, base, self.bias)
+        if self.is_folded:
+            return y
+        return y + (self.lora_dropout(x) @ self.lora_right_weight @ self.lora_left_weight) * self.lora_scaling
+
+    def extra_repr(self) -> str:
+        in_features, lora_dim = self.lora_right_weight.shape
+        return f"in={in_features}, out={self.lora_left_weight.shape[1]}, r={lora_dim}, folded={self.is_folded}"
+
+
+def lora_layers(model) -> list[tuple[str, LinearLayer_LoRA]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LinearLayer_LoRA)]
+
+
+def _linear_layers(model) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def match_lora_scope(model, part_module_name: str) -> list[str]:
+    """The names of the linear layers a scope covers.
+
+    ``auto`` takes every linear layer of the numbered blocks, whatever the family calls them; anything else is a substring
+    of the layer's name, as in ``decoder.layers.``.
+
+    Raises:
+        UserError: when nothing matches, with names of linear layers that exist.
+    """
+    names = list(_linear_layers(model))
+    if part_module_name == "auto":
+        matched = [name for name in names if re.search(r"\.\d+\.", name)]
+    else:
+        matched = [name for name in names if part_module_name in name]
+    if not matched:
+        shown = "\n  ".join(names[:12])
+        raise UserError(
+            f"the LoRA scope {part_module_name!r} matches no linear layer of {type(model).__name__}; its linear layers are\n"
+            f"  {shown}{' …' if len(names) > 12 else ''}\nuse a part of these names, or auto for all layers of the blocks"
+        )
+    return matched
+
+
+def convert_linear_layer_to_lora(model, part_module_name, lora_dim=0, lora_scaling=1, lora_droppout=0):
+    """Replace the linear layers of a scope by LinearLayer_LoRA; lora_dim 0 leaves the model as it is."""
+    if lora_dim <= 0:
+        return model
+    for name in match_lora_scope(model, part_module_name):
+        layer = model.get_submodule(name)
+        parent_name, _, child_name = name.rpartition(".")
+        adapted = LinearLayer_LoRA(
+            layer.weight, lora_dim, lora_scaling, lora_droppout, layer.bias, transposed=isinstance(layer, Conv1D)
+        )
+        setattr(model.get_submodule(parent_name), child_name, adapted)
+    return model
+
+
+
+def convert_lora_to_linear_layer(model):
+    """Turn every LoRA layer back into a plain linear layer with the update folded in, for good.
+
+    Not for a model that ZeRO-3 has partitioned: there the saving code folds layer by layer.
+    """
+    for name, layer in lora_layers(model):
+        parent_name, _, child_name = name.rpartition(".")
+        layer.unfuse_lora_weight()
+        weight = nn.Parameter(layer.folded_weight(), requires_grad=layer.weight.requires_grad)
+        if layer.transposed:
+            plain = Conv1D(weight.shape[1], 1)
+        else:
+            plain = nn.Linear(1, 1, bias=False, device="meta")
+            plain.in_features, plain.out_features = weight.shape[1], weight.shape[0]
+        plain.weight, plain.bias = weight, layer.bias
+        setattr(model.get_submodule(parent_name), child_name, plain)
+    return model
+
+
+def only_optimize_lora_parameters(model, force_optimize_params=()):
+    """Freeze all but the LoRA factors and the named parameters (a reward model's value head, say)."""
+    for name, param in model.named_parameters():
+        param.requires_grad = (
+            "lora_right_weight" in name or "lora_left_weight" in name or any(part in name for part in force_optimize_params)
+        )
+    return model
+
+
+def make_model_gradient_checkpointing_compatible(model):
+    """Let the embedding's output require gradients: with a frozen embedding, checkpointed blocks would else have none."""
+    model.enable_input_require_grads()
+    return model
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """(trainable, all) parameters, whole ones also where ZeRO-3 shows only shards."""
+    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    return sum(size for trains, size in sizes if trains), sum(size for _, size in sizes)

@@ -1,0 +1,237 @@
+"""Small tools of all three steps: printing, seeds, averages, the tokenizer, optimizer groups, saving, EMA."""
+
+import datetime
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
+from transformers import AutoTokenizer, set_seed
+
+from utils.distributed import UserError, all_reduce_sum, get_rank, get_world_size
+from utils.model.saving import gather_state_dict, save_pretrained_model, write_weights
+
+PROGRESS_SECONDS = 10  # between progress lines where there is no terminal
+
+
+def is_rank_0() -> bool:
+    return get_rank() == 0
+
+
+def print_rank_0(msg, rank=None) -> None:
+    """Print once, not once per rank, and without tearing a progress bar apart."""
+    if (get_rank() if rank is None else rank) > 0:
+        return
+    if sys.stderr.isatty():
+        tqdm.write(str(msg))
+    else:
+        print(msg, flush=True)
+
+
+def progress(iterable, description: str, total: int | None = None):
+    """A bar with the time left, on rank 0 only: live on a terminal, a line every ten seconds in a log."""
+    total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+    if not is_rank_0() or sys.stderr.isatty():
+        yield from tqdm(iterable, desc=description, total=total, disable=not is_rank_0(), dynamic_ncols=True)
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(iterable):
+        now = time.monotonic()
+        if now - last >= PROGRESS_SECONDS and done and total:
+            last, filled = now, 30 * done // total
+            left = datetime.timedelta(seconds=round((now - start) / done * (total - done)))
+            print(f"{description} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}, {left} left", flush=True)
+        yield item
+
+
+def to_device(batch, device):
+    """Move every tensor of a (nested) dict, list or tuple; anything else passes through."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+class MovingAverage:
+    """The mean of all numbers so far."""
+
+    def __init__(self):
+        self.count = 0
+        self.total = 0.0
+        self.mean = 0.0
+
+    def update(self, num):
+        self.total += num
+        self.count += 1
+        self.mean = self.total / self.count
+        return self.mean
+
+
+class ExponentialMovingAverage:
+    """The exponential moving average of a number: the first value as it is, then alpha of the old and the rest new."""
+
+    def __init__(self, alpha=0.9):
+        self.alpha = alpha
+        self.ema = None
+
+    def update(self, num):
+        self.ema = num if self.ema is None else self.alpha * self.ema + (1 - self.alpha) * num
+        return self.ema
+
+    def get(self):
+        return self.ema if self.ema is not None else 0.0
+
+
+def set_random_seed(seed) -> None:
+    """Seed Python, NumPy and torch. Data order has generators of its own and does not depend on this."""
+    if seed is not None:
+        set_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        get_accelerator().manual_seed_all(seed)
+
+
+def get_all_reduce_mean(tensor):
+    """The mean over ranks. For a mean over rows or tokens, sum the sums and the counts instead."""
+    return all_reduce_sum(tensor) / get_world_size()
+
+
+def load_hf_tokenizer(model_name_or_path, fast_tokenizer=True, add_special_tokens=None, trust_remote_code=False):
+    """The tokenizer of a model, with an EOS token and a pad token that differs from it.
+
+    Args:
+        add_special_tokens: an end-of-turn token, as with ``--add_eot_token``: it is added if the vocabulary lacks it and
+            becomes the EOS token, so that data, generation, chat and the saved tokenizer agree on where answers end.
+
+    Decided from the tokenizer alone, never from the model's name.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_name_or_path, use_fast=fast_tokenizer, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer could be loaded from {model_name_or_path!r}: {error}") from error
+    if add_special_tokens is not None:
+        if isinstance(add_special_tokens, list):
+            [add_special_tokens] = add_special_tokens
+        tokenizer.add_special_tokens({"eos_token": add_special_tokens})
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {model_name_or_path!r} has no EOS token; --add_eot_token adds one")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+NO_DECAY_NAMES = ("bias", "layer_norm.weight", "layernorm.weight", "norm.weight", "ln_f.weight")
+LORA_NAMES = ("lora_right_weight", "lora_left_weight")
+
+
+def get_optimizer_grouped_parameters(
+    model, weight_decay, lora_lr=5e-4, no_decay_name_list=NO_DECAY_NAMES, lora_name_list=LORA_NAMES
+):
+    """Parameter groups: decayed matrices, LoRA factors with a learning rate of their own, and undecayed vectors.
+
+    Frozen parameters are in no group; empty groups are left out.
+    """
+    decayed, lora, undecayed = [], [], []
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        shape = getattr(param, "ds_shape", param.shape)
+        if any(part in name for part in lora_name_list):
+            lora.append(param)
+        elif len(shape) < 2 or any(part in name.lower() for part in no_decay_name_list):
+            undecayed.append(param)
+        else:
+            decayed.append(param)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": lora, "weight_decay": weight_decay, "lr": lora_lr},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(parameter_groups, learning_rate: float, offload: bool, betas=(0.9, 0.95)) -> torch.optim.Optimizer:
+    """AdamW: DeepSpeed's for host memory when offloading, else torch's fused one (nothing to compile)."""
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(parameter_groups, lr=learning_rate, betas=betas)
+    return torch.optim.AdamW(parameter_groups, lr=learning_rate, betas=betas, fused=True)
+
+
+def unwrap(model):
+    """The module inside a DeepSpeed engine; a plain module as it is."""
+    return model.module if hasattr(model, "module") else model
+
+
+def save_hf_format(model, tokenizer, args, sub_folder="") -> None:
+    """Save model, configuration and full tokenizer under ``args.output_dir/sub_folder``; every rank must call this.
+
+    LoRA is folded in, ZeRO-3 shards are gathered, files appear atomically. A reward model is saved as a
+    sequence-classification model with one label.
+    """
+    save_pretrained_model(unwrap(model), tokenizer, Path(args.output_dir) / sub_folder)
+
+
+def save_zero_three_model(model_ema, global_rank, save_dir, zero_stage=0) -> None:
+    """Write the weights alone (no configuration, no tokenizer) as safetensors; every rank must call this."""
+    state_dict = gather_state_dict(unwrap(model_ema))
+    if global_rank == 0:
+        write_weights(state_dict, Path(save_dir))
+
+
+def load_state_dict_into_model(model_to_load, state_dict, start_prefix="", zero_stage=0) -> None:
+    """Copy a state dict into a model, also one that ZeRO-3 has partitioned.
+
+    Raises:
+        UserError: naming the keys that are missing, unexpected, or of another shape. Nothing is loaded then.
+    """
+    state_dict = {name.removeprefix(start_prefix): value for name, value in state_dict.items()}
+    targets = dict(model_to_load.named_parameters(remove_duplicate=False)) | dict(model_to_load.named_buffers())
+    wanted = set(model_to_load.state_dict().keys())
+    tied = set(getattr(model_to_load, "all_tied_weights_keys", None) or {})
+    shape_of = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in targets.items()}
+    problems = {
+        "missing": sorted(wanted - set(state_dict) - tied),
+        "unexpected": sorted(set(state_dict) - wanted),
+        "of another shape": sorted(n for n in wanted & set(state_dict) if shape_of[n] != tuple(state_dict[n].shape)),
+    }
+    found = [f"{what}: {', '.join(names[:8])}" + (" …" if len(names) > 8 else "") for what, names in problems.items() if names]
+    if found:
+        raise UserError("the checkpoint does not fit the model; " + "; ".join(found))
+
+    from deepspeed import zero
+
+    with torch.no_grad():
+        for name in wanted & set(state_dict):
+            target = targets[name]
+            if hasattr(target, "ds_id"):
+                with zero.GatheredParameters([target], modifier_rank=0):
+                    if get_rank() == 0:
+                        target.copy_(state_dict[name])
+            else:
+                target.copy_(state_dict[name])
+
+
+@torch.no_grad()
+def moving_average(model, model_ema, beta=0.992, device=None, zero_stage=0) -> None:
+    """Move the EMA model a step towards the model: ema = beta * ema + (1 - beta) * model, in the EMA's own precision.
+
+    Call it once per applied optimizer step. Under ZeRO-3 each rank moves its own shard of both models, which are cut
+    alike, so nothing is gathered.
+    """
+    for param, ema in zip(unwrap(model).parameters(), unwrap(model_ema).parameters(), strict=True):
+        source = param.ds_tensor if hasattr(param, "ds_id") else param
+        target = ema.ds_tensor if hasattr(ema, "ds_id") else ema
+        target.data.lerp_(source.data.to(target.device, target.dtype), 1 - beta)
