@@ -386,7 +386,7 @@ def test_hub_layouts_with_folders_per_split_or_topic_and_numbered_files(tmp_path
 
 def test_local_copy_without_the_published_eval_split_is_an_error_and_a_single_file_is_divided(tmp_path):
     file = write_rows(tmp_path / "Dahoas/rm-static/train.jsonl", [PAIR] * 20)
-    with pytest.raises(DataError, match="expected a split 'test', found only: train"):
+    with pytest.raises(DataError, match=r"expected a split 'test', found only: train"):
         open_at(file.parent, tmp_path).get_eval_data()
     alone = open_at(file, tmp_path)
     assert (len(alone.get_train_data()), len(alone.get_eval_data())) == (18, 2)
@@ -409,7 +409,7 @@ def test_hub_failure_says_where_was_looked_and_what_failed(tmp_path, monkeypatch
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
     with pytest.raises(
-        DataError, match="not found locally .* could not be downloaded because ConnectionError: no route to"
+        DataError, match=r"not found locally .* could not be downloaded because ConnectionError: no route to"
     ):
         open_at("Dahoas/rm-static", tmp_path, data_root=tmp_path)
 
@@ -516,7 +516,7 @@ def test_save_to_disk_folders_of_one_and_of_several_splits(tmp_path):
     assert (len(one.get_train_data()), len(one.get_eval_data())) == (18, 2)
     assert (list(two.get_train_data()), list(two.get_eval_data())) == (ROWS, ROWS[:1])
     (tmp_path / "two/train/state.json").write_text("{")
-    with pytest.raises(DataError, match="two: expected a save_to_disk folder, but it cannot be loaded"):
+    with pytest.raises(DataError, match=r"two: expected a save_to_disk folder, but it cannot be loaded"):
         open_at(tmp_path / "two", tmp_path)
 
 
@@ -529,9 +529,9 @@ def test_columns_are_renamed(tmp_path):
     assert "prompt" not in dataset.get_train_data()[0]
     without = open_at(path, tmp_path, columns={"prompt": "question", "chosen": "good", "rejected": None})
     assert not without.has_rejected and without.get_rejected(rows[0]) is None
-    with pytest.raises(DataError, match="expected the column 'frage', found the columns 'question', 'good'"):
+    with pytest.raises(DataError, match=r"expected the column 'frage', found the columns 'question', 'good'"):
         open_at(path, tmp_path, columns={"prompt": "frage"})
-    with pytest.raises(DataError, match="expected the keys"):
+    with pytest.raises(DataError, match=r"expected the keys"):
         open_at(path, tmp_path, columns={"promt": "frage"})
 
 
@@ -539,9 +539,9 @@ def test_prompts_alone_are_enough_until_answers_are_needed(tmp_path):
     dataset = open_at(write_rows(tmp_path / "d.jsonl", [{"prompt": "q"}] * 10), tmp_path)
     rows = dataset.get_train_data()
     assert len(dataset.check_rows(rows, need=("prompt",)).kept) == 9
-    with pytest.raises(DataError, match="9 x field 'chosen' is missing .*found the columns 'prompt'"):
+    with pytest.raises(DataError, match=r"9 x field 'chosen' is missing .*found the columns 'prompt'"):
         dataset.check_rows(rows)
-    with pytest.raises(DataError, match="has none"):
+    with pytest.raises(DataError, match=r"has none"):
         dataset.check_rows(rows, need=("prompt", "chosen", "rejected"))
 
 
@@ -621,7 +621,7 @@ def test_texts_win_over_messages_unless_the_caller_names_the_column(tmp_path):
     path = write_rows(tmp_path / "d.jsonl", [PAIR | {"messages": TURNS}])
     assert type(open_at(path, tmp_path)) is PathDataset
     assert type(open_at(path, tmp_path, columns={"messages": "messages"})) is ConversationDataset
-    with pytest.raises(DataError, match="expected the column 'talk'"):
+    with pytest.raises(DataError, match=r"expected the column 'talk'"):
         open_at(path, tmp_path, columns={"messages": "talk"})
 
 
@@ -672,7 +672,7 @@ def test_column_that_no_row_has_is_an_error(tmp_path):
         open_at(path, tmp_path)
     folder = local_copy(tmp_path, "Dahoas/rm-static", ("train", "test"), [{"text": "a"}], "parquet")
     with pytest.raises(
-        DataError, match="rm-static: expected the column 'prompt' or 'chosen' .*found the columns 'text'"
+        DataError, match=r"rm-static: expected the column 'prompt' or 'chosen' .*found the columns 'text'"
     ):
         open_at(folder, tmp_path).get_train_data()
 
@@ -762,20 +762,20 @@ def test_parquet_values_that_are_no_text_do_not_become_text(tmp_path):
     table = pa.table({"prompt": pa.array([b"bytes", b"more"], pa.binary()), "chosen": ["a", "b"]})
     pq.write_table(table, tmp_path / "d.parquet")
     dataset = open_at(tmp_path / "d.parquet", tmp_path)
-    with pytest.raises(DataError, match="field 'prompt': expected a string"):
+    with pytest.raises(DataError, match=r"field 'prompt': expected a string"):
         dataset.check_rows(dataset.raw_datasets["train"])
 
 
 def test_folder_without_data_or_with_two_kinds_for_a_split_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty: expected data files"):
+    with pytest.raises(DataError, match=r"empty: expected data files"):
         open_at(tmp_path / "empty", tmp_path)
     write_rows(tmp_path / "mixed/train.jsonl", ROWS)
     write_rows(tmp_path / "mixed/train.parquet", ROWS)
-    with pytest.raises(DataError, match="files of one kind for the split 'train', found: train.jsonl, train.parquet"):
+    with pytest.raises(DataError, match=r"files of one kind for the split 'train', found: train.jsonl, train.parquet"):
         open_at(tmp_path / "mixed", tmp_path)
     write_rows(tmp_path / "tests_only/test.jsonl", ROWS)
-    with pytest.raises(DataError, match="expected a split 'train', found only: test"):
+    with pytest.raises(DataError, match=r"expected a split 'train', found only: test"):
         open_at(tmp_path / "tests_only", tmp_path)
 
 
@@ -840,7 +840,7 @@ def test_full_temporary_folder_is_named(tmp_path, monkeypatch):
 
     rows = open_file(write_rows(tmp_path / "d.parquet", ROWS))
     monkeypatch.setattr(readers.tempfile, "TemporaryFile", full)
-    with pytest.raises(DataError, match="d.parquet: no room for a copy of its rows in .*TMPDIR"):
+    with pytest.raises(DataError, match=r"d.parquet: no room for a copy of its rows in .*TMPDIR"):
         len(rows)
 
 
@@ -870,7 +870,7 @@ def test_fingerprint_follows_content_and_not_place(tmp_path):
     data[len(data) // 2] ^= 1
     copied.write_bytes(data)
     assert content_fingerprint(first) != content_fingerprint(copied)
-    with pytest.raises(DataError, match="none.jsonl: cannot be read"):
+    with pytest.raises(DataError, match=r"none.jsonl: cannot be read"):
         content_fingerprint(tmp_path / "none.jsonl")
 
 

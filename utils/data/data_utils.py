@@ -176,27 +176,26 @@ def _leading_specials(tokenizer) -> int:
     return 0
 
 
-def fit(ids, prompt_length, eos_token_id, max_length, side, leading, drop=None):
-    """End an answer with exactly one EOS and cut the row to ``max_length``.
+def prompt_tokens_to_drop(length: int, prompt_length: int, max_length: int, leading: int) -> int:
+    """How many tokens a prompt loses at its beginning so that prompt, answer and EOS (``length``) fit ``max_length``.
 
-    On the left the prompt loses its beginning (after the ``leading`` special tokens) and the answer keeps its end; an answer
-    that alone is too long, like a cut on the right, loses its end and its EOS.
+    The ``leading`` special tokens always stay. Where not even the bare answer would fit, dropping the whole prompt would not
+    save its end: the prompt then keeps up to half the room.
+    """
+    answer_fits = length - prompt_length <= max_length - leading
+    needed = length - max_length if answer_fits else prompt_length - max_length // 2
+    return max(0, min(needed, prompt_length - leading))
 
-    Args:
-        drop: how many prompt tokens to drop, when a pair must lose the same ones; None for as many as needed.
+
+def fit(ids, prompt_length, eos_token_id, max_length, leading=0, drop=0):
+    """End an answer with exactly one EOS, drop ``drop`` tokens of its prompt, and cut what is still too long at the end.
 
     Returns:
-        (ids, prompt_length, was it cut)
+        (ids, prompt_length, was it cut); without the EOS where the answer lost its end.
     """
-    ids = ids + [eos_token_id]
-    if side == "left":
-        needed = len(ids) - max_length if drop is None else drop
-        cut = max(0, min(needed, prompt_length - leading))
-        ids, prompt_length = ids[:leading] + ids[leading + cut :], prompt_length - cut
-    else:
-        cut = 0
-    was_cut = cut > 0 or len(ids) > max_length
-    return ids[:max_length], min(prompt_length, max_length), was_cut
+    ids = ids[:leading] + ids[leading + drop :] + [eos_token_id]
+    was_cut = drop > 0 or len(ids) > max_length
+    return ids[:max_length], min(prompt_length - drop, max_length), was_cut
 
 
 class RowEncoder:
@@ -223,9 +222,13 @@ class RowEncoder:
         self.counts.skipped += len(found) - len(whole)
         return whole
 
-    def _fit(self, ids, prompt_length, drop=None):
-        rules = self.rules
-        return fit(ids, prompt_length, self.eos, rules.max_seq_len, rules.truncation_side, self.leading, drop)
+    def _drop(self, ids, prompt_length) -> int:
+        if self.rules.truncation_side == "right":
+            return 0
+        return prompt_tokens_to_drop(len(ids) + 1, prompt_length, self.rules.max_seq_len, self.leading)
+
+    def _fit(self, ids, prompt_length, drop):
+        return fit(ids, prompt_length, self.eos, self.rules.max_seq_len, self.leading, drop)
 
     def _note(self, was_cut: bool, ends: bool) -> None:
         self.counts.truncated += was_cut
@@ -235,7 +238,7 @@ class RowEncoder:
         pairs = self._texts(samples, self.raw.get_prompt, self.raw.get_prompt_and_chosen)
         rows = []
         for ids, prompt_length in encode_with_prompt(self.tokenizer, *_columns(pairs, 2)):
-            ids, prompt_length, was_cut = self._fit(ids, prompt_length)
+            ids, prompt_length, was_cut = self._fit(ids, prompt_length, self._drop(ids, prompt_length))
             self._note(was_cut, ids[-1] == self.eos)
             rows.append({"input_ids": ids, "prompt_length": prompt_length})
         return rows
@@ -248,8 +251,8 @@ class RowEncoder:
         rows = []
         encoded = encode_with_prompt(self.tokenizer, prompts + prompts, chosen + rejected)
         for (c_ids, c_start), (r_ids, r_start) in zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True):
-            # Both answers follow the same prompt tokens: the longer one decides how much of the prompt goes.
-            drop = max(len(c_ids), len(r_ids)) + 1 - self.rules.max_seq_len
+            # Both answers follow the same prompt tokens: the one that needs more room decides how much of the prompt goes.
+            drop = max(self._drop(c_ids, c_start), self._drop(r_ids, r_start))
             c_ids, c_prompt, c_cut = self._fit(c_ids, c_start, drop)
             r_ids, _, r_cut = self._fit(r_ids, r_start, drop)
             if c_ids == r_ids:

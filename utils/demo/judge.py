@@ -58,7 +58,7 @@ def judge(prompt: str, answer: str, ended: bool | None = None) -> Verdict:
 
 
 def score(prompt: str, answer: str, ended: bool | None = None) -> float:
-    """The world's rank of the answer, scaled to 0 (rude and wrong, or empty) to 1 (good and right); usable as a reward."""
+    """The world's rank of the answer, scaled to 0 (rude and wrong, or empty) ... 1 (good and right); a reward."""
     verdict = judge(prompt, answer, ended)
     return rank(verdict.manner_name, verdict.right) / MAX_RANK
 

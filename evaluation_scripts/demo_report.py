@@ -1,0 +1,160 @@
+#!/usr/bin/env python
+"""What the quickstart ends with: one table, one picture, summary.json.
+
+    python evaluation_scripts/demo_report.py --output_dir output/quickstart
+
+Reads the models and metrics of the three steps in that folder, lets every model answer the demo's held-out prompts, and has
+the demo's exact judge look at the answers.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from training.step3_rlhf_finetuning.ppo_math import answer_mask, gather_log_probs
+from utils.data.data_utils import pad_rows
+from utils.demo.judge import judge_rates
+from utils.demo.world import held_out_prompts
+from utils.model.inputs import model_inputs
+from utils.utils import load_hf_tokenizer, set_random_seed
+
+RATES = ("manner", "right", "ended")
+
+
+@torch.no_grad()
+def sample_answers(model, tokenizer, prompts, max_new_tokens, batch_size):
+    """One sampled answer per prompt: [(prompt ids, mask, full sequences)] per batch."""
+    batches = []
+    for start in range(0, len(prompts), batch_size):
+        rows = tokenizer(prompts[start : start + batch_size])["input_ids"]
+        ids, mask = pad_rows(rows, tokenizer.pad_token_id, side="left")
+        sequences = model.generate(
+            ids, attention_mask=mask, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        batches.append((ids, mask, sequences))
+    return batches
+
+
+@torch.no_grad()
+def kl_per_answer(model, reference, tokenizer, batches) -> float:
+    """Mean over answers of the sum of log p - log q over their tokens, at answers sampled from ``model``: nats."""
+    total, rows = 0.0, 0
+    for ids, mask, sequences in batches:
+        answers = sequences[:, ids.shape[1] :]
+        real = answer_mask(answers, tokenizer.eos_token_id)
+        full_mask = torch.cat([mask, real], dim=1)
+        log_probs = []
+        for network in (model, reference):
+            logits = network(**model_inputs(network, sequences, full_mask)).logits[:, -answers.shape[1] - 1 : -1]
+            log_probs.append(gather_log_probs(logits, answers))
+        total += ((log_probs[0] - log_probs[1]) * real).sum().item()
+        rows += len(answers)
+    return total / rows
+
+
+def judged(tokenizer, prompts, batches) -> dict[str, float]:
+    answers, ended = [], []
+    for ids, _, sequences in batches:
+        generated = sequences[:, ids.shape[1] :]
+        answers += tokenizer.batch_decode(generated, skip_special_tokens=True)
+        ended += (generated == tokenizer.eos_token_id).any(dim=1).tolist()
+    return judge_rates(prompts, answers, ended)
+
+
+def read_rows(folder: Path, prefix: str) -> list[dict]:
+    """The rows of one kind in a metrics file, names without their prefix."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    wanted = [row for row in rows if any(name.startswith(prefix + "/") for name in row)]
+    return [{name.removeprefix(prefix + "/"): value for name, value in row.items()} for row in wanted]
+
+
+def draw(curve: list[dict], models: dict[str, dict], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (rates, reward, kl) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    colors = {"manner": "#4c78a8", "right": "#f58518", "ended": "#54a24b"}
+    for i, rate in enumerate(RATES):
+        positions = [x + 0.26 * (i - 1) for x in range(len(models))]
+        bars = rates.bar(positions, [100 * m[rate] for m in models.values()], 0.24, label=rate, color=colors[rate])
+        rates.bar_label(bars, fmt="%.0f", fontsize=8)
+    rates.set_xticks(range(len(models)), models)
+    rates.set(title="Judged answers to held-out prompts", ylabel="%", ylim=(0, 118))
+    rates.legend(ncols=3, loc="upper center", frameon=False)
+    steps = [row["step"] for row in curve]
+    for axis, name, title, unit in (
+        (reward, "score", "Score of the reward model", "score"),
+        (kl, "kl", "KL to the reference", "nats per answer"),
+    ):
+        axis.plot(steps, [row[name] for row in curve], color="#4c78a8")
+        axis.set(title=title, xlabel="PPO step", ylabel=unit)
+        axis.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output_dir", required=True, help="the quickstart's folder, with base, step1, step2 and step3 in it")
+    parser.add_argument("--prompts", type=int, default=200, help="how many held-out prompts each model answers")
+    parser.add_argument("--max_new_tokens", type=int, default=40, help="tokens of an answer; one without EOS by then has not ended")
+    parser.add_argument("--batch_size", type=int, default=50, help="prompts answered at a time")
+    parser.add_argument("--seed", type=int, default=1234, help="of the sampled answers")
+    parser.add_argument("--seconds", type=float, default=None, help="what the run took, for the summary")
+    args = parser.parse_args()
+
+    output = Path(args.output_dir)
+    folders = {
+        "base": output / "base",
+        "SFT": output / "step1",
+        "RLHF": output / "step3" / "actor",
+        "EMA": output / "step3" / "actor_ema",
+    }
+    tokenizer = load_hf_tokenizer(folders["SFT"])
+    prompts = held_out_prompts(args.prompts)
+    reference = AutoModelForCausalLM.from_pretrained(folders["SFT"], dtype=torch.float32).eval()
+    models = {}
+    for name, folder in tqdm(folders.items(), desc="judging"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        set_random_seed(args.seed)
+        batches = sample_answers(model, tokenizer, prompts, args.max_new_tokens, args.batch_size)
+        models[name] = judged(tokenizer, prompts, batches)
+        models[name]["kl"] = kl_per_answer(model, reference, tokenizer, batches)
+
+    perplexities = [row["perplexity"] for row in read_rows(output / "step1", "eval")]
+    accuracy = read_rows(output / "step2", "eval")[-1]["accuracy"]
+    curve = read_rows(output / "step3", "train")
+    picture = output / "quickstart.png"
+    draw(curve, models, picture)
+    summary = {
+        "perplexity_before_sft": perplexities[0],
+        "perplexity_after_sft": perplexities[-1],
+        "reward_accuracy": accuracy,
+        "models": models,
+        "ppo": {name: [row[name] for row in curve] for name in ("step", "score", "kl")},
+        "held_out_prompts": len(prompts),
+        "seconds": args.seconds,
+    }
+    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+    print(f"\nperplexity on held-out answers   {perplexities[0]:8.1f} before SFT, {perplexities[-1]:.2f} after")
+    print(f"reward model, held-out pairs     {100 * accuracy:8.1f} % right\n")
+    print(f"{len(prompts)} held-out prompts, one sampled answer each, judged exactly:\n")
+    print(f"{'model':8}" + "".join(f"{rate:>10}" for rate in RATES) + f"{'KL to SFT, nats per answer':>30}")
+    for name, row in models.items():
+        print(f"{name:8}" + "".join(f"{100 * row[rate]:8.1f} %" for rate in RATES) + f"{row['kl']:>30.2f}")
+    print(f"\npicture: {picture}\nfigures: {output / 'summary.json'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Tiny tokenizers, models and data made in the test process; nothing is downloaded and nothing needs a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+PROJECT = Path(__file__).resolve().parents[1]
+STEPS = {
+    1: PROJECT / "training/step1_supervised_finetuning/main.py",
+    2: PROJECT / "training/step2_reward_model_finetuning/main.py",
+    3: PROJECT / "training/step3_rlhf_finetuning/main.py",
+}
+WORDS = ["red", "green", "blue", "seven", "eight", "please", "thanks", "cat", "dog", "house"]
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+FAMILIES = {
+    "llama": dict(SMALL, model_type="llama"),
+    "gpt2": dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4),
+    "opt": dict(model_type="opt", hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16),
+    "bloom": dict(model_type="bloom", hidden_size=32, n_layer=2, n_head=4),
+}
+
+
+def pytest_configure(config):
+    torch.set_num_threads(2)
+
+
+def make_tokenizer(folder: Path, pad: str | None = "<pad>", bos: str | None = "<s>") -> PreTrainedTokenizerFast:
+    """Byte-level BPE of a few hundred entries; ``pad`` None leaves it without one, "</s>" makes it the EOS token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = list(dict.fromkeys(token for token in ("</s>", bos, pad) if token))
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([f" Human: {w} Assistant: {w}." for w in WORDS] * 3, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token=bos, pad_token=pad)
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+def make_model(folder: Path, family: str = "llama", pad: str | None = "<pad>", seed: int = 0) -> Path:
+    """A seeded random model of a family with its tokenizer, saved; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(folder, pad)
+    size = 8 * (-(-len(tokenizer) // 8))
+    config = AutoConfig.for_model(
+        **FAMILIES[family],
+        vocab_size=size,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def write_pairs(path: Path, count: int) -> Path:
+    rows = []
+    for i in range(count):
+        word, other = WORDS[i % len(WORDS)], WORDS[(i * 7 + 3) % len(WORDS)]
+        rows.append(
+            {
+                "prompt": f" Human: say {word} {other} Assistant:",
+                "chosen": f" {word} {other}, thanks.",
+                "rejected": f" {other} no {i}" + " no" * (i % 4),
+            }
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    write_pairs(folder / "train.jsonl", 60)
+    write_pairs(folder / "eval.jsonl", 20)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def run_command(command, timeout=240, cwd=None, **environment):
+    """Run a program to its end: (exit code, stdout and stderr together)."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(name, None)
+    done = subprocess.run(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, timeout=timeout, text=True,
+        cwd=cwd, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def launch(step: int, arguments, launcher: str = "python", ranks: int = 1, cwd=None):
+    """Start a step as a user would, under one of the three launchers."""
+    binaries = Path(sys.executable).parent
+    command = {
+        "python": [sys.executable],
+        "torchrun": [binaries / "torchrun", "--standalone", f"--nproc_per_node={ranks}"],
+        "deepspeed": [binaries / "deepspeed", "--num_gpus", str(ranks), "--master_port", str(20000 + os.getpid() % 20000)],
+    }[launcher]
+    path = f"{binaries}:{os.environ['PATH']}"
+    return run_command([*command, STEPS[step], *map(str, arguments)], cwd=cwd, PATH=path)
+
+
+@pytest.fixture
+def run_step(monkeypatch):
+    """Run a step's main() inside the test process: run_step(1, [...])."""
+
+    def run(step: int, arguments):
+        import importlib.util
+
+        spec = importlib.util.spec_from_file_location(f"step{step}_main", STEPS[step])
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [str(STEPS[step]), *map(str, arguments)])
+        module.main()
+
+    return run
+
+
+def read_metrics(folder: Path, prefix: str = "train") -> list[dict]:
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if any(name.startswith(prefix + "/") for name in row)]

@@ -1,0 +1,115 @@
+"""LoRA: what folding must keep, what training may move, and scopes that match nothing."""
+
+import pytest
+import torch
+from conftest import make_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from utils.distributed import UserError
+from utils.module.lora import (
+    LinearLayer_LoRA,
+    convert_linear_layer_to_lora,
+    convert_lora_to_linear_layer,
+    count_parameters,
+    lora_layers,
+    make_model_gradient_checkpointing_compatible,
+    match_lora_scope,
+    only_optimize_lora_parameters,
+)
+
+
+def _layer(dtype=torch.float32, transposed=False, trained=True):
+    torch.manual_seed(0)
+    plain = Conv1D(6, 10) if transposed else nn.Linear(10, 6)
+    nn.init.normal_(plain.bias)
+    plain = plain.to(dtype)
+    layer = LinearLayer_LoRA(plain.weight, 3, 2.0, 0.0, plain.bias, transposed=transposed).to(dtype)
+    if trained:
+        nn.init.normal_(layer.lora_left_weight)
+    return plain, layer
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_fresh_layer_equals_the_plain_one(transposed):
+    plain, layer = _layer(transposed=transposed, trained=False)
+    x = torch.randn(4, 5, 10)
+    torch.testing.assert_close(layer(x), plain(x))
+
+
+def test_the_update_is_scaling_over_rank_times_the_factors():
+    _, layer = _layer()
+    assert layer.lora_right_weight.shape == (10, 3)
+    assert layer.lora_left_weight.shape == (3, 6)
+    want = layer.weight + (2.0 / 3) * (layer.lora_right_weight @ layer.lora_left_weight).T
+    torch.testing.assert_close(layer.folded_weight(), want)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_folded_and_unfolded_give_the_same_output(transposed):
+    _, layer = _layer(transposed=transposed)
+    x = torch.randn(4, 10)
+    unfolded = layer(x)
+    layer.fuse_lora_weight()
+    torch.testing.assert_close(layer(x), unfolded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folding_twice_is_folding_once_and_unfolding_restores_every_bit(dtype):
+    _, layer = _layer(dtype)
+    before = layer.weight.detach().clone()
+    layer.fuse_lora_weight()
+    once = layer.weight.detach().clone()
+    assert not torch.equal(once, before)
+    layer.fuse_lora_weight()
+    assert torch.equal(layer.weight, once)
+    layer.unfuse_lora_weight()
+    assert torch.equal(layer.weight, before)
+    layer.unfuse_lora_weight()
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
+def test_auto_adapts_the_blocks_of_each_family_and_never_the_head(tmp_path, family):
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, family))
+    ids = torch.arange(12).view(2, 6)
+    before = model(ids).logits
+    convert_linear_layer_to_lora(model, "auto", 4)
+    names = [name for name, _ in lora_layers(model)]
+    assert names
+    assert not any("head" in name for name in names)
+    torch.testing.assert_close(model(ids).logits, before)
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_left_weight, std=0.1)
+    adapted = model(ids).logits
+    assert not torch.allclose(adapted, before)
+    convert_lora_to_linear_layer(model)
+    assert not lora_layers(model)
+    torch.testing.assert_close(model(ids).logits, adapted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_scope_that_matches_nothing_names_layers_that_exist(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with pytest.raises(UserError, match=r"decoder\.layers\.(.|\n)*self_attn\.q_proj"):
+        convert_linear_layer_to_lora(model, "decoder.layers.", 4)
+    assert len(match_lora_scope(model, "q_proj")) == 2
+
+
+def test_only_lora_and_named_parameters_train_and_base_weights_never_move(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    convert_linear_layer_to_lora(model, "auto", 2)
+    only_optimize_lora_parameters(model, force_optimize_params=["lm_head"])
+    base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    make_model_gradient_checkpointing_compatible(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    ids = torch.arange(12).view(2, 6)
+    model(ids, labels=ids).loss.backward()
+    factors = [p for n, p in model.named_parameters() if "lora_left" in n]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in factors)
+    optimizer.step()
+    assert all(torch.equal(base[n], p) for n, p in model.named_parameters() if n in base)
+    trainable, total = count_parameters(model)
+    assert 0 < trainable < total

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# The whole pipeline on a small world with a ground truth, in minutes on a laptop: a model of 1.5 million parameters made from
+# scratch, SFT, reward model, PPO, and a judge that knows right from wrong. Nothing is downloaded but Python packages.
+#
+#   bash training_scripts/quickstart.sh [OUTPUT]         default: output/quickstart
+#
+# RANKS  processes to train with (default: the GPUs, or 2 on a CPU with two or more cores)
+# SEED   of everything (default 1234)
+set -euo pipefail
+project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+output="${1:-$project/output/quickstart}"
+seed="${SEED:-1234}"
+started=$SECONDS
+
+# shellcheck source=training_scripts/setup_env.sh
+. "$project/training_scripts/setup_env.sh"
+ranks="${RANKS:-$(python -c 'import os, torch; print(torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0))))')}"
+mkdir -p "$output"
+
+step() { # step NAME SCRIPT FLAGS...: one step under the deepspeed launcher, its whole output in a log as well
+    local name="$1" script="$2"
+    shift 2
+    mkdir -p "$output/$name"
+    echo
+    echo "=== $name ($((SECONDS - started)) s so far) ==="
+    deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29517}" "$project/training/$script/main.py" \
+        --data_path local/demo --data_split 4,3,3 --data_output_path "$output/data" --dtype fp32 --seed "$seed" \
+        --output_dir "$output/$name" "$@" 2>&1 | grep --line-buffered -v -e '\[INFO\]' -e '\[WARNING\]' |
+        tee "$output/$name/training.log"
+}
+
+echo "=== base: a model from scratch ==="
+python -m utils.demo.tiny_model --output "$output/base" --seed "$seed" 2>/dev/null
+
+step step1 step1_supervised_finetuning \
+    --model_name_or_path "$output/base" --max_seq_len 48 --per_device_train_batch_size $((16 / ranks)) \
+    --learning_rate 2e-3 --num_train_epochs 2 --num_warmup_steps 20 --log_interval 100
+
+step step2 step2_reward_model_finetuning \
+    --model_name_or_path "$output/step1" --max_seq_len 48 --per_device_train_batch_size $((16 / ranks)) \
+    --learning_rate 5e-4 --num_train_epochs 1 --num_warmup_steps 10 --max_train_samples 4000 --log_interval 50
+
+step step3 step3_rlhf_finetuning \
+    --actor_model_name_or_path "$output/step1" --critic_model_name_or_path "$output/step2" \
+    --max_prompt_seq_len 24 --max_answer_seq_len 40 --per_device_generation_batch_size $((64 / ranks)) \
+    --per_device_training_batch_size $((32 / ranks)) --ppo_epochs 2 --actor_learning_rate 1e-4 --critic_learning_rate 3e-4 \
+    --num_warmup_steps 5 --kl_ctl 0.1 --normalize_reward --enable_ema --ema_decay 0.95 --enable_hybrid_engine \
+    --max_train_samples 5120
+
+echo
+echo "=== report ==="
+python "$project/evaluation_scripts/demo_report.py" --output_dir "$output" --seconds $((SECONDS - started)) 2>/dev/null
+echo
+echo "all of it took $((SECONDS - started)) s. Talk to the result:"
+echo "    source ${VENV:-$project/.venv}/bin/activate"
+echo "    python $project/inference/chatbot.py --path $output/step3/actor"
