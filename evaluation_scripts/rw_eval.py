@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation_scripts.prompts import PAIRS, check_writable, read_rows, write_jsonl
-from utils.data.data_utils import encode_with_prompt, fit
+from utils.data.data_utils import encode_with_prompt, fit, prompt_tokens_to_drop
 from utils.data.prompt_format import format_answer, prompt_from_text
 from utils.generation import (
     END_OF_TEXT,
@@ -94,8 +94,8 @@ def encode_pair(pair: dict, tokenizer, style: str, max_seq_len: int) -> tuple[li
     if all(ids[:2] == bos * 2 for ids, _ in encoded):  # the tokenizer's, and the one that a chat template writes
         encoded = [(ids[1:], start - 1) for ids, start in encoded]
     leading = int(all(ids[:1] == bos for ids, _ in encoded))
-    drop = max(len(ids) for ids, _ in encoded) + 1 - max_seq_len
-    fitted = [fit(ids, start, tokenizer.eos_token_id, max_seq_len, "left", leading, drop) for ids, start in encoded]
+    drop = max(prompt_tokens_to_drop(len(ids) + 1, start, max_seq_len, leading) for ids, start in encoded)
+    fitted = [fit(ids, start, tokenizer.eos_token_id, max_seq_len, leading, drop) for ids, start in encoded]
     return [ids for ids, _, _ in fitted], any(was_cut for _, _, was_cut in fitted)
 
 
@@ -182,10 +182,9 @@ def summary(scores: list[PairScore]) -> str:
     """Accuracy with its interval, mean and standard deviation of the scores."""
     correct = sum(score.correct for score in scores)
     low, high = wilson_interval(correct, len(scores))
-    lines = [
-        f"accuracy (higher is better): {correct / len(scores):.4f} ({correct} of {len(scores)} pairs; "
-        f"95 % interval {low:.4f} to {high:.4f})"
-    ]
+    interval = f"95 % interval {low:.4f} to {high:.4f}"
+    accuracy = correct / len(scores)
+    lines = [f"accuracy (higher is better): {accuracy:.4f} ({correct} of {len(scores)} pairs; {interval})"]
     for side in ("chosen", "rejected"):
         values = [getattr(score, side) for score in scores]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0

@@ -112,10 +112,10 @@ class AnswerStream(StoppingCriteria):
         self._show(text.lstrip())
         return over
 
-    def close(self) -> str:
-        """Print what was held back, end the line and return the whole answer."""
+    def close(self, note: str = "") -> str:
+        """Print what was held back and the note, end the line and return the whole answer."""
         self._show(cut_at_next_human(self.unsettled, self.style).rstrip("\ufffd").strip())
-        self.out.write("\n")
+        self.out.write(note + "\n")
         self.out.flush()
         return self.shown
 
@@ -131,7 +131,7 @@ def answer(lm: LanguageModel, prompt_ids: list[int], settings: dict, style: str)
     try:
         generate_ids(lm, [prompt_ids], stopping_criteria=[stream], **settings)
     except KeyboardInterrupt:
-        print(" [cut short]", end="")
+        return stream.close(" [cut short]")
     return stream.close()
 
 

@@ -11,6 +11,7 @@ project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 output="${1:-$project/output/quickstart}"
 seed="${SEED:-1234}"
 started=$SECONDS
+set -- # what is sourced below must not take them for its own
 
 # shellcheck source=training_scripts/setup_env.sh
 . "$project/training_scripts/setup_env.sh"

@@ -8,6 +8,7 @@ A conversation is a list of turns {"role": "user" | "assistant", "content": str}
 """
 
 import re
+from itertools import pairwise
 
 from jinja2 import TemplateError
 
@@ -60,7 +61,7 @@ def parse_turns(text):
     turns = []
     marks = list(_ANY_MARK.finditer(text))
     # The last mark is the "Assistant:" that waits for its answer.
-    for mark, following in zip(marks, marks[1:], strict=False):
+    for mark, following in pairwise(marks):
         role, content = _ROLE_OF[mark.group(1)], text[mark.end() : following.start()]
         if turns and turns[-1]["role"] == role:
             # Two turns of one role in a row: the second mark is part of what was said.
@@ -97,7 +98,7 @@ def truncate_left(ids, max_tokens, bos_token_id=None):
     if len(ids) <= max_tokens:
         return ids
     if max_tokens > 1 and bos_token_id is not None and ids[0] == bos_token_id:
-        return [bos_token_id] + ids[len(ids) - max_tokens + 1 :]
+        return [bos_token_id, *ids[len(ids) - max_tokens + 1 :]]
     return ids[len(ids) - max_tokens :]
 
 
@@ -134,12 +135,12 @@ def _check_turns(turns):
     roles = [turn["role"] for turn in turns]
     if not roles or roles[-1] != "user":
         raise ValueError("a prompt must end in a user turn")
-    for role, following in zip(roles, roles[1:], strict=False):
+    for role, following in pairwise(roles):
         if role == following:
             raise ValueError(f"turns must alternate, but two {role} turns follow each other")
     unknown = set(roles) - {"user", "assistant"}
     if unknown:
-        raise ValueError(f"unknown role {sorted(unknown)[0]!r}: a turn is of the user or of the assistant")
+        raise ValueError(f"unknown role {min(unknown)!r}: a turn is of the user or of the assistant")
 
 
 def _check_has_template(tokenizer):

@@ -1,0 +1,254 @@
+"""PPO with real engines in this process: ratios, masks, invariances, EMA, ptx, fast generation."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import STEPS, make_model
+from transformers import AutoModelForCausalLM
+
+from training.step3_rlhf_finetuning.experience import Experience
+from training.step3_rlhf_finetuning.ppo_trainer import (
+    DeepSpeedPPOTrainer,
+    DeepSpeedPPOTrainerUnsupervised,
+    MicroBatch,
+)
+from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
+from utils import arguments
+from utils.data.data_utils import DataCollatorSFT, pad_rows
+from utils.distributed import init_distributed
+from utils.model.model_utils import create_critic_model
+from utils.model.saving import gather_state_dict
+from utils.module.lora import lora_layers
+from utils.utils import load_hf_tokenizer, moving_average, save_hf_format, set_random_seed
+
+
+def _step3_parser():
+    spec = importlib.util.spec_from_file_location("step3_main", STEPS[3])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.build_parser()
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def folders(request, tmp_path_factory):
+    """An actor and a reward model with a trained-looking head, of one family."""
+    base = tmp_path_factory.mktemp(request.param)
+    actor = make_model(base / "actor", request.param)
+    tokenizer = load_hf_tokenizer(actor)
+    torch.manual_seed(5)
+    reward = create_critic_model(actor, tokenizer)
+    from types import SimpleNamespace
+
+    save_hf_format(reward, tokenizer, SimpleNamespace(output_dir=str(base / "reward")))
+    return actor, base / "reward"
+
+
+def _trainer(folders, *flags, trainer_class=DeepSpeedPPOTrainer):
+    actor, reward = folders
+    args = _step3_parser().parse_args(
+        ["--actor_model_name_or_path", str(actor), "--critic_model_name_or_path", str(reward), "--dtype", "fp32",
+         "--max_answer_seq_len", "12", "--max_prompt_seq_len", "16", "--per_device_generation_batch_size", "4",
+         "--per_device_training_batch_size", "4", "--num_warmup_steps", "0", *flags]
+    )  # fmt: skip
+    init_distributed(args)
+    arguments.resolve_common(args)
+    arguments.check_rlhf(args)
+    set_random_seed(3)
+    engine = DeepSpeedRLHFEngine(str(actor), str(reward), load_hf_tokenizer(actor), args, num_total_iters=10)
+    return trainer_class(engine, args)
+
+
+PROMPTS = [[10, 11, 12], [13], [14, 15, 16, 17, 18], [19, 20]]
+
+
+def _experience(trainer, seed=0, rows=PROMPTS):
+    ids, mask = pad_rows(rows, trainer.tokenizer.pad_token_id, side="left")
+    set_random_seed(seed)
+    experience = trainer.generate_experience(ids, mask)
+    trainer.compute_rewards(experience)
+    return trainer.get_advantages_and_returns(experience)
+
+
+def _window(experience, size=4):
+    return [MicroBatch(experience[i : i + size]) for i in range(0, len(experience), size)]
+
+
+def test_the_first_pass_has_ratio_one(folders):
+    trainer = _trainer(folders, "--actor_dropout", "0")
+    experience = _experience(trainer)
+    metrics = trainer.train_rlhf(_window(experience))
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-5)
+    assert abs(metrics["approx_kl"]) < 1e-6
+    assert metrics["clip_fraction"] == 0
+    assert metrics["actor_step_applied"]
+    # The policy has moved: the same rollouts seen again have another ratio.
+    assert abs(trainer.train_rlhf(_window(experience))["approx_kl"]) > 1e-9
+
+
+def test_scoring_log_probs_equal_those_of_generation_on_left_padded_prompts(folders):
+    trainer = _trainer(folders)
+    ids, mask = pad_rows(PROMPTS, trainer.tokenizer.pad_token_id, side="left")
+    set_random_seed(1)
+    model = trainer.actor_model.module.eval()
+    output = model.generate(
+        ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=10, output_logits=True,
+        return_dict_in_generate=True, eos_token_id=trainer.tokenizer.eos_token_id, pad_token_id=trainer.tokenizer.pad_token_id,
+    )  # fmt: skip
+    answers = output.sequences[:, ids.shape[1] :]
+    generated = torch.stack(output.logits, 1).float().log_softmax(-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)
+    from training.step3_rlhf_finetuning.ppo_math import answer_mask
+
+    real = answer_mask(answers, trainer.tokenizer.eos_token_id)
+    with torch.no_grad():
+        scored, _ = trainer._answer_log_probs(
+            trainer.actor_model, output.sequences, torch.cat([mask, real], 1), answers.shape[1]
+        )
+    torch.testing.assert_close(scored * real, generated * real, atol=1e-5, rtol=1e-5)
+
+
+def test_left_pads_change_no_log_prob_and_no_value(folders):
+    trainer = _trainer(folders)
+    row, width = [10, 11, 12, 13, 14, 15], 3
+    seen = []
+    for length in (6, 13):
+        ids, mask = pad_rows([row], trainer.tokenizer.pad_token_id, side="left", to_length=length)
+        with torch.no_grad():
+            log_probs, _ = trainer._answer_log_probs(trainer.actor_model, ids, mask, width)
+            seen.append((log_probs, trainer._answer_values(ids, mask, width)))
+    torch.testing.assert_close(seen[0], seen[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_seed_fixes_the_rollouts_and_temperature_zero_is_greedy(folders):
+    trainer = _trainer(folders)
+    first, same, other = (_experience(trainer, seed).input_ids for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert first.shape != other.shape or not torch.equal(first, other)
+    trainer.args.temperature = 0.0
+    greedy, again = (_experience(trainer, seed).input_ids for seed in (1, 2))
+    assert torch.equal(greedy, again)
+
+
+@pytest.mark.parametrize("flags", [[], ["--ppo_epochs", "2"]])
+def test_the_update_does_not_depend_on_how_the_rows_are_cut(folders, flags):
+    weights = []
+    for size in (4, 1, 2):
+        trainer = _trainer(folders, "--per_device_training_batch_size", str(size),
+                           "--gradient_accumulation_steps", str(4 // size), "--actor_learning_rate", "1e-3", *flags)  # fmt: skip
+        experience = _experience(trainer)
+        for _ in range(trainer.args.ppo_epochs):
+            trainer.train_rlhf(_window(experience, size))
+        weights.append([gather_state_dict(e.module) for e in (trainer.actor_model, trainer.critic_model)])
+    for other in weights[1:]:
+        for a, b in zip(weights[0], other, strict=True):
+            for name in a:
+                torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_an_empty_answer_weighs_nothing_and_a_batch_of_them_is_skipped(folders, monkeypatch):
+    trainer = _trainer(folders)
+    eos, pad = trainer.tokenizer.eos_token_id, trainer.tokenizer.pad_token_id
+    answers = torch.tensor([[eos, pad, pad], [9, 8, eos], [eos, pad, pad], [9, 9, 9]])
+    monkeypatch.setattr(trainer, "_generate_sequence", lambda prompts, mask, step: torch.cat([prompts, answers], 1))
+    experience = _experience(trainer)
+    assert experience.answer_mask.tolist() == [[0, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 1]]
+    assert experience.attention_mask[:, -3:].tolist() == [[1, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]]
+    assert trainer.experience_metrics(experience)["unused_answers"] == 2
+    assert trainer.experience_metrics(experience)["eos_rate"] == 0.5
+    before = gather_state_dict(trainer.actor_model.module)
+    answers[:, 0] = eos
+    answers[:, 1:] = pad
+    experience = _experience(trainer)
+    assert trainer.train_rlhf(_window(experience)) is None
+    assert trainer.skipped_updates == 1
+    after = gather_state_dict(trainer.actor_model.module)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_missing_eos_costs_the_penalty(folders, monkeypatch):
+    trainer = _trainer(folders, "--missing_eos_penalty", "2.5", "--kl_ctl", "0")
+    answers = torch.tensor([[9, 8, trainer.tokenizer.eos_token_id], [9, 9, 9]]).repeat(2, 1)
+    monkeypatch.setattr(trainer, "_generate_sequence", lambda prompts, mask, step: torch.cat([prompts, answers], 1))
+    with_penalty = _experience(trainer).scores
+    trainer.args.missing_eos_penalty = None
+    assert (_experience(trainer).scores - with_penalty).tolist() == pytest.approx([0, 2.5, 0, 2.5])
+
+
+def test_ema_equals_its_closed_form_in_fp32(folders):
+    trainer = _trainer(folders, "--enable_ema", "--actor_lora_dim", "2", "--actor_learning_rate", "1e-2")
+    engine, beta = trainer.rlhf_engine, 0.9
+    history = [{n: p.detach().clone() for n, p in engine.actor.module.named_parameters()}]
+    experience = _experience(trainer)
+    for _ in range(3):
+        trainer.train_rlhf(_window(experience))
+        moving_average(engine.actor, engine.actor_ema, beta)
+        history.append({n: p.detach().clone() for n, p in engine.actor.module.named_parameters()})
+    weights = [beta**3] + [(1 - beta) * beta ** (3 - i) for i in (1, 2, 3)]
+    moved = False
+    for name, ema in engine.actor_ema.module.named_parameters():
+        assert ema.dtype == torch.float32
+        want = sum(w * step[name].double() for w, step in zip(weights, history, strict=True))
+        torch.testing.assert_close(ema.double(), want, atol=1e-6, rtol=1e-5)
+        moved = moved or not torch.equal(ema, history[0][name])
+    assert moved
+
+
+@pytest.mark.parametrize("flags", [[], ["--actor_lora_dim", "4"]])
+def test_fast_generation_gives_the_tokens_of_plain_generation_before_and_after_an_update(folders, flags):
+    trainer = _trainer(folders, "--enable_hybrid_engine", "--no-do_sample", "--actor_learning_rate", "1e-2", *flags)
+    ids, mask = pad_rows(PROMPTS, trainer.tokenizer.pad_token_id, side="left")
+    module = trainer.actor_model.module
+    for _, layer in lora_layers(module):
+        torch.nn.init.normal_(layer.lora_left_weight, std=0.2)
+    outputs = []
+    for _ in range(2):
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        fast = trainer._generate_sequence(ids, mask, 0)
+        assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+        was = module.training
+        plain = module.eval().generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=trainer.args.max_answer_seq_len,
+            pad_token_id=trainer.tokenizer.pad_token_id, eos_token_id=trainer.tokenizer.eos_token_id,
+        )  # fmt: skip
+        module.train(was)
+        assert torch.equal(fast, plain)
+        outputs.append(fast)
+        trainer.train_rlhf(_window(_experience(trainer)))
+
+
+def test_the_ptx_gradient_joins_the_same_step(folders):
+    """One step from PPO and ptx together equals one step from the summed gradients, taken by hand with plain SGD."""
+    flags = ("--unsupervised_dataset_name", "x", "--unsup_coef", "3.0", "--kl_ctl", "0.3")
+    trainer = _trainer(folders, *flags, trainer_class=DeepSpeedPPOTrainerUnsupervised)
+    experience = _experience(trainer)
+    text = DataCollatorSFT(trainer.tokenizer.pad_token_id, 16)([{"input_ids": [5, 6, 7, 8, 9], "prompt_length": 0}])
+    module = trainer.actor_model.module
+    twin = AutoModelForCausalLM.from_pretrained(folders[0]).eval()
+    width = experience.answer_width
+    position_ids = (experience.attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = twin(
+        experience.input_ids, attention_mask=experience.attention_mask, position_ids=position_ids
+    ).logits[:, -width - 1 : -1]  # fmt: skip
+    log_probs = logits.log_softmax(-1).gather(-1, experience.input_ids[:, -width:, None]).squeeze(-1)
+    ratio = (log_probs - experience.log_probs).exp()
+    ppo = -(ratio * experience.advantages * experience.answer_mask).sum() / experience.answer_mask.sum()
+    ptx = twin(text["input_ids"], attention_mask=text["attention_mask"], labels=text["labels"]).loss
+    (ppo + 3.0 * ptx).backward()
+    wanted_norm = torch.sqrt(sum((p.grad**2).sum() for p in twin.parameters() if p.grad is not None)).item()
+    metrics = trainer.train_rlhf([MicroBatch(experience, text)])
+    assert metrics["unsupervised_loss"] == pytest.approx(ptx.item(), rel=1e-4)
+    assert metrics["actor_grad_norm"] == pytest.approx(wanted_norm, rel=1e-3)
+    assert module.training
+
+
+def test_rounds_of_different_widths_become_one_experience(folders):
+    trainer = _trainer(folders)
+    first, second = _experience(trainer, 1), _experience(trainer, 2, rows=[[7] * 12, [8], [9], [10]])
+    both = Experience.concat([first, second], trainer.tokenizer.pad_token_id)
+    assert len(both) == 8
+    part = both[0:4]
+    with torch.no_grad():
+        again, _ = trainer._answer_log_probs(
+            trainer.actor_model, part.input_ids, part.attention_mask, part.answer_width
+        )
+    torch.testing.assert_close(again * part.answer_mask, part.log_probs * part.answer_mask, atol=1e-5, rtol=1e-5)
