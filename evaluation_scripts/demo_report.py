@@ -105,9 +105,13 @@ def draw(curve: list[dict], models: dict[str, dict], file: Path) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", required=True, help="the quickstart's folder, with base, step1, step2 and step3 in it")
+    parser.add_argument(
+        "--output_dir", required=True, help="the quickstart's folder, with base, step1, step2 and step3 in it"
+    )
     parser.add_argument("--prompts", type=int, default=200, help="how many held-out prompts each model answers")
-    parser.add_argument("--max_new_tokens", type=int, default=40, help="tokens of an answer; one without EOS by then has not ended")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=40, help="tokens of an answer; one without EOS by then has not ended"
+    )
     parser.add_argument("--batch_size", type=int, default=50, help="prompts answered at a time")
     parser.add_argument("--seed", type=int, default=1234, help="of the sampled answers")
     parser.add_argument("--seconds", type=float, default=None, help="what the run took, for the summary")

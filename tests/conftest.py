@@ -25,13 +25,15 @@ SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_atte
 FAMILIES = {
     "llama": dict(SMALL, model_type="llama"),
     "gpt2": dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4),
-    "opt": dict(model_type="opt", hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16),
+    "opt": dict(
+        model_type="opt", hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16
+    ),
     "bloom": dict(model_type="bloom", hidden_size=32, n_layer=2, n_head=4),
 }
 
 
 def pytest_configure(config):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 def make_tokenizer(folder: Path, pad: str | None = "<pad>", bos: str | None = "<s>") -> PreTrainedTokenizerFast:
@@ -41,7 +43,10 @@ def make_tokenizer(folder: Path, pad: str | None = "<pad>", bos: str | None = "<
     tokenizer.decoder = decoders.ByteLevel()
     specials = list(dict.fromkeys(token for token in ("</s>", bos, pad) if token))
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([f" Human: {w} Assistant: {w}." for w in WORDS] * 3, trainer)
     if bos:
@@ -122,7 +127,13 @@ def launch(step: int, arguments, launcher: str = "python", ranks: int = 1, cwd=N
     command = {
         "python": [sys.executable],
         "torchrun": [binaries / "torchrun", "--standalone", f"--nproc_per_node={ranks}"],
-        "deepspeed": [binaries / "deepspeed", "--num_gpus", str(ranks), "--master_port", str(20000 + os.getpid() % 20000)],
+        "deepspeed": [
+            binaries / "deepspeed",
+            "--num_gpus",
+            str(ranks),
+            "--master_port",
+            str(20000 + os.getpid() % 20000),
+        ],
     }[launcher]
     path = f"{binaries}:{os.environ['PATH']}"
     return run_command([*command, STEPS[step], *map(str, arguments)], cwd=cwd, PATH=path)

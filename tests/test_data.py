@@ -142,7 +142,13 @@ def test_masked_prompts_leave_exactly_the_answer_and_its_eos(tmp_path):
 
 def test_pairs_share_their_prompt_tokens_and_identical_ones_are_dropped(tmp_path):
     tokenizer = make_tokenizer(tmp_path / "t")
-    rows = [{"prompt": " Human: say red red red red Assistant:", "chosen": " red", "rejected": " red, please, please, please."}]
+    rows = [
+        {
+            "prompt": " Human: say red red red red Assistant:",
+            "chosen": " red",
+            "rejected": " red, please, please, please.",
+        }
+    ]
     rows += [{"prompt": " Human: hi Assistant:", "chosen": " same", "rejected": " same"}]
     rows += [{"prompt": " Human: hi Assistant:", "chosen": " yes", "rejected": None}]
     train, _ = _dataset(tmp_path, tokenizer, REWARD, max_len=24, rows=rows * 4, data_split="0,1,0")
@@ -220,7 +226,10 @@ def _epoch(world, monkeypatch, rows=37, micro=4, accumulation=2, epoch=0, groupe
         batches = list(sampler)
         assert len(batches) == len(sampler)
         per_rank.append([sum(window, []) for window in accumulation_windows(batches, accumulation)])
-    return [sorted(r for rank in range(world) for r in per_rank[rank][s] if r is not FILLER) for s in range(len(per_rank[0]))]
+    return [
+        sorted(r for rank in range(world) for r in per_rank[rank][s] if r is not FILLER)
+        for s in range(len(per_rank[0]))
+    ]
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -62,7 +62,9 @@ def _gae_matrix(values, rewards, length, gamma, lam):
     v = torch.cat([values[:length], torch.zeros(1, dtype=values.dtype)])
     deltas = rewards[:length] + gamma * v[1:] - v[:-1]
     powers = torch.arange(length).unsqueeze(0) - torch.arange(length).unsqueeze(1)
-    weights = torch.where(powers >= 0, (gamma * lam) ** powers.clamp(min=0).double(), torch.zeros((), dtype=torch.double))
+    weights = torch.where(
+        powers >= 0, (gamma * lam) ** powers.clamp(min=0).double(), torch.zeros((), dtype=torch.double)
+    )
     return weights @ deltas.double()
 
 

@@ -109,7 +109,9 @@ def test_saved_it_loads_as_sequence_classification_with_the_same_scores_after_a_
         ids, mask = pad_rows(rows, tokenizer.pad_token_id, side=side)
         with torch.no_grad():
             ours = model.forward_value(ids, mask)["chosen_end_scores"]
-            theirs = torch.cat([plain.eval()(ids[i : i + 1], attention_mask=mask[i : i + 1]).logits[0] for i in range(2)])
+            theirs = torch.cat(
+                [plain.eval()(ids[i : i + 1], attention_mask=mask[i : i + 1]).logits[0] for i in range(2)]
+            )
         if side == "right":
             torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
     again = create_critic_model(moved, tokenizer, rlhf_training=True)

@@ -55,7 +55,12 @@ def add_data_arguments(parser, step: int) -> None:
     add("--data_split", default="2,4,4",
         help="shares of the data for step 1, 2 and 3, as in 6,2,2; only this step's share is read")  # fmt: skip
     if step == 1:
-        add("--sft_only_data_path", nargs="*", default=[], help="datasets used whole, in this step only; none to turn off")
+        add(
+            "--sft_only_data_path",
+            nargs="*",
+            default=[],
+            help="datasets used whole, in this step only; none to turn off",
+        )
     add("--data_output_path", default=cache_folder(),
         help="where the split indices and the tokenised cache are kept")  # fmt: skip
     add("--rebuild_cache", action="store_true", help="tokenise again even if the cache has this very data")
@@ -63,14 +68,20 @@ def add_data_arguments(parser, step: int) -> None:
     add("--max_eval_samples", type=_positive, default=None, help="use at most this many evaluation rows; None for all")
     add("--truncation_side", choices=["left", "right"], default="left",
         help="what a row that is too long loses: the beginning of its prompt, or its end (the published way)")  # fmt: skip
-    add("--pad_to_max_length", action="store_true", help="pad every batch to the maximum length instead of its longest row")
+    add(
+        "--pad_to_max_length",
+        action="store_true",
+        help="pad every batch to the maximum length instead of its longest row",
+    )
     add("--add_eot_token", action="store_true", help="add --eot_token to the tokenizer and end every answer with it")
     add("--eot_token", default="<|endoftext|>", help="the token --add_eot_token adds; it becomes the tokenizer's EOS")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with a model; off for safety")
 
 
 def add_sequence_length_argument(parser) -> None:
-    parser.add_argument("--max_seq_len", type=_positive, default=512, help="tokens of a row, prompt and answer and EOS together")
+    parser.add_argument(
+        "--max_seq_len", type=_positive, default=512, help="tokens of a row, prompt and answer and EOS together"
+    )
 
 
 def add_dtype_argument(parser) -> None:
@@ -97,7 +108,13 @@ def add_supervised_arguments(parser, learning_rate: float) -> None:
     add("--num_train_epochs", type=_positive, default=1, help="passes over the training rows")
     add("--gradient_accumulation_steps", type=_positive, default=1, help="forward passes per optimizer step")
     add_schedule_arguments(group, warmup=0)
-    add("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, slower")
+    add("--group_by_length", action=argparse.BooleanOptionalAction, default=True,
+        help="put rows of similar length into a batch: less padding; --no-group_by_length for plain shuffling")  # fmt: skip
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, slower",
+    )
     add("--dropout", type=_probability, default=None, help="every dropout probability of the model; None for its own")
     group = parser.add_argument_group("precision and memory")
     add = group.add_argument
@@ -113,7 +130,9 @@ def add_schedule_arguments(group, warmup: int) -> None:
                        choices=[SchedulerType(n) for n in ("linear", "cosine", "cosine_with_restarts", "polynomial",
                                                            "constant", "constant_with_warmup")],
                        metavar="NAME", help="linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup")  # fmt: skip
-    group.add_argument("--num_warmup_steps", type=_not_negative, default=warmup, help="optimizer steps of rising learning rate")
+    group.add_argument(
+        "--num_warmup_steps", type=_not_negative, default=warmup, help="optimizer steps of rising learning rate"
+    )
 
 
 def add_lora_arguments(parser, prefix: str = "") -> None:
@@ -121,18 +140,31 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
     whose = f"of the {prefix.rstrip('_')} " if prefix else ""
     group = parser.add_argument_group(f"LoRA {whose}".strip())
     add = group.add_argument
-    add(f"--{prefix}lora_dim", type=_not_negative, default=0, help="rank of the trained update; 0 to train the full weights")
+    add(
+        f"--{prefix}lora_dim",
+        type=_not_negative,
+        default=0,
+        help="rank of the trained update; 0 to train the full weights",
+    )
     add(f"--{prefix}lora_module_name", default="auto",
         help="part of the names of the layers to adapt, as in decoder.layers.; auto for all linear layers of the blocks")  # fmt: skip
     add(f"--{prefix}lora_learning_rate", type=float, default=5e-4, help="learning rate of the LoRA factors")
     if prefix in ("", "actor_"):
-        add("--only_optimize_lora", action="store_true", help="freeze everything but LoRA (and a reward model's value head)")
+        add(
+            "--only_optimize_lora",
+            action="store_true",
+            help="freeze everything but LoRA (and a reward model's value head)",
+        )
 
 
 def add_run_arguments(parser, step: int, seed: int | None = 1234) -> None:
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--output_dir", default=None, help="where the model, metrics.jsonl and TensorBoard files go; None to save nothing")
+    add(
+        "--output_dir",
+        default=None,
+        help="where the model, metrics.jsonl and TensorBoard files go; None to save nothing",
+    )
     add("--seed", type=int, default=seed, help="of data order, fresh weights, dropout and sampling")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     add("--log_interval", type=_positive, default=1, help="optimizer steps between throughput lines")
@@ -197,7 +229,9 @@ def add_rlhf_arguments(parser) -> None:
     """Everything of step 3 beside data and run."""
     add = parser.add_argument_group("models").add_argument
     add("--actor_model_name_or_path", required=True, help="the model of step 1: actor and reference start from it")
-    add("--critic_model_name_or_path", required=True, help="the reward model of step 2: reward and critic start from it")
+    add(
+        "--critic_model_name_or_path", required=True, help="the reward model of step 2: reward and critic start from it"
+    )
     add("--actor_dropout", type=_probability, default=None, help="dropout of the actor; None for 0, as PPO wants")
     add("--critic_dropout", type=_probability, default=None, help="dropout of the critic; None for 0")
     add_num_padding_argument(parser)
@@ -205,12 +239,19 @@ def add_rlhf_arguments(parser) -> None:
     group = parser.add_argument_group("batches and optimisation")
     add = group.add_argument
     add("--per_device_generation_batch_size", type=_positive, default=16, help="prompts answered at a time per device")
-    add("--per_device_training_batch_size", type=_positive, default=16, help="answers per device and forward pass of an update")
+    add(
+        "--per_device_training_batch_size",
+        type=_positive,
+        default=16,
+        help="answers per device and forward pass of an update",
+    )
     add("--generation_batches", type=_positive, default=1, help="rounds of generation before each update")
     add("--ppo_epochs", type=_positive, default=1, help="passes over the answers of an update")
     add("--gradient_accumulation_steps", type=_positive, default=1,
         help="forward passes per optimizer step; more rounds of generation are made where one does not fill them")  # fmt: skip
-    add("--max_prompt_seq_len", type=_positive, default=256, help="tokens of a prompt; a longer one loses its beginning")
+    add(
+        "--max_prompt_seq_len", type=_positive, default=256, help="tokens of a prompt; a longer one loses its beginning"
+    )
     add("--max_answer_seq_len", type=_positive, default=256, help="tokens of an answer, its EOS included")
     add("--num_train_epochs", type=_positive, default=1, help="passes over the prompts")
     add("--actor_learning_rate", type=float, default=9.65e-6, help="peak learning rate of the actor")
@@ -223,27 +264,58 @@ def add_rlhf_arguments(parser) -> None:
 
     add = parser.add_argument_group("PPO").add_argument
     on_off = argparse.BooleanOptionalAction
-    add("--do_sample", action=on_off, default=True, help="rollouts are samples of the policy; --no-do_sample for greedy ones")
+    add(
+        "--do_sample",
+        action=on_off,
+        default=True,
+        help="rollouts are samples of the policy; --no-do_sample for greedy ones",
+    )
     add("--temperature", type=float, default=1.0, help="of sampling, and of all log-probs; 0 for greedy")
-    add("--top_p", type=_probability, default=1.0, help="sample from the smallest set of tokens with this probability; 1 for all")
+    add(
+        "--top_p",
+        type=_probability,
+        default=1.0,
+        help="sample from the smallest set of tokens with this probability; 1 for all",
+    )
     add("--top_k", type=_not_negative, default=0, help="sample from this many tokens; 0 for all")
     add("--kl_ctl", type=float, default=0.1, help="weight of the KL penalty per token; 0 to turn off")
-    add("--kl_estimator", choices=["k1", "k3"], default="k1", help="k1: log p - log q; k3: never negative, less variance")
-    add("--kl_target", type=float, default=None, help="nats per answer the KL weight is steered to; None for a fixed weight")
+    add(
+        "--kl_estimator",
+        choices=["k1", "k3"],
+        default="k1",
+        help="k1: log p - log q; k3: never negative, less variance",
+    )
+    add(
+        "--kl_target",
+        type=float,
+        default=None,
+        help="nats per answer the KL weight is steered to; None for a fixed weight",
+    )
     add("--kl_horizon", type=_positive, default=10000, help="answers over which the KL weight adapts")
     add("--clip_reward_value", type=float, default=5.0, help="scores are clipped to plus or minus this")
     add("--normalize_reward", action="store_true", help="scale scores by the mean and std saved with the reward model")
-    add("--missing_eos_penalty", type=float, default=None, help="taken off the score of an answer without EOS; None for nothing")
+    add(
+        "--missing_eos_penalty",
+        type=float,
+        default=None,
+        help="taken off the score of an answer without EOS; None for nothing",
+    )
     add("--gamma", type=_probability, default=1.0, help="discount per token; 1 for none")
     add("--lam", type=_probability, default=0.95, help="GAE's lambda: 0 trusts the critic, 1 the rewards")
-    add("--whiten_advantages", action=on_off, default=True, help="mean 0, std 1 over all ranks (published scripts: off)")
+    add(
+        "--whiten_advantages", action=on_off, default=True, help="mean 0, std 1 over all ranks (published scripts: off)"
+    )
     add("--cliprange", type=float, default=0.2, help="the policy's ratio is clipped to 1 plus or minus this")
     add("--cliprange_value", type=float, default=0.2, help="the value is clipped to the old one plus or minus this")
     add("--enable_ema", action="store_true", help="keep an fp32 moving average of the actor and save it too")
     add("--ema_decay", type=_probability, default=0.992, help="how much of the average stays at each applied step")
 
     add = parser.add_argument_group("unsupervised text (PPO-ptx)").add_argument
-    add("--unsupervised_dataset_name", default=None, help=".txt or .jsonl file, or a hub dataset with a column text; None for off")
+    add(
+        "--unsupervised_dataset_name",
+        default=None,
+        help=".txt or .jsonl file, or a hub dataset with a column text; None for off",
+    )
     add("--unsupervised_dataset_config_name", default=None, help="configuration of that hub dataset")
     add("--unsup_coef", type=float, default=27.8, help="weight of the language-model loss on that text")
 
@@ -252,12 +324,24 @@ def add_rlhf_arguments(parser) -> None:
     stages = dict(type=int, choices=[0, 1, 2, 3], default=0)
     add("--actor_zero_stage", **stages, help="ZeRO stage of the actor (and, at 3, of the reference and the EMA)")
     add("--critic_zero_stage", **stages, help="ZeRO stage of the critic (and, at 3, of the reward model)")
-    add("--offload", action="store_true", help="keep optimizer states (ZeRO-3: parameters too) of actor and critic on the host")
+    add(
+        "--offload",
+        action="store_true",
+        help="keep optimizer states (ZeRO-3: parameters too) of actor and critic on the host",
+    )
     add("--offload_reference_model", action="store_true", help="keep the reference's weights in host memory, by ZeRO-3")
     add("--offload_reward_model", action="store_true", help="keep the reward model's weights in host memory, by ZeRO-3")
     add_dtype_argument(group)
-    add("--actor_gradient_checkpointing", action="store_true", help="recompute the actor's activations: less memory, slower")
-    add("--critic_gradient_checkpointing", action="store_true", help="recompute the critic's activations: less memory, slower")
+    add(
+        "--actor_gradient_checkpointing",
+        action="store_true",
+        help="recompute the actor's activations: less memory, slower",
+    )
+    add(
+        "--critic_gradient_checkpointing",
+        action="store_true",
+        help="recompute the critic's activations: less memory, slower",
+    )
     add("--align_overflow", action="store_true", help="fp16: actor and critic skip overflowing steps together")
 
     add = parser.add_argument_group("hybrid engine").add_argument
@@ -266,8 +350,17 @@ def add_rlhf_arguments(parser) -> None:
     add("--unpin_actor_parameters", action="store_true", help="gather layer by layer after all: slower, less memory")
     add("--release_inference_cache", action="store_true", help="give cached memory back after each generation phase")
     add("--inference_tp_size", type=_positive, default=1, help="tensor-parallel ranks in generation; only 1 so far")
-    add("--tp_gather_partition_size", type=_positive, default=8, help="layers gathered at a time with --inference_tp_size above 1")
-    add("--enable_mixed_precision_lora", action="store_true", help="ZeRO++: quantised gathers of frozen weights (CUDA, ZeRO-3, LoRA)")
+    add(
+        "--tp_gather_partition_size",
+        type=_positive,
+        default=8,
+        help="layers gathered at a time with --inference_tp_size above 1",
+    )
+    add(
+        "--enable_mixed_precision_lora",
+        action="store_true",
+        help="ZeRO++: quantised gathers of frozen weights (CUDA, ZeRO-3, LoRA)",
+    )
 
     add_lora_arguments(parser, "actor_")
     add_lora_arguments(parser, "critic_")
@@ -332,7 +425,9 @@ def check_rlhf(args) -> RLHFBatchSizes:
     check_offload(args.offload, args.actor_zero_stage, "--actor_zero_stage")
     check_offload(args.offload, args.critic_zero_stage, "--critic_zero_stage")
     if args.inference_tp_size > 1:
-        raise UserError("--inference_tp_size above 1 is not available: each rank generates with the whole gathered model")
+        raise UserError(
+            "--inference_tp_size above 1 is not available: each rank generates with the whole gathered model"
+        )
     if args.align_overflow:
         raise UserError("--align_overflow is not available: use --dtype bf16, which does not overflow, instead of fp16")
     if args.enable_mixed_precision_lora:

@@ -62,9 +62,7 @@ def init_distributed(args) -> torch.device:
     ``args.local_rank`` and ``args.global_rank``.
     """
     if "RANK" not in os.environ:
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1"
-        )
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
     if args.local_rank >= 0:
         os.environ["LOCAL_RANK"] = str(args.local_rank)

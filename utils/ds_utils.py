@@ -115,12 +115,16 @@ def merge_config_file(ds_config: dict, path: str | None) -> dict:
     except json.JSONDecodeError as error:
         raise UserError(f"--deepspeed_config_overrides {path}: line {error.lineno} is not JSON: {error.msg}") from error
     if not isinstance(overrides, dict):
-        raise UserError(f"--deepspeed_config_overrides {path}: expected a JSON object, found {type(overrides).__name__}")
+        raise UserError(
+            f"--deepspeed_config_overrides {path}: expected a JSON object, found {type(overrides).__name__}"
+        )
 
     def merge(base: dict, top: dict) -> dict:
         merged = dict(base)
         for key, value in top.items():
-            merged[key] = merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+            merged[key] = (
+                merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+            )
         return merged
 
     return merge(ds_config, overrides)

@@ -23,7 +23,9 @@ class MetricsWriter:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise UserError("--enable_tensorboard needs the package tensorboard: pip install tensorboard") from error
+                raise UserError(
+                    "--enable_tensorboard needs the package tensorboard: pip install tensorboard"
+                ) from error
             self._tensorboard = SummaryWriter(str(tensorboard_path))
 
     def write(self, step: int, values: dict, prefix: str = "train") -> None:

@@ -32,7 +32,9 @@ def matmul_parameters(hf_model) -> int:
     return total
 
 
-def calculate_flops(parameters: int, layers: int, hidden_size: int, tokens: int, mean_length: float, passes: int) -> float:
+def calculate_flops(
+    parameters: int, layers: int, hidden_size: int, tokens: int, mean_length: float, passes: int
+) -> float:
     """Operations for ``tokens`` tokens in rows of ``mean_length``.
 
     Args:
@@ -60,7 +62,12 @@ def print_throughput(hf_model, args, seconds: float, tokens: int, rows: int) -> 
         f"Samples/sec: {rows / seconds:.2f}, Time/seq {seconds / max(rows, 1):.2f}s, Batch Size: {rows}, "
         f"Sequence Length: {tokens / max(rows, 1):.0f}"
     )
-    return {"seconds": seconds, "tflops": tflops, "samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds}
+    return {
+        "seconds": seconds,
+        "tflops": tflops,
+        "samples_per_second": rows / seconds,
+        "tokens_per_second": tokens / seconds,
+    }
 
 
 def print_throughput_step3(
@@ -77,7 +84,9 @@ def print_throughput_step3(
     world = get_world_size()
     generate_time = generate_time or gen_exp_time
     tokens, length = prompt_tokens + answer_tokens, args.max_prompt_seq_len + args.max_answer_seq_len
-    actor, critic = (count_parameters(unwrap(model))[1] if model is not None else 0 for model in (actor_model, critic_model))
+    actor, critic = (
+        count_parameters(unwrap(model))[1] if model is not None else 0 for model in (actor_model, critic_model)
+    )
     generation = _model_flops(actor_model, tokens, rows, 1)
     passes = (4 if args.actor_gradient_checkpointing else 3) * args.ppo_epochs
     training = _model_flops(actor_model, tokens, rows, passes)

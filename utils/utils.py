@@ -170,6 +170,17 @@ def make_optimizer(parameter_groups, learning_rate: float, offload: bool, betas=
     return torch.optim.AdamW(parameter_groups, lr=learning_rate, betas=betas, fused=True)
 
 
+def take_step(engine) -> float | None:
+    """engine.step(), and the norm of the whole gradient before clipping where the step was an optimizer step."""
+    norm = None
+    # DeepSpeed keeps the norm in its own optimizers; at stage 0 in fp32 there is none around torch's.
+    if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return None if norm is None else float(norm)
+
+
 def unwrap(model):
     """The module inside a DeepSpeed engine; a plain module as it is."""
     return model.module if hasattr(model, "module") else model
@@ -207,7 +218,11 @@ def load_state_dict_into_model(model_to_load, state_dict, start_prefix="", zero_
         "unexpected": sorted(set(state_dict) - wanted),
         "of another shape": sorted(n for n in wanted & set(state_dict) if shape_of[n] != tuple(state_dict[n].shape)),
     }
-    found = [f"{what}: {', '.join(names[:8])}" + (" …" if len(names) > 8 else "") for what, names in problems.items() if names]
+    found = [
+        f"{what}: {', '.join(names[:8])}" + (" …" if len(names) > 8 else "")
+        for what, names in problems.items()
+        if names
+    ]
     if found:
         raise UserError("the checkpoint does not fit the model; " + "; ".join(found))
 

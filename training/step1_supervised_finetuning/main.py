@@ -27,7 +27,16 @@ from utils.data.data_utils import (
     create_prompt_dataset,
     make_loader,
 )
-from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, now, run_main
+from utils.distributed import (
+    UserError,
+    agree,
+    all_reduce_sum,
+    get_rank,
+    get_world_size,
+    init_distributed,
+    now,
+    run_main,
+)
 from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, merge_config_file, with_batch_sizes
 from utils.metrics import make_writer
 from utils.model.inputs import model_inputs
@@ -42,6 +51,7 @@ from utils.utils import (
     progress,
     save_hf_format,
     set_random_seed,
+    take_step,
     to_device,
 )
 
@@ -52,7 +62,9 @@ def build_parser():
     arguments.add_supervised_arguments(parser, learning_rate=1e-3)
     arguments.add_run_arguments(parser, step=1)
     group = parser.add_argument_group("step 1")
-    group.add_argument("--mask_prompt", action="store_true", help="learn the answers only; off: prompts too, as published")
+    group.add_argument(
+        "--mask_prompt", action="store_true", help="learn the answers only; off: prompts too, as published"
+    )
     group.add_argument("--print_loss", action="store_true", help="print the loss of every step on every rank")
     return parser
 
@@ -65,7 +77,9 @@ def evaluate(engine, loader, device) -> tuple[float, float]:
     for batch in progress(loader, "evaluating"):
         batch = to_device(batch, device)
         logits = engine(**model_inputs(engine.module, batch["input_ids"], batch["attention_mask"])).logits
-        total += torch.stack([causal_lm_loss_sum(logits, batch["labels"]).double(), total.new_tensor(label_count(batch["labels"]))])
+        total += torch.stack(
+            [causal_lm_loss_sum(logits, batch["labels"]).double(), total.new_tensor(label_count(batch["labels"]))]
+        )
     engine.train()
     loss_sum, tokens = all_reduce_sum(total.float()).tolist()
     loss = loss_sum / max(tokens, 1)
@@ -108,7 +122,7 @@ def main():
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
         seed=args.seed,
-        group_by_length=True,
+        group_by_length=args.group_by_length,
     )
     train_loader = make_loader(train_dataset, sampler, collator)
     eval_loader = make_loader(
@@ -152,9 +166,7 @@ def main():
     print_rank_0("***** Running training *****")
     evaluate_and_report(0)
     for epoch in range(args.num_train_epochs):
-        print_rank_0(
-            f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Micro Batches {len(train_loader)}"
-        )
+        print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Micro Batches {len(train_loader)}")
         sampler.set_epoch(epoch)
         engine.train()
         watch = Stopwatch()
@@ -183,11 +195,13 @@ def main():
                             f"the loss is {mean_loss} in epoch {epoch}, step {step}; the weights before it are finite. "
                             "A lower --learning_rate or --dtype bf16/fp32 usually helps"
                         )
-                engine.step()
+                grad_norm = take_step(engine)
             if args.print_loss:
-                print(f"Time: {now()}, Epoch: {epoch}, Step: {step}, Rank: {get_rank()}, loss = {mean_loss}", flush=True)
+                print(
+                    f"Time: {now()}, Epoch: {epoch}, Step: {step}, Rank: {get_rank()}, loss = {mean_loss}", flush=True
+                )
             seconds = watch.lap()
-            figures = {"loss": mean_loss, "lr": scheduler.get_last_lr()[0], "grad_norm": float(engine.get_global_grad_norm() or 0)}
+            figures = {"loss": mean_loss, "lr": scheduler.get_last_lr()[0], "grad_norm": grad_norm}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
                 figures |= print_throughput(engine, args, seconds, int(tokens), int(rows))
             writer.write(engine.global_steps, figures)

@@ -40,6 +40,7 @@ from utils.utils import (
     progress,
     save_hf_format,
     set_random_seed,
+    take_step,
     to_device,
 )
 
@@ -53,7 +54,9 @@ def build_parser():
     arguments.add_num_padding_argument(group)
     group.add_argument("--rm_loss", choices=["per_token", "end_token"], default="per_token",
                        help="compare the pair at every token from where it differs (published), or at its ends (InstructGPT)")  # fmt: skip
-    group.add_argument("--eval_interval", type=int, default=0, help="evaluate every so many optimizer steps; 0 after epochs only")
+    group.add_argument(
+        "--eval_interval", type=int, default=0, help="evaluate every so many optimizer steps; 0 after epochs only"
+    )
     group.add_argument("--eval_iters", type=int, default=100, help="evaluation batches per rank; 0 for all")
     return parser
 
@@ -123,7 +126,7 @@ def main():
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
         seed=args.seed,
-        group_by_length=True,
+        group_by_length=args.group_by_length,
     )
     train_loader = make_loader(train_dataset, sampler, collator)
     eval_loader = make_loader(
@@ -172,9 +175,7 @@ def main():
     print_rank_0("***** Running training *****")
     evaluate_and_report(0, args.eval_iters)
     for epoch in range(args.num_train_epochs):
-        print_rank_0(
-            f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Micro Batches {len(train_loader)}"
-        )
+        print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Micro Batches {len(train_loader)}")
         sampler.set_epoch(epoch)
         engine.train()
         watch, epoch_loss = Stopwatch(), 0.0
@@ -203,11 +204,11 @@ def main():
                             f"the loss is {mean_loss} in epoch {epoch}, step {step}; the weights before it are finite. "
                             "A lower --learning_rate or --dtype bf16/fp32 usually helps"
                         )
-                engine.step()
+                grad_norm = take_step(engine)
             epoch_loss += mean_loss
             seconds = watch.lap()
             figures = {"loss": mean_loss, "accuracy": accuracy, "margin": mean_margin}
-            figures |= {"lr": scheduler.get_last_lr()[0], "grad_norm": float(engine.get_global_grad_norm() or 0)}
+            figures |= {"lr": scheduler.get_last_lr()[0], "grad_norm": grad_norm}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
                 figures |= print_throughput(engine, args, seconds, int(tokens), int(2 * pairs))
             writer.write(engine.global_steps, figures)
@@ -220,7 +221,10 @@ def main():
     # 5. Save, with the scale of the scores beside the weights
     if args.output_dir is not None:
         print_rank_0("saving model ...")
-        model.config.reward_score_mean, model.config.reward_score_std = last_figures["score_mean"], last_figures["score_std"]
+        model.config.reward_score_mean, model.config.reward_score_std = (
+            last_figures["score_mean"],
+            last_figures["score_std"],
+        )
         save_hf_format(engine, tokenizer, args)
     writer.close()
 

@@ -162,7 +162,9 @@ def main():
             for _ in range(batch.rounds):
                 prompt_batch = to_device(next(batches), device)
                 prompt_tokens += int(prompt_batch["prompt_att_mask"].sum())
-                rounds.append(trainer.generate_experience(prompt_batch["prompt"], prompt_batch["prompt_att_mask"], step))
+                rounds.append(
+                    trainer.generate_experience(prompt_batch["prompt"], prompt_batch["prompt_att_mask"], step)
+                )
                 generate_time += trainer.generate_time
                 generated_steps += trainer.generated_steps
             experience = Experience.concat(rounds, tokenizer.pad_token_id)
@@ -182,7 +184,10 @@ def main():
                         losses.append(loss)
                         if args.enable_ema and loss["actor_step_applied"]:
                             moving_average(
-                                rlhf_engine.actor, rlhf_engine.actor_ema, args.ema_decay, zero_stage=args.actor_zero_stage
+                                rlhf_engine.actor,
+                                rlhf_engine.actor_ema,
+                                args.ema_decay,
+                                zero_stage=args.actor_zero_stage,
                             )
             training_time = watch.lap()
 

@@ -33,7 +33,9 @@ def gather_log_probs(logits: torch.Tensor, labels: torch.Tensor, temperature: fl
     """
     parts = []
     flat_logits, flat_labels = logits.flatten(0, 1), labels.flatten()
-    for part, wanted in zip(flat_logits.split(POSITIONS_PER_CHUNK), flat_labels.split(POSITIONS_PER_CHUNK), strict=True):
+    for part, wanted in zip(
+        flat_logits.split(POSITIONS_PER_CHUNK), flat_labels.split(POSITIONS_PER_CHUNK), strict=True
+    ):
         part = part.float() if temperature == 1.0 else part.float() / temperature
         parts.append(-F.cross_entropy(part, wanted, reduction="none"))
     return torch.cat(parts).view(labels.shape)
@@ -61,7 +63,9 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = _this
     return total / count.clamp(min=1)
 
 
-def masked_whiten(values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = _this_process_only, eps: float = 1e-8) -> torch.Tensor:
+def masked_whiten(
+    values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = _this_process_only, eps: float = 1e-8
+) -> torch.Tensor:
     """Mean 0 and (unbiased) variance 1 over the real tokens of all ranks; 0 elsewhere. [B, A] -> [B, A]."""
     mean = masked_mean(values, mask, reduce)
     centred = (values - mean) * mask

@@ -14,7 +14,7 @@ from utils.distributed import UserError, all_reduce_sum, get_world_size
 from utils.model.inputs import forward_accepts, model_inputs
 from utils.model.losses import causal_lm_loss_sum, label_count
 from utils.model.reward_model import end_scores
-from utils.utils import print_rank_0, to_device
+from utils.utils import print_rank_0, take_step, to_device
 
 __all__ = ["DeepSpeedPPOTrainer", "DeepSpeedPPOTrainerUnsupervised", "gather_log_probs"]
 
@@ -44,7 +44,9 @@ class DeepSpeedPPOTrainer:
         if args.normalize_reward:
             mean, std = getattr(config, "reward_score_mean", None), getattr(config, "reward_score_std", None)
             if not std:
-                raise UserError("--normalize_reward: the reward model's config has no reward_score_mean and reward_score_std")
+                raise UserError(
+                    "--normalize_reward: the reward model's config has no reward_score_mean and reward_score_std"
+                )
             self.reward_scale = (mean, std)
 
     # ------------------------------------------------------------ experience
@@ -187,7 +189,9 @@ class DeepSpeedPPOTrainer:
             experience.rewards.sum(),
             (ppo_math.kl_per_token(experience.log_probs, experience.ref_log_probs, "k3") * mask).sum(),
         ]
-        rows, used_rows, score, squares, kl, tokens, length, ended, reward, k3 = all_reduce_sum(torch.stack(sums)).tolist()
+        rows, used_rows, score, squares, kl, tokens, length, ended, reward, k3 = all_reduce_sum(
+            torch.stack(sums)
+        ).tolist()
         explained = ppo_math.explained_variance(experience.values, experience.returns, mask, all_reduce_sum).item()
         n = max(used_rows, 1)
         coefficient = self.kl_controller.value
@@ -258,10 +262,8 @@ class DeepSpeedPPOTrainer:
                 bad = [name for name in names[:3] if not math.isfinite(metrics[name])]
                 if bad:
                     raise UserError(f"{' and '.join(bad)} not finite: no update was made from this batch")
-            self.actor_model.step()
-            self.critic_model.step()
-        metrics["actor_grad_norm"] = float(self.actor_model.get_global_grad_norm() or 0)
-        metrics["critic_grad_norm"] = float(self.critic_model.get_global_grad_norm() or 0)
+            actor_norm, critic_norm = take_step(self.actor_model), take_step(self.critic_model)
+        metrics["actor_grad_norm"], metrics["critic_grad_norm"] = actor_norm, critic_norm
         metrics["actor_step_applied"] = self.actor_model.was_step_applied()
         return metrics
 

@@ -107,7 +107,9 @@ class DeepSpeedRLHFEngine:
             )
             convert_linear_layer_to_lora(model, args.actor_lora_module_name, args.actor_lora_dim)
             engine = _frozen(model, config)
-            moving_average(self.actor, engine, beta=0.0, zero_stage=args.actor_zero_stage)  # the same random LoRA factors
+            moving_average(
+                self.actor, engine, beta=0.0, zero_stage=args.actor_zero_stage
+            )  # the same random LoRA factors
             return engine
 
     def _init_critic(self, path):
@@ -151,5 +153,7 @@ class _announced:
 
     def __exit__(self, error_type, *_):
         if error_type is None:
-            memory = f", {torch.cuda.memory_allocated() / 2**30:.2f} GiB on the GPU" if torch.cuda.is_available() else ""
+            memory = (
+                f", {torch.cuda.memory_allocated() / 2**30:.2f} GiB on the GPU" if torch.cuda.is_available() else ""
+            )
             print_rank_0(f"{self.name} model ready in {time.perf_counter() - self.start:.1f}s{memory}")

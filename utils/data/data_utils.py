@@ -56,7 +56,9 @@ def split_boundaries(data_split: str, data_size: int) -> list[int]:
     except ValueError:
         shares = []
     if not shares or min(shares) < 0 or sum(shares) <= 0:
-        raise UserError(f"--data_split {data_split!r}: expected shares of 0 or more with commas between them, as in 2,4,4")
+        raise UserError(
+            f"--data_split {data_split!r}: expected shares of 0 or more with commas between them, as in 2,4,4"
+        )
     boundaries = [0]
     for share in shares:
         boundaries.append(boundaries[-1] + int(round(share / sum(shares) * float(data_size))))
@@ -320,7 +322,16 @@ class PromptDataset(Dataset):
 def _cache_key(raw_dataset, split, tokenizer, rules: TokenRules, data_split, seed, limit) -> str:
     """A name for exactly this content: the same key means the same file, a changed byte anywhere means another."""
     tokenizer_state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
-    parts = [CACHE_VERSION, raw_dataset.fingerprint(), raw_dataset.dataset_name, split, vars(rules), data_split, seed, limit]
+    parts = [
+        CACHE_VERSION,
+        raw_dataset.fingerprint(),
+        raw_dataset.dataset_name,
+        split,
+        vars(rules),
+        data_split,
+        seed,
+        limit,
+    ]
     parts += [hashlib.sha256(tokenizer_state.encode()).hexdigest(), tokenizer.eos_token_id, tokenizer.pad_token_id]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
@@ -343,10 +354,16 @@ def create_dataset_split(raw_dataset, rows, indices, tokenizer, rules: TokenRule
     report.write_text(json.dumps(vars(encoder.counts)))
 
 
-def _prepare(raw_dataset, split, tokenizer, rules, output_path, data_split, share, seed, limit, rebuild) -> PromptDataset:
+def _prepare(
+    raw_dataset, split, tokenizer, rules, output_path, data_split, share, seed, limit, rebuild
+) -> PromptDataset:
     """One split ("train" or "eval") of one dataset, from the cache or made now by the first rank of each node."""
     key = _cache_key(raw_dataset, split, tokenizer, rules, f"{data_split}/{share}", seed, limit)
-    file = Path(output_path) / "tokenised" / f"{raw_dataset.dataset_name_clean}_{split}_step{rules.train_phase}_{key}.arrow"
+    file = (
+        Path(output_path)
+        / "tokenised"
+        / f"{raw_dataset.dataset_name_clean}_{split}_step{rules.train_phase}_{key}.arrow"
+    )
 
     def build() -> None:
         rows = raw_dataset.get_train_data() if split == "train" else raw_dataset.get_eval_data()
@@ -454,7 +471,9 @@ class StepBatchSampler(Sampler):
 
     WINDOW_STEPS = 50
 
-    def __init__(self, lengths, micro_batch_size, accumulation=1, seed=0, shuffle=True, group_by_length=False, drop_last=False):
+    def __init__(
+        self, lengths, micro_batch_size, accumulation=1, seed=0, shuffle=True, group_by_length=False, drop_last=False
+    ):
         self.lengths, self.micro, self.accumulation = np.asarray(lengths), micro_batch_size, accumulation
         self.seed, self.shuffle, self.group_by_length, self.drop_last = seed, shuffle, group_by_length, drop_last
         self.rank, self.world = get_rank(), get_world_size()
@@ -490,7 +509,10 @@ class StepBatchSampler(Sampler):
             return order
         window = self.rows_per_step * self.WINDOW_STEPS
         order = np.concatenate(
-            [part[np.argsort(-self.lengths[part], kind="stable")] for part in np.split(order, range(window, rows, window))]
+            [
+                part[np.argsort(-self.lengths[part], kind="stable")]
+                for part in np.split(order, range(window, rows, window))
+            ]
         )
         whole = rows // self.rows_per_step * self.rows_per_step
         steps = order[:whole].reshape(-1, self.rows_per_step)
@@ -659,7 +681,9 @@ def _unsupervised_texts(name: str, config_name: str | None):
     try:
         rows = datasets.load_dataset(name, config_name, split="train")
     except (OSError, ValueError, ConnectionError) as error:
-        raise UserError(f"--unsupervised_dataset_name {name}: no such file, and not loadable from the hub: {error}") from error
+        raise UserError(
+            f"--unsupervised_dataset_name {name}: no such file, and not loadable from the hub: {error}"
+        ) from error
     if "text" not in rows.column_names:
         raise UserError(f"--unsupervised_dataset_name {name}: has no column text, only {', '.join(rows.column_names)}")
     yield from (row["text"] for row in rows)
@@ -678,6 +702,10 @@ def get_unsupervised_data(args, tokenizer) -> list[list[int]]:
             blocks.append(stream[:block])
             stream = stream[block:]
     if not blocks:
-        raise UserError(f"--unsupervised_dataset_name {args.unsupervised_dataset_name}: less text than one block of {block} tokens")
-    print_rank_0(f"data: {args.unsupervised_dataset_name} (unsupervised): {seen['texts']} texts, {len(blocks)} blocks of {block} tokens")
+        raise UserError(
+            f"--unsupervised_dataset_name {args.unsupervised_dataset_name}: less text than one block of {block} tokens"
+        )
+    print_rank_0(
+        f"data: {args.unsupervised_dataset_name} (unsupervised): {seen['texts']} texts, {len(blocks)} blocks of {block} tokens"
+    )
     return blocks

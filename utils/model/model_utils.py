@@ -52,7 +52,9 @@ def _check_loading(info: dict, model_name_or_path, allowed_missing=()) -> None:
     mismatched = [str(key) for key in info["mismatched_keys"]]
     if missing or mismatched:
         listed = ", ".join((missing + mismatched)[:8])
-        raise UserError(f"the weights in {model_name_or_path!r} do not fit the model; missing or of another shape: {listed}")
+        raise UserError(
+            f"the weights in {model_name_or_path!r} do not fit the model; missing or of another shape: {listed}"
+        )
 
 
 def _grow_embedding(model, tokenizer) -> None:
@@ -129,7 +131,15 @@ def create_critic_model(
         UserError: in step 3, when the folder holds no trained head.
     """
     base = create_hf_model(
-        AutoModel, model_name_or_path, tokenizer, ds_config, rlhf_training, dropout, dtype, attn_implementation, trust_remote_code
+        AutoModel,
+        model_name_or_path,
+        tokenizer,
+        ds_config,
+        rlhf_training,
+        dropout,
+        dtype,
+        attn_implementation,
+        trust_remote_code,
     )
     head = read_value_head(model_name_or_path)
     if rlhf_training and head is None:

@@ -42,7 +42,9 @@ def end_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tens
     return values.gather(1, end_indices(attention_mask).unsqueeze(1)).squeeze(1)
 
 
-def pairwise_loss(chosen_values, rejected_values, chosen_ids, rejected_ids, chosen_mask, rejected_mask, kind="per_token"):
+def pairwise_loss(
+    chosen_values, rejected_values, chosen_ids, rejected_ids, chosen_mask, rejected_mask, kind="per_token"
+):
     """-log sigmoid(chosen - rejected), one number per pair.
 
     ``end_token`` compares the two end scores (InstructGPT, https://arxiv.org/abs/2203.02155, eq. 1). ``per_token``
@@ -83,7 +85,13 @@ class RewardModel(nn.Module):
     """
 
     def __init__(
-        self, base_model, tokenizer, num_padding_at_beginning=0, compute_fp32_loss=False, rm_loss="per_token", value_head=None
+        self,
+        base_model,
+        tokenizer,
+        num_padding_at_beginning=0,
+        compute_fp32_loss=False,
+        rm_loss="per_token",
+        value_head=None,
     ):
         super().__init__()
         self.config = base_model.config
@@ -162,7 +170,9 @@ class RewardModel(nn.Module):
         """
         family = type(self.config)
         if family not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            raise UserError(f"transformers has no sequence-classification model for {family.__name__} to save the reward model as")
+            raise UserError(
+                f"transformers has no sequence-classification model for {family.__name__} to save the reward model as"
+            )
         self.config.num_labels = 1
         with torch.device("meta"):
             target = AutoModelForSequenceClassification.from_config(self.config, dtype=self.rwtransformer.dtype)

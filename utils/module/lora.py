@@ -45,8 +45,12 @@ class LinearLayer_LoRA(nn.Module):
         self.transposed = transposed
         rows, columns = getattr(weight, "ds_shape", weight.shape)  # a ZeRO-3 shard does not show its shape
         in_features, out_features = (rows, columns) if transposed else (columns, rows)
-        self.lora_right_weight = nn.Parameter(torch.empty(in_features, lora_dim, dtype=weight.dtype, device=weight.device))
-        self.lora_left_weight = nn.Parameter(torch.zeros(lora_dim, out_features, dtype=weight.dtype, device=weight.device))
+        self.lora_right_weight = nn.Parameter(
+            torch.empty(in_features, lora_dim, dtype=weight.dtype, device=weight.device)
+        )
+        self.lora_left_weight = nn.Parameter(
+            torch.zeros(lora_dim, out_features, dtype=weight.dtype, device=weight.device)
+        )
         self.lora_scaling = lora_scaling / lora_dim
         self.lora_dropout = nn.Dropout(lora_droppout)
         self._base_weight = None  # W while it is folded
@@ -137,7 +141,6 @@ def convert_linear_layer_to_lora(model, part_module_name, lora_dim=0, lora_scali
     return model
 
 
-
 def convert_lora_to_linear_layer(model):
     """Turn every LoRA layer back into a plain linear layer with the update folded in, for good.
 
@@ -161,7 +164,9 @@ def only_optimize_lora_parameters(model, force_optimize_params=()):
     """Freeze all but the LoRA factors and the named parameters (a reward model's value head, say)."""
     for name, param in model.named_parameters():
         param.requires_grad = (
-            "lora_right_weight" in name or "lora_left_weight" in name or any(part in name for part in force_optimize_params)
+            "lora_right_weight" in name
+            or "lora_left_weight" in name
+            or any(part in name for part in force_optimize_params)
         )
     return model
 
