@@ -3,8 +3,8 @@
 
     python evaluation_scripts/demo_report.py --output_dir output/quickstart
 
-Reads the models and metrics of the three steps in that folder, lets every model answer the demo's held-out prompts, and has
-the demo's exact judge look at the answers.
+Reads the models and metrics of the three steps in that folder, lets every model answer the demo's held-out prompts,
+and has the demo's exact judge look at the answers.
 """
 
 import argparse
@@ -36,9 +36,16 @@ def sample_answers(model, tokenizer, prompts, max_new_tokens, batch_size):
         rows = tokenizer(prompts[start : start + batch_size])["input_ids"]
         ids, mask = pad_rows(rows, tokenizer.pad_token_id, side="left")
         sequences = model.generate(
-            ids, attention_mask=mask, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
         batches.append((ids, mask, sequences))
     return batches
 

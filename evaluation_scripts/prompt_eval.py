@@ -19,14 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation_scripts.prompts import PROMPTS, check_writable, read_prompts, write_jsonl, write_text
 from utils.data.prompt_format import cut_at_next_human, encode_prompt, prompt_from_text
+from utils.distributed import UserError, run_main
 from utils.generation import (
-    UserError,
     add_loading_arguments,
     check_model_folder,
     choosing_settings,
     generate_answers,
     load_language_model,
-    run_main,
     warn,
 )
 from utils.utils import set_random_seed

@@ -21,15 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation_scripts.prompts import PAIRS, check_writable, read_rows, write_jsonl
 from utils.data.data_utils import encode_with_prompt, fit, prompt_tokens_to_drop
 from utils.data.prompt_format import format_answer, prompt_from_text
+from utils.distributed import UserError, run_main
 from utils.generation import (
     END_OF_TEXT,
-    UserError,
     add_loading_arguments,
     check_ids,
     check_model_folder,
     load_pretrained,
     pad_rows,
-    run_main,
     warn,
 )
 from utils.utils import load_hf_tokenizer, progress

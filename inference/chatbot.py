@@ -18,9 +18,9 @@ from transformers import StoppingCriteria
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.data.prompt_format import PLAIN, cut_at_next_human, encode_prompt, format_prompt, stop_strings, truncate_left
+from utils.distributed import UserError, run_main
 from utils.generation import (
     LanguageModel,
-    UserError,
     add_loading_arguments,
     check_ids,
     choosing_settings,
@@ -28,7 +28,6 @@ from utils.generation import (
     generate_ids,
     load_language_model,
     room_for_prompt,
-    run_main,
     warn,
 )
 from utils.utils import set_random_seed

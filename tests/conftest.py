@@ -115,9 +115,15 @@ def run_command(command, timeout=240, cwd=None, **environment):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
     done = subprocess.run(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, timeout=timeout, text=True,
-        cwd=cwd, check=False,
-    )  # fmt: skip
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=env,
+        timeout=timeout,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
     return done.returncode, done.stdout
 
 

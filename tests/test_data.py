@@ -1,6 +1,7 @@
 """From rows to batches: the split rule, EOS and masks, truncation, the cache, the order of batches."""
 
 import json
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -27,7 +28,6 @@ from utils.data.data_utils import (
 )
 from utils.distributed import UserError
 from utils.utils import load_hf_tokenizer
-
 
 # ------------------------------------------------------------------ split
 
@@ -200,7 +200,7 @@ def test_the_cache_is_reused_for_equal_content_and_rebuilt_for_changed_content(t
 def test_a_failed_preparation_leaves_no_file_that_a_next_run_trusts(tmp_path, monkeypatch):
     tokenizer = make_tokenizer(tmp_path / "t")
 
-    def explode(self, samples):
+    def explode(self, rows, positions):
         raise OSError("disk full")
 
     monkeypatch.setattr(data_utils.RowEncoder, "encode", explode)
@@ -225,7 +225,7 @@ def _epoch(world, monkeypatch, rows=37, micro=4, accumulation=2, epoch=0, groupe
         sampler.set_epoch(epoch)
         batches = list(sampler)
         assert len(batches) == len(sampler)
-        per_rank.append([sum(window, []) for window in accumulation_windows(batches, accumulation)])
+        per_rank.append([list(chain.from_iterable(window)) for window in accumulation_windows(batches, accumulation)])
     return [
         sorted(r for rank in range(world) for r in per_rank[rank][s] if r is not FILLER)
         for s in range(len(per_rank[0]))
@@ -236,7 +236,7 @@ def _epoch(world, monkeypatch, rows=37, micro=4, accumulation=2, epoch=0, groupe
 def test_every_world_size_sees_the_same_rows_in_the_same_step_and_each_row_once(monkeypatch, grouped):
     one, two, four = (_epoch(world, monkeypatch, grouped=grouped) for world in (1, 2, 4))
     assert one == two == four
-    assert sorted(sum(one, [])) == list(range(37))
+    assert sorted(chain.from_iterable(one)) == list(range(37))
     assert _epoch(1, monkeypatch, epoch=1, grouped=grouped) != one
 
 

@@ -110,19 +110,41 @@ RULES = {
     "openai/webgpt_comparisons": (
         ("train",),
         [
-            {"question": {"dataset": "eli5", "id": "1", "full_text": "Why?"}, "score_0": score, "score_1": -score,
-             "quotes_0": {"title": ["t"], "extract": ["e"]}, "tokens_0": {"prefix": [1, 2], "completion": [3]},
-             "quotes_1": {"title": ["t"], "extract": ["e"]}, "tokens_1": {"prefix": [1, 2], "completion": [3]},
-             "answer_0": "Sky [1] is blue [2, 3].", "answer_1": "Air (1, 2) scatters(4)\nlight."}
+            {
+                "question": {"dataset": "eli5", "id": "1", "full_text": "Why?"},
+                "score_0": score,
+                "score_1": -score,
+                "quotes_0": {"title": ["t"], "extract": ["e"]},
+                "tokens_0": {"prefix": [1, 2], "completion": [3]},
+                "quotes_1": {"title": ["t"], "extract": ["e"]},
+                "tokens_1": {"prefix": [1, 2], "completion": [3]},
+                "answer_0": "Sky [1] is blue [2, 3].",
+                "answer_1": "Air (1, 2) scatters(4)\nlight.",
+            }
             for score in (0.5, -0.5, 0.0)
         ]
         + [
-            {"question": {"dataset": "eli5", "id": "2", "full_text": "Nested"}, "answer_0": "foo (see (1)) [2]",
-             "score_0": 1.0, "answer_1": "[1]", "score_1": -1.0},
-            {"question": {"dataset": "eli5", "id": "3", "full_text": "No score"}, "answer_0": "a",
-             "score_0": None, "answer_1": "b", "score_1": 0.0},
-            {"question": {"dataset": "eli5", "id": "4", "full_text": None}, "answer_0": "a",
-             "score_0": 1.0, "answer_1": None, "score_1": -1.0},
+            {
+                "question": {"dataset": "eli5", "id": "2", "full_text": "Nested"},
+                "answer_0": "foo (see (1)) [2]",
+                "score_0": 1.0,
+                "answer_1": "[1]",
+                "score_1": -1.0,
+            },
+            {
+                "question": {"dataset": "eli5", "id": "3", "full_text": "No score"},
+                "answer_0": "a",
+                "score_0": None,
+                "answer_1": "b",
+                "score_1": 0.0,
+            },
+            {
+                "question": {"dataset": "eli5", "id": "4", "full_text": None},
+                "answer_0": "a",
+                "score_0": 1.0,
+                "answer_1": None,
+                "score_1": -1.0,
+            },
         ],
         [
             (" Human: Why? Assistant:", " Sky is blue.", " Air scatters\nlight."),
@@ -136,8 +158,15 @@ RULES = {
     "stanfordnlp/SHP": (
         ("train", "validation"),
         [
-            {"post_id": "p", "domain": "askacademia_train", "history": "H", "human_ref_A": "A", "human_ref_B": "B",
-             "labels": label, "score_ratio": 2.0}
+            {
+                "post_id": "p",
+                "domain": "askacademia_train",
+                "history": "H",
+                "human_ref_A": "A",
+                "human_ref_B": "B",
+                "labels": label,
+                "score_ratio": 2.0,
+            }
             for label in (1, 0, None)
         ],
         [(" Human: H Assistant:", *answers) for answers in ((" A", " B"), (" B", " A"), (None, None))],
@@ -177,10 +206,19 @@ RULES = {
     "mkqa-Chinese": (
         ("train",),
         [
-            {"example_id": 1, "queries": {"zh_cn": "谁？", "ja": "誰？"}, "answers": {
-                "zh_cn": [{"type": 1, "text": "他", "aliases": []}], "ja": [{"type": 1, "text": "彼", "aliases": []}]}},
-            {"example_id": 2, "queries": {"zh_cn": "谁？", "ja": "誰？"}, "answers": {
-                "zh_cn": [{"type": 0, "text": None, "aliases": []}], "ja": []}},
+            {
+                "example_id": 1,
+                "queries": {"zh_cn": "谁？", "ja": "誰？"},
+                "answers": {
+                    "zh_cn": [{"type": 1, "text": "他", "aliases": []}],
+                    "ja": [{"type": 1, "text": "彼", "aliases": []}],
+                },
+            },
+            {
+                "example_id": 2,
+                "queries": {"zh_cn": "谁？", "ja": "誰？"},
+                "answers": {"zh_cn": [{"type": 0, "text": None, "aliases": []}], "ja": []},
+            },
         ],
         [(" Human: 谁？ Assistant:", " 他", None), (" Human: 谁？ Assistant:", None, None)],
     ),
@@ -197,7 +235,7 @@ RULES = {
         ],
         [(" Human: どこ？ Assistant:", " 段落。", None), (None, " 段落。", None)],
     ),
-}  # fmt: skip
+}
 RULES["Cohere/miracl-ja-queries-22-12"] = RULES["Cohere/miracl-zh-queries-22-12"]
 RULES["mkqa-Japanese"] = (
     ("train",),
@@ -280,7 +318,7 @@ def test_rule_of_each_dataset_on_rows_of_a_local_copy(name, layout, tmp_path):
         assert dataset.get_prompt_and_rejected(row) == (prompt + rejected if prompt and rejected else None)
     whole = [i for i, (prompt, chosen, _) in enumerate(expected) if prompt and chosen]
     report = dataset.check_rows(train)
-    assert report.kept.tolist() == whole
+    assert report.kept == whole
     assert report.skipped.total() == len(rows) - len(whole)
 
 
@@ -311,7 +349,7 @@ def test_local_jsonfile_reads_the_projects_data_folder(tmp_path, as_array):
     assert [dataset.get_prompt(row), dataset.get_chosen(row), dataset.get_rejected(row)] == [" q", " good", " bad"]
     assert dataset.get_prompt_and_chosen(row) == " q good"
     report = dataset.check_rows(dataset.get_eval_data(), need=("prompt", "chosen", "rejected"))
-    assert (report.kept.tolist(), list(report.skipped)) == ([0], ["field 'rejected' is null"])
+    assert (report.kept, list(report.skipped)) == ([0], ["field 'rejected' is null"])
 
 
 def test_local_jsonfile_without_its_files_says_which_are_absent(tmp_path):
@@ -447,7 +485,7 @@ def test_dataset_class_in_the_published_style_works_as_it_is(tmp_path):
     path = write_rows(tmp_path / "plain.jsonl", [{"q": "1", "a": "x"}, {"q": "2", "a": ""}])
     dataset = Plain(str(tmp_path), SEED, 0, str(path))
     report = dataset.check_rows(dataset.get_train_data())
-    assert report.kept.tolist() == [0] and report.skipped.total() == 1
+    assert report.kept == [0] and report.skipped.total() == 1
     assert len(dataset.fingerprint()) == 32
 
 
@@ -612,7 +650,7 @@ def test_unusable_conversations_are_skipped_with_the_reason(turns, reason, tmp_p
     rows = dataset.raw_datasets["train"]
     assert dataset.get_messages(rows[1]) is None
     report = dataset.check_rows(rows)
-    assert report.kept.tolist() == [0]
+    assert report.kept == [0]
     (found,) = report.skipped
     assert reason in found and report.examples[found][0].endswith("line 2")
 
@@ -647,7 +685,7 @@ def test_unusable_rows_are_counted_with_reason_and_place(tmp_path):
     dataset = open_at(path, tmp_path)
     rows = dataset.raw_datasets["train"]
     report = dataset.check_rows(rows, need=("prompt", "chosen", "rejected"))
-    assert report.kept.dtype == np.int64 and [rows[i]["prompt"] for i in report.kept] == ["q", "last"]
+    assert [rows[i]["prompt"] for i in report.kept] == ["q", "last"]
     assert report.total == 13
     assert report.skipped == {
         "field 'prompt' is missing": 1,

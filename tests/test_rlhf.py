@@ -47,10 +47,26 @@ def folders(request, tmp_path_factory):
 def _trainer(folders, *flags, trainer_class=DeepSpeedPPOTrainer):
     actor, reward = folders
     args = _step3_parser().parse_args(
-        ["--actor_model_name_or_path", str(actor), "--critic_model_name_or_path", str(reward), "--dtype", "fp32",
-         "--max_answer_seq_len", "12", "--max_prompt_seq_len", "16", "--per_device_generation_batch_size", "4",
-         "--per_device_training_batch_size", "4", "--num_warmup_steps", "0", *flags]
-    )  # fmt: skip
+        [
+            "--actor_model_name_or_path",
+            str(actor),
+            "--critic_model_name_or_path",
+            str(reward),
+            "--dtype",
+            "fp32",
+            "--max_answer_seq_len",
+            "12",
+            "--max_prompt_seq_len",
+            "16",
+            "--per_device_generation_batch_size",
+            "4",
+            "--per_device_training_batch_size",
+            "4",
+            "--num_warmup_steps",
+            "0",
+            *flags,
+        ]
+    )
     init_distributed(args)
     arguments.resolve_common(args)
     arguments.check_rlhf(args)
@@ -92,9 +108,16 @@ def test_scoring_log_probs_equal_those_of_generation_on_left_padded_prompts(fold
     set_random_seed(1)
     model = trainer.actor_model.module.eval()
     output = model.generate(
-        ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=10, output_logits=True,
-        return_dict_in_generate=True, eos_token_id=trainer.tokenizer.eos_token_id, pad_token_id=trainer.tokenizer.pad_token_id,
-    )  # fmt: skip
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=10,
+        output_logits=True,
+        return_dict_in_generate=True,
+        eos_token_id=trainer.tokenizer.eos_token_id,
+        pad_token_id=trainer.tokenizer.pad_token_id,
+    )
     answers = output.sequences[:, ids.shape[1] :]
     generated = torch.stack(output.logits, 1).float().log_softmax(-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)
     from training.step3_rlhf_finetuning.ppo_math import answer_mask
@@ -133,8 +156,16 @@ def test_a_seed_fixes_the_rollouts_and_temperature_zero_is_greedy(folders):
 def test_the_update_does_not_depend_on_how_the_rows_are_cut(folders, flags):
     weights = []
     for size in (4, 1, 2):
-        trainer = _trainer(folders, "--per_device_training_batch_size", str(size),
-                           "--gradient_accumulation_steps", str(4 // size), "--actor_learning_rate", "1e-3", *flags)  # fmt: skip
+        trainer = _trainer(
+            folders,
+            "--per_device_training_batch_size",
+            str(size),
+            "--gradient_accumulation_steps",
+            str(4 // size),
+            "--actor_learning_rate",
+            "1e-3",
+            *flags,
+        )
         experience = _experience(trainer)
         for _ in range(trainer.args.ppo_epochs):
             trainer.train_rlhf(_window(experience, size))
@@ -207,9 +238,13 @@ def test_fast_generation_gives_the_tokens_of_plain_generation_before_and_after_a
         assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
         was = module.training
         plain = module.eval().generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=trainer.args.max_answer_seq_len,
-            pad_token_id=trainer.tokenizer.pad_token_id, eos_token_id=trainer.tokenizer.eos_token_id,
-        )  # fmt: skip
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=trainer.args.max_answer_seq_len,
+            pad_token_id=trainer.tokenizer.pad_token_id,
+            eos_token_id=trainer.tokenizer.eos_token_id,
+        )
         module.train(was)
         assert torch.equal(fast, plain)
         outputs.append(fast)
@@ -226,9 +261,9 @@ def test_the_ptx_gradient_joins_the_same_step(folders):
     twin = AutoModelForCausalLM.from_pretrained(folders[0]).eval()
     width = experience.answer_width
     position_ids = (experience.attention_mask.cumsum(1) - 1).clamp(min=0)
-    logits = twin(
-        experience.input_ids, attention_mask=experience.attention_mask, position_ids=position_ids
-    ).logits[:, -width - 1 : -1]  # fmt: skip
+    logits = twin(experience.input_ids, attention_mask=experience.attention_mask, position_ids=position_ids).logits[
+        :, -width - 1 : -1
+    ]
     log_probs = logits.log_softmax(-1).gather(-1, experience.input_ids[:, -width:, None]).squeeze(-1)
     ratio = (log_probs - experience.log_probs).exp()
     ppo = -(ratio * experience.advantages * experience.answer_mask).sum() / experience.answer_mask.sum()

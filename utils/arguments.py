@@ -50,10 +50,17 @@ def _probability(text: str) -> float:
 def add_data_arguments(parser, step: int) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data_path", nargs="*", default=["Dahoas/rm-static"],
-        help="datasets to blend: names of known datasets, local/jsonfile, local/demo, or paths of your own files")  # fmt: skip
-    add("--data_split", default="2,4,4",
-        help="shares of the data for step 1, 2 and 3, as in 6,2,2; only this step's share is read")  # fmt: skip
+    add(
+        "--data_path",
+        nargs="*",
+        default=["Dahoas/rm-static"],
+        help="datasets to blend: names of known datasets, local/jsonfile, local/demo, or paths of your own files",
+    )
+    add(
+        "--data_split",
+        default="2,4,4",
+        help="shares of the data for step 1, 2 and 3, as in 6,2,2; only this step's share is read",
+    )
     if step == 1:
         add(
             "--sft_only_data_path",
@@ -61,13 +68,16 @@ def add_data_arguments(parser, step: int) -> None:
             default=[],
             help="datasets used whole, in this step only; none to turn off",
         )
-    add("--data_output_path", default=cache_folder(),
-        help="where the split indices and the tokenised cache are kept")  # fmt: skip
+    add("--data_output_path", default=cache_folder(), help="where the split indices and the tokenised cache are kept")
     add("--rebuild_cache", action="store_true", help="tokenise again even if the cache has this very data")
     add("--max_train_samples", type=_positive, default=None, help="use at most this many training rows; None for all")
     add("--max_eval_samples", type=_positive, default=None, help="use at most this many evaluation rows; None for all")
-    add("--truncation_side", choices=["left", "right"], default="left",
-        help="what a row that is too long loses: the beginning of its prompt, or its end (the published way)")  # fmt: skip
+    add(
+        "--truncation_side",
+        choices=["left", "right"],
+        default="left",
+        help="what a row that is too long loses: the beginning of its prompt, or its end (the published way)",
+    )
     add(
         "--pad_to_max_length",
         action="store_true",
@@ -85,14 +95,29 @@ def add_sequence_length_argument(parser) -> None:
 
 
 def add_dtype_argument(parser) -> None:
-    parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default=None,
-                        help="training precision; None for bf16 where the accelerator supports it, else fp32")  # fmt: skip
-    parser.add_argument("--attn_implementation", choices=["sdpa", "eager", "flash_attention_2"], default=None,
-                        help="attention kernels; None for the model's default")  # fmt: skip
-    parser.add_argument("--deepspeed_config_overrides", metavar="FILE", default=None,
-                        help="JSON file laid over the DeepSpeed configuration key by key; None for no change")  # fmt: skip
-    parser.add_argument("--compute_fp32_loss", action="store_true",
-                        help="accepted for old command lines: the loss is always computed in fp32 here")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=["fp16", "bf16", "fp32"],
+        default=None,
+        help="training precision; None for bf16 where the accelerator supports it, else fp32",
+    )
+    parser.add_argument(
+        "--attn_implementation",
+        choices=["sdpa", "eager", "flash_attention_2"],
+        default=None,
+        help="attention kernels; None for the model's default",
+    )
+    parser.add_argument(
+        "--deepspeed_config_overrides",
+        metavar="FILE",
+        default=None,
+        help="JSON file laid over the DeepSpeed configuration key by key; None for no change",
+    )
+    parser.add_argument(
+        "--compute_fp32_loss",
+        action="store_true",
+        help="accepted for old command lines: the loss is always computed in fp32 here",
+    )
 
 
 def add_supervised_arguments(parser, learning_rate: float) -> None:
@@ -108,8 +133,12 @@ def add_supervised_arguments(parser, learning_rate: float) -> None:
     add("--num_train_epochs", type=_positive, default=1, help="passes over the training rows")
     add("--gradient_accumulation_steps", type=_positive, default=1, help="forward passes per optimizer step")
     add_schedule_arguments(group, warmup=0)
-    add("--group_by_length", action=argparse.BooleanOptionalAction, default=True,
-        help="put rows of similar length into a batch: less padding; --no-group_by_length for plain shuffling")  # fmt: skip
+    add(
+        "--group_by_length",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="put rows of similar length into a batch: less padding; --no-group_by_length for plain shuffling",
+    )
     add(
         "--gradient_checkpointing",
         action="store_true",
@@ -120,16 +149,28 @@ def add_supervised_arguments(parser, learning_rate: float) -> None:
     add = group.add_argument
     add("--offload", action="store_true", help="keep optimizer states (ZeRO-3: parameters too) in host memory")
     add_dtype_argument(group)
-    add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=0,
-        help="what is sharded over ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters")  # fmt: skip
+    add(
+        "--zero_stage",
+        type=int,
+        choices=[0, 1, 2, 3],
+        default=0,
+        help="what is sharded over ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters",
+    )
     add_lora_arguments(parser)
 
 
 def add_schedule_arguments(group, warmup: int) -> None:
-    group.add_argument("--lr_scheduler_type", type=SchedulerType, default=SchedulerType.COSINE,
-                       choices=[SchedulerType(n) for n in ("linear", "cosine", "cosine_with_restarts", "polynomial",
-                                                           "constant", "constant_with_warmup")],
-                       metavar="NAME", help="linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup")  # fmt: skip
+    group.add_argument(
+        "--lr_scheduler_type",
+        type=SchedulerType,
+        default=SchedulerType.COSINE,
+        choices=[
+            SchedulerType(n)
+            for n in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+        ],
+        metavar="NAME",
+        help="linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup",
+    )
     group.add_argument(
         "--num_warmup_steps", type=_not_negative, default=warmup, help="optimizer steps of rising learning rate"
     )
@@ -146,8 +187,11 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
         default=0,
         help="rank of the trained update; 0 to train the full weights",
     )
-    add(f"--{prefix}lora_module_name", default="auto",
-        help="part of the names of the layers to adapt, as in decoder.layers.; auto for all linear layers of the blocks")  # fmt: skip
+    add(
+        f"--{prefix}lora_module_name",
+        default="auto",
+        help="part of the names of the layers to adapt, as in decoder.layers.; auto for all of the blocks",
+    )
     add(f"--{prefix}lora_learning_rate", type=float, default=5e-4, help="learning rate of the LoRA factors")
     if prefix in ("", "actor_"):
         add(
@@ -214,8 +258,12 @@ def check_offload(offload: bool, zero_stage: int, flag: str) -> None:
 
 
 def add_num_padding_argument(group) -> None:
-    group.add_argument("--num_padding_at_beginning", type=int, default=1,
-                       help="accepted for old command lines and ignored: masks tell where a row begins and ends")  # fmt: skip
+    group.add_argument(
+        "--num_padding_at_beginning",
+        type=int,
+        default=1,
+        help="accepted for old command lines and ignored: masks tell where a row begins and ends",
+    )
 
 
 def warn_num_padding(args) -> None:
@@ -247,8 +295,12 @@ def add_rlhf_arguments(parser) -> None:
     )
     add("--generation_batches", type=_positive, default=1, help="rounds of generation before each update")
     add("--ppo_epochs", type=_positive, default=1, help="passes over the answers of an update")
-    add("--gradient_accumulation_steps", type=_positive, default=1,
-        help="forward passes per optimizer step; more rounds of generation are made where one does not fill them")  # fmt: skip
+    add(
+        "--gradient_accumulation_steps",
+        type=_positive,
+        default=1,
+        help="forward passes per optimizer step; more rounds of generation are made where one does not fill them",
+    )
     add(
         "--max_prompt_seq_len", type=_positive, default=256, help="tokens of a prompt; a longer one loses its beginning"
     )
@@ -259,8 +311,12 @@ def add_rlhf_arguments(parser) -> None:
     add("--actor_weight_decay", type=float, default=0.0, help="AdamW's decay of the actor's matrices; 0 to turn off")
     add("--critic_weight_decay", type=float, default=0.0, help="AdamW's decay of the critic's matrices; 0 to turn off")
     add_schedule_arguments(group, warmup=100)
-    add("--preprocessing_num_workers", type=int, default=None,
-        help="accepted for old command lines: the tokenizer uses all cores by itself")  # fmt: skip
+    add(
+        "--preprocessing_num_workers",
+        type=int,
+        default=None,
+        help="accepted for old command lines: the tokenizer uses all cores by itself",
+    )
 
     add = parser.add_argument_group("PPO").add_argument
     on_off = argparse.BooleanOptionalAction
@@ -345,8 +401,11 @@ def add_rlhf_arguments(parser) -> None:
     add("--align_overflow", action="store_true", help="fp16: actor and critic skip overflowing steps together")
 
     add = parser.add_argument_group("hybrid engine").add_argument
-    add("--enable_hybrid_engine", action="store_true",
-        help="for generation, gather ZeRO-3 weights once and fold LoRA in, instead of layer by layer for every token")  # fmt: skip
+    add(
+        "--enable_hybrid_engine",
+        action="store_true",
+        help="for generation, gather ZeRO-3 weights once and fold LoRA in, instead of layer by layer for every token",
+    )
     add("--unpin_actor_parameters", action="store_true", help="gather layer by layer after all: slower, less memory")
     add("--release_inference_cache", action="store_true", help="give cached memory back after each generation phase")
     add("--inference_tp_size", type=_positive, default=1, help="tensor-parallel ranks in generation; only 1 so far")
@@ -392,8 +451,9 @@ class RLHFBatchSizes:
 
     def explain(self) -> str:
         return (
-            f"batch per device: {self.rounds} x {self.generation_batch} answers generated = {self.rows_per_update} per update = "
-            f"{self.steps_per_pass} optimizer steps x {self.accumulation} forward passes x {self.micro_batch} answers"
+            f"batch per device: {self.rounds} x {self.generation_batch} answers generated = {self.rows_per_update} per "
+            f"update = {self.steps_per_pass} optimizer steps x {self.accumulation} forward passes "
+            f"x {self.micro_batch} answers"
         )
 
 
@@ -403,12 +463,13 @@ def check_rlhf(args) -> RLHFBatchSizes:
     accumulation, rounds = args.gradient_accumulation_steps, args.generation_batches
     if (generation * rounds) % micro:
         raise UserError(
-            f"--per_device_generation_batch_size {generation} x --generation_batches {rounds} = {generation * rounds} answers "
-            f"do not divide into --per_device_training_batch_size {micro}"
+            f"--per_device_generation_batch_size {generation} x --generation_batches {rounds} = {generation * rounds} "
+            f"answers do not divide into --per_device_training_batch_size {micro}"
         )
     passes = generation * rounds // micro
     if accumulation > passes:
-        # The policy does not move before an optimizer step, so more rounds first is the same as accumulating over updates.
+        # The policy does not move before an optimizer step, so more rounds first is the same as accumulating over
+        # updates.
         if accumulation % passes:
             raise UserError(
                 f"--gradient_accumulation_steps {accumulation} is no multiple of the {passes} forward passes that "

@@ -5,6 +5,7 @@ other module needs an "if distributed".
 """
 
 import datetime
+import logging
 import os
 import socket
 import sys
@@ -14,6 +15,9 @@ import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+# Without a GPU, DeepSpeed greets every program with a line about it on standard output.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 import deepspeed
 import deepspeed.comm as ds_dist
@@ -102,7 +106,7 @@ def all_gather_objects(value) -> list:
 
 
 def agree(check: Callable[[], None]) -> None:
-    """Run a check on every rank; if it raises UserError on any, raise it on all, so that no rank waits for the others."""
+    """Run a check on every rank; a UserError on any is raised on all, so that no rank waits for the others."""
     problem = None
     try:
         check()

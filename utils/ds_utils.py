@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from utils.distributed import UserError, get_world_size
+from utils.distributed import UserError, deepspeed, get_world_size
 
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -81,7 +81,7 @@ def get_train_ds_config(
 
 
 def get_eval_ds_config(offload, dtype="bf16", stage=0):
-    """The configuration of a frozen engine: only ZeRO 0 (whole copy) and 3 (sharded) mean anything without an optimizer."""
+    """The configuration of a frozen engine: without an optimizer only ZeRO 0 (whole) and 3 (sharded) mean anything."""
     return {
         "steps_per_print": 10,
         "zero_optimization": {
@@ -128,3 +128,9 @@ def merge_config_file(ds_config: dict, path: str | None) -> dict:
         return merged
 
     return merge(ds_config, overrides)
+
+
+def initialize(model, ds_config: dict, optimizer=None, lr_scheduler=None):
+    """The DeepSpeed engine around a model; without an optimizer one that only runs forward."""
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
+    return engine

@@ -3,7 +3,6 @@
 Attention masks come from lengths, only flags decide how tokens are chosen, and an answer ends at its first stop id.
 """
 
-import logging
 import re
 import sys
 from dataclasses import dataclass
@@ -14,13 +13,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-# DeepSpeed comes in with the shared helpers and, without a GPU, greets every program on its standard output. The
-# scripts take run_main and UserError from here, so that this line always stands before that import.
-logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-
-from utils.data.prompt_format import PLAIN, STYLES, end_of_turn_id, format_prompt, truncate_left  # noqa: E402
-from utils.distributed import UserError, run_main  # noqa: E402, F401
-from utils.utils import load_hf_tokenizer  # noqa: E402
+from utils.data.prompt_format import PLAIN, STYLES, end_of_turn_id, format_prompt, truncate_left
+from utils.distributed import UserError
+from utils.utils import load_hf_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"  # what --add_eot_token stands for in all three training steps
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,9 +1,9 @@
 """Fast generation on an engine that is being trained.
 
-Under ZeRO-3 a forward pass gathers and releases every layer's weights; generating A tokens does that A times. Here the weights
-are gathered once for the whole generation phase, with the hooks that gather and release taken off, and LoRA updates are folded
-into their matrices, so that a token costs plain matrix products. Then everything is put back exactly: shards were never
-written to, and a folded matrix's original was only set aside.
+Under ZeRO-3 a forward pass gathers and releases every layer's weights; generating A tokens does that A times. Here the
+weights are gathered once for the whole generation phase, with the hooks that gather and release taken off, and LoRA
+updates are folded into their matrices, so that a token costs plain matrix products. Then everything is put back
+exactly: shards were never written to, and a folded matrix's original was only set aside.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -54,7 +54,8 @@ class HybridEngine:
     Args:
         engine: a DeepSpeed engine around a Hugging Face causal language model.
         enabled: off generates through the training engine as it is (under ZeRO-3 layer by layer, LoRA apart).
-        gather_all: off leaves ZeRO-3 weights sharded and gathers them layer by layer for each token: slower, less memory.
+        gather_all: off leaves ZeRO-3 weights sharded and gathers them layer by layer for each token: slower, less
+            memory.
         release_cache: give the accelerator's cached memory back after each generation phase.
     """
 

@@ -10,7 +10,7 @@ from utils.utils import is_rank_0
 
 
 class MetricsWriter:
-    """Appends rows to ``folder/metrics.jsonl`` and, if asked, scalars to TensorBoard. Each row is flushed as written."""
+    """Writes rows to ``folder/metrics.jsonl`` and, if asked, scalars to TensorBoard; each row is flushed as written."""
 
     def __init__(self, folder: str | Path | None, tensorboard_path: str | Path | None = None):
         self._file = None
@@ -18,7 +18,7 @@ class MetricsWriter:
         self._start = time.time()
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self._file = open(Path(folder) / "metrics.jsonl", "w", encoding="utf-8")
+            self._file = (Path(folder) / "metrics.jsonl").open("w", encoding="utf-8")
         if tensorboard_path is not None:
             try:
                 from torch.utils.tensorboard import SummaryWriter

@@ -1,8 +1,9 @@
 """Throughput lines: what one optimizer step cost, in time, floating-point operations and rows.
 
-The operations are those of the matrix products: 2 per multiply-add, weights counted from the model itself, so that every
-family is counted right; attention adds 4 * layers * hidden * length per token (scores and their use). A backward pass costs
-twice a forward pass; recomputing activations costs one forward more. TFLOPs are per device, Samples/sec over all devices.
+The operations are those of the matrix products: 2 per multiply-add, weights counted from the model itself, so that
+every family is counted right; attention adds 4 * layers * hidden * length per token (scores and their use). A backward
+pass costs twice a forward pass; recomputing activations costs one forward more. TFLOPs are per device, Samples/sec
+over all devices.
 """
 
 import time
@@ -58,9 +59,9 @@ def print_throughput(hf_model, args, seconds: float, tokens: int, rows: int) -> 
     passes = 4 if args.gradient_checkpointing else 3
     tflops = _model_flops(hf_model, tokens, rows, passes) / seconds / get_world_size() / 1e12
     print_rank_0(
-        f"Model Parameters: {count_parameters(unwrap(hf_model))[1] / 1e9:.3f} B, Latency: {seconds:.2f}s, TFLOPs: {tflops:.2f}, "
-        f"Samples/sec: {rows / seconds:.2f}, Time/seq {seconds / max(rows, 1):.2f}s, Batch Size: {rows}, "
-        f"Sequence Length: {tokens / max(rows, 1):.0f}"
+        f"Model Parameters: {count_parameters(unwrap(hf_model))[1] / 1e9:.3f} B, Latency: {seconds:.2f}s, "
+        f"TFLOPs: {tflops:.2f}, Samples/sec: {rows / seconds:.2f}, Time/seq {seconds / max(rows, 1):.2f}s, "
+        f"Batch Size: {rows}, Sequence Length: {tokens / max(rows, 1):.0f}"
     )
     return {
         "seconds": seconds,
@@ -71,9 +72,20 @@ def print_throughput(hf_model, args, seconds: float, tokens: int, rows: int) -> 
 
 
 def print_throughput_step3(
-    actor_model, critic_model, args, e2e_time, gen_exp_time, train_time, rank=None, *, rows, prompt_tokens, answer_tokens,
-    generate_time=None, generated_steps=None,
-):  # fmt: skip
+    actor_model,
+    critic_model,
+    args,
+    e2e_time,
+    gen_exp_time,
+    train_time,
+    rank=None,
+    *,
+    rows,
+    prompt_tokens,
+    answer_tokens,
+    generate_time=None,
+    generated_steps=None,
+):
     """Print and return the throughput of one PPO step.
 
     Args:

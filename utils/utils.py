@@ -108,8 +108,9 @@ def load_hf_tokenizer(model_name_or_path, fast_tokenizer=True, add_special_token
     """The tokenizer of a model, with an EOS token and a pad token that differs from it.
 
     Args:
-        add_special_tokens: an end-of-turn token, as with ``--add_eot_token``: it is added if the vocabulary lacks it and
-            becomes the EOS token, so that data, generation, chat and the saved tokenizer agree on where answers end.
+        add_special_tokens: an end-of-turn token, as with ``--add_eot_token``: it is added if the vocabulary lacks it
+            and becomes the EOS token, so that data, generation, chat and the saved tokenizer agree on where answers
+            end.
 
     Decided from the tokenizer alone, never from the model's name.
     """

@@ -4,8 +4,8 @@
 one process:    python main.py --model_name_or_path facebook/opt-125m --data_path local/demo --output_dir out
 many:           deepspeed main.py --model_name_or_path facebook/opt-1.3b --zero_stage 2 --output_dir out
 
-The loss is the mean over the real tokens of an optimizer step, however they fall on ranks, micro-batches and accumulation;
-every finished answer ends with one EOS that is learned like any other token.
+The loss is the mean over the real tokens of an optimizer step, however they fall on ranks, micro-batches and
+accumulation; every finished answer ends with one EOS that is learned like any other token.
 """
 
 import math
@@ -14,7 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import deepspeed
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
@@ -37,7 +36,7 @@ from utils.distributed import (
     now,
     run_main,
 )
-from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, merge_config_file, with_batch_sizes
+from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, initialize, merge_config_file, with_batch_sizes
 from utils.metrics import make_writer
 from utils.model.inputs import model_inputs
 from utils.model.losses import causal_lm_loss_sum, label_count
@@ -153,7 +152,7 @@ def main():
     scheduler = get_scheduler(
         args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.num_train_epochs * steps_per_epoch
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    engine = initialize(model, ds_config, optimizer, scheduler)
     writer = make_writer(args)
 
     def evaluate_and_report(epoch: int) -> None:

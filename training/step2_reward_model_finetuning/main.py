@@ -4,8 +4,9 @@
 one process:    python main.py --model_name_or_path facebook/opt-125m --data_path local/demo --output_dir out
 many:           deepspeed main.py --model_name_or_path facebook/opt-350m --zero_stage 0 --output_dir out
 
-The loss is the mean over the pairs of an optimizer step, however they fall on ranks, micro-batches and accumulation; the
-model is saved as a sequence-classification model with one label, with the mean and standard deviation of its scores.
+The loss is the mean over the pairs of an optimizer step, however they fall on ranks, micro-batches and accumulation;
+the model is saved as a sequence-classification model with one label, with the mean and standard deviation of its
+scores.
 """
 
 import math
@@ -14,7 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import deepspeed
 import torch
 from transformers import get_scheduler
 
@@ -28,7 +28,7 @@ from utils.data.data_utils import (
     make_loader,
 )
 from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, run_main
-from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, merge_config_file, with_batch_sizes
+from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, initialize, merge_config_file, with_batch_sizes
 from utils.metrics import make_writer
 from utils.model.model_utils import adapt_model, create_critic_model
 from utils.perf import Stopwatch, print_throughput
@@ -52,8 +52,12 @@ def build_parser():
     arguments.add_run_arguments(parser, step=2)
     group = parser.add_argument_group("step 2")
     arguments.add_num_padding_argument(group)
-    group.add_argument("--rm_loss", choices=["per_token", "end_token"], default="per_token",
-                       help="compare the pair at every token from where it differs (published), or at its ends (InstructGPT)")  # fmt: skip
+    group.add_argument(
+        "--rm_loss",
+        choices=["per_token", "end_token"],
+        default="per_token",
+        help="compare the pair at every token from where it differs (published), or at its ends (InstructGPT)",
+    )
     group.add_argument(
         "--eval_interval", type=int, default=0, help="evaluate every so many optimizer steps; 0 after epochs only"
     )
@@ -157,7 +161,7 @@ def main():
     scheduler = get_scheduler(
         args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.num_train_epochs * steps_per_epoch
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    engine = initialize(model, ds_config, optimizer, scheduler)
     writer = make_writer(args)
 
     def evaluate_and_report(epoch: int, iterations: int) -> dict[str, float]:

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """Step 3, RLHF: improve the model of step 1 with PPO against the reward model of step 2.
 
-one process:    python main.py --actor_model_name_or_path sft --critic_model_name_or_path reward --data_path local/demo --output_dir out
-many:           deepspeed main.py --actor_model_name_or_path sft --critic_model_name_or_path reward --actor_zero_stage 2 --output_dir out
+one process:    python main.py --actor_model_name_or_path sft --critic_model_name_or_path reward
+                --data_path local/demo --output_dir out
+many:           deepspeed main.py --actor_model_name_or_path sft --critic_model_name_or_path reward
+                --actor_zero_stage 2 --output_dir out
 
-Rollouts are samples; advantages are computed once per experience; every loss is the mean over the real answer tokens of an
-optimizer step, however they fall on ranks, micro-batches and accumulation. ppo_math.py holds the mathematics.
+Rollouts are samples; advantages are computed once per experience; every loss is the mean over the real answer tokens
+of an optimizer step, however they fall on ranks, micro-batches and accumulation. ppo_math.py holds the mathematics.
 """
 
 import sys
@@ -64,7 +66,8 @@ def check_tokenizers(args, tokenizer) -> None:
     if other.get_vocab() != tokenizer.get_vocab() or other.eos_token_id != tokenizer.eos_token_id:
         raise UserError(
             f"the tokenizers differ: actor {args.actor_model_name_or_path} has {len(tokenizer)} tokens and EOS "
-            f"{tokenizer.eos_token!r}, critic {args.critic_model_name_or_path} has {len(other)} and {other.eos_token!r}. "
+            f"{tokenizer.eos_token!r}, critic {args.critic_model_name_or_path} has {len(other)} and "
+            f"{other.eos_token!r}. "
             "Train the reward model from a model with the actor's tokenizer"
         )
 
@@ -155,7 +158,7 @@ def main():
         print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Generation Batches {len(loader)}")
         sampler.set_epoch(epoch)
         batches = iter(loader)
-        for update in progress(range(updates), f"epoch {epoch + 1}/{args.num_train_epochs}", updates):
+        for _ in progress(range(updates), f"epoch {epoch + 1}/{args.num_train_epochs}", updates):
             # 4a. Experience: answers of the current policy, seen by all four models
             watch = Stopwatch()
             rounds, generate_time, generated_steps, prompt_tokens = [], 0.0, 0, 0
@@ -192,8 +195,25 @@ def main():
             training_time = watch.lap()
 
             # 4d. Report
-            report(args, rlhf_engine, writer, trainer, experience, metrics, losses, epoch, step, batch, smooth_reward,
-                   average_samples, experience_time, training_time, generate_time, generated_steps, prompt_tokens)  # fmt: skip
+            report(
+                args,
+                rlhf_engine,
+                writer,
+                trainer,
+                experience,
+                metrics,
+                losses,
+                epoch,
+                step,
+                batch,
+                smooth_reward,
+                average_samples,
+                experience_time,
+                training_time,
+                generate_time,
+                generated_steps,
+                prompt_tokens,
+            )
             step += 1
             stop = args.enable_test_mode and step >= args.test_stop_step
             if stop:
@@ -213,9 +233,24 @@ def main():
 
 
 def report(
-    args, rlhf_engine, writer, trainer, experience, metrics, losses, epoch, step, batch, smooth_reward, average_samples,
-    experience_time, training_time, generate_time, generated_steps, prompt_tokens,
-):  # fmt: skip
+    args,
+    rlhf_engine,
+    writer,
+    trainer,
+    experience,
+    metrics,
+    losses,
+    epoch,
+    step,
+    batch,
+    smooth_reward,
+    average_samples,
+    experience_time,
+    training_time,
+    generate_time,
+    generated_steps,
+    prompt_tokens,
+):
     """Print the lines of one step and write its metrics."""
     e2e_time = experience_time + training_time
     answer_tokens = int(experience.attention_mask[:, experience.prompt_width :].sum())
@@ -230,18 +265,29 @@ def report(
     samples = rows / e2e_time
     shares = [100 * part / e2e_time for part in (generate_time, training_time, others)]
     print_rank_0(
-        f"|E2E latency={e2e_time:.2f}s |Gather latency=0.00s (0.00%) |Generate time={generate_time:.2f}s ({shares[0]:.2f}%) "
+        f"|E2E latency={e2e_time:.2f}s |Gather latency=0.00s (0.00%) "
+        f"|Generate time={generate_time:.2f}s ({shares[0]:.2f}%) "
         f"|Training time={training_time:.2f}s ({shares[1]:.2f}%) |Others={others:.2f} ({shares[2]:.2f}%)"
         f"|CurSamplesPerSec={samples:.2f} |AvgSamplesPerSec={average_samples.update(samples):.2f}"
     )
     print_rank_0(
-        f"Epoch: {epoch} | Step: {step} | PPO Epoch: {args.ppo_epochs} | Actor Loss: {averaged.get('actor_loss', 0.0)} | "
+        f"Epoch: {epoch} | Step: {step} | PPO Epoch: {args.ppo_epochs} | "
+        f"Actor Loss: {averaged.get('actor_loss', 0.0)} | "
         f"Critic Loss: {averaged.get('critic_loss', 0.0)} | Unsupervised Loss: {averaged.get('unsupervised_loss', 0.0)}"
     )
     metrics |= print_throughput_step3(
-        rlhf_engine.actor, rlhf_engine.critic, args, e2e_time, experience_time, training_time, rows=rows,
-        prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, generate_time=generate_time, generated_steps=generated_steps,
-    )  # fmt: skip
+        rlhf_engine.actor,
+        rlhf_engine.critic,
+        args,
+        e2e_time,
+        experience_time,
+        training_time,
+        rows=rows,
+        prompt_tokens=prompt_tokens,
+        answer_tokens=answer_tokens,
+        generate_time=generate_time,
+        generated_steps=generated_steps,
+    )
     print_rank_0(
         f"Average reward score: {metrics['score']} | EMA reward score: {smoothed}\n"
         f"KL to the reference: {metrics['kl']:.3f} nats per answer | EOS rate: {metrics['eos_rate']:.2f} | "

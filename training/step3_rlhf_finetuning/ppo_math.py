@@ -1,7 +1,7 @@
 """The mathematics of PPO from human feedback, as free functions of tensors.
 
-Shapes: B rows, A answer positions (all answers of a batch begin in one column), V vocabulary. ``mask`` [B, A] is 1 at real answer
-tokens, the first EOS included, and 0 after it. All in fp32.
+Shapes: B rows, A answer positions (all answers of a batch begin in one column), V vocabulary. ``mask`` [B, A] is 1 at
+real answer tokens, the first EOS included, and 0 after it. All in fp32.
 
 Sources: PPO, Schulman et al. 2017, https://arxiv.org/abs/1707.06347. GAE, Schulman et al. 2015, https://arxiv.org/abs/1506.02438.
 RLHF, Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, and Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
@@ -52,7 +52,7 @@ def entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
 
 
 def answer_mask(answer_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
-    """Real answer tokens: everything up to and with the first EOS, whatever id pads have. [B, A] ids -> [B, A] of 0 and 1."""
+    """Real answer tokens: up to and with the first EOS, whatever id pads have. [B, A] ids -> [B, A] of 0 and 1."""
     is_eos = (answer_ids == eos_token_id).long()
     return (is_eos.cumsum(1) - is_eos == 0).long()
 
@@ -109,7 +109,8 @@ def get_advantages_and_returns(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation; nothing flows past an answer's end.
 
-    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  return_t = A_t + V_t, with V and A zero after the end.
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  return_t = A_t + V_t, with V and A zero
+    after the end.
 
     Args:
         values: [B, A], V of the state before each action; rewards, mask: [B, A].
@@ -140,7 +141,7 @@ class PolicyLoss:
 
 
 def policy_loss_sum(log_probs, old_log_probs, advantages, mask, cliprange: float) -> PolicyLoss:
-    """PPO's clipped surrogate, summed over real tokens: max(-A r, -A clip(r, 1-c, 1+c)), r = p_new / p_old. All [B, A]."""
+    """PPO's clipped surrogate, a sum over real tokens: max(-A r, -A clip(r, 1-c, 1+c)), r = new / old. All [B, A]."""
     log_ratio = (log_probs - old_log_probs) * mask
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio

@@ -221,8 +221,8 @@ class DeepSpeedPPOTrainer:
     def train_rlhf(self, window: list[MicroBatch]) -> dict[str, float] | None:
         """One optimizer step of actor and critic from the micro-batches of this rank.
 
-        Losses are means over the real answer tokens of all ranks and micro-batches. Returns metrics; None, on every rank
-        alike, if there was no token to learn from.
+        Losses are means over the real answer tokens of all ranks and micro-batches. Returns metrics; None, on every
+        rank alike, if there was no token to learn from.
         """
         device = window[0].experience.input_ids.device
         tokens = sum(micro.experience.answer_mask.sum() for micro in window)

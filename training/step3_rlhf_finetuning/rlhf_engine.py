@@ -2,12 +2,18 @@
 
 import time
 
-import deepspeed
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from utils.distributed import UserError
-from utils.ds_utils import TORCH_DTYPES, get_eval_ds_config, get_train_ds_config, merge_config_file, with_batch_sizes
+from utils.ds_utils import (
+    TORCH_DTYPES,
+    get_eval_ds_config,
+    get_train_ds_config,
+    initialize,
+    merge_config_file,
+    with_batch_sizes,
+)
 from utils.hybrid_engine import HybridEngine
 from utils.model.model_utils import adapt_model, create_critic_model, create_hf_model
 from utils.module.lora import convert_linear_layer_to_lora
@@ -73,8 +79,7 @@ class DeepSpeedRLHFEngine:
         groups = get_optimizer_grouped_parameters(model, weight_decay, lora_learning_rate)
         optimizer = make_optimizer(groups, learning_rate, args.offload)
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, self.num_total_iters)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
-        return engine
+        return initialize(model, config, optimizer, scheduler)
 
     def _init_actor(self, path):
         args = self.args
@@ -137,7 +142,7 @@ def _embedding_rows(model) -> int:
 
 def _frozen(model, config):
     model.requires_grad_(False)
-    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine = initialize(model, config)
     engine.eval()
     return engine
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
-from utils.data.raw_datasets import DataError, PromptRawDataset, open_raw_dataset
+from utils.data.raw_datasets import DataError, PromptRawDataset, RowReport, open_raw_dataset
 from utils.distributed import UserError, get_rank, get_world_size, once_per_node
 from utils.utils import print_rank_0, progress
 
@@ -27,6 +27,7 @@ CACHE_VERSION = 1  # part of every cache key: raise it when the rules below chan
 ROWS_PER_CHUNK = 2000  # rows tokenised and written at a time: bounds the memory of preparation
 IGNORE_INDEX = -100
 SFT, REWARD, RLHF = 1, 2, 3
+NEEDED_TEXTS = {SFT: ("prompt", "chosen"), REWARD: ("prompt", "chosen", "rejected"), RLHF: ("prompt",)}
 
 
 def get_raw_dataset(dataset_name, output_path, seed, local_rank) -> PromptRawDataset:
@@ -61,7 +62,7 @@ def split_boundaries(data_split: str, data_size: int) -> list[int]:
         )
     boundaries = [0]
     for share in shares:
-        boundaries.append(boundaries[-1] + int(round(share / sum(shares) * float(data_size))))
+        boundaries.append(boundaries[-1] + round(share / sum(shares) * float(data_size)))
     slack = boundaries[-1] - data_size
     boundaries = [0] + [boundary - slack for boundary in boundaries[1:]]
     return np.maximum.accumulate(np.clip(boundaries, 0, data_size)).tolist()
@@ -115,21 +116,22 @@ class TokenRules:
 
 @dataclass
 class PreparationCounts:
-    """What happened to the rows of one dataset split, printed once so that no loss is silent."""
+    """What happened to the rows of one dataset split, printed with every run so that no loss is silent."""
 
-    rows: int = 0
+    read: str = ""  # rows used and skipped, with reasons and places
     kept: int = 0
     truncated: int = 0
     without_eos: int = 0
     identical: int = 0
-    skipped: int = 0
 
     def __str__(self):
-        parts = [f"{self.kept} of {self.rows} rows"]
-        for field in fields(self)[2:]:
-            if getattr(self, field.name):
-                label = {"identical": "identical pairs dropped", "without_eos": "answers cut before their end"}
-                parts.append(f"{getattr(self, field.name)} {label.get(field.name, field.name)}")
+        parts = [self.read]
+        if self.truncated:
+            parts.append(f"{self.truncated} too long and truncated")
+        if self.without_eos:
+            parts.append(f"{self.without_eos} of them lost an answer's end")
+        if self.identical:
+            parts.append(f"{self.identical} pairs dropped, their answers being identical")
         return ", ".join(parts)
 
 
@@ -181,7 +183,8 @@ def _leading_specials(tokenizer) -> int:
 def prompt_tokens_to_drop(length: int, prompt_length: int, max_length: int, leading: int) -> int:
     """How many tokens a prompt loses at its beginning so that prompt, answer and EOS (``length``) fit ``max_length``.
 
-    The ``leading`` special tokens always stay. Where not even the bare answer would fit, dropping the whole prompt would not
+    The ``leading`` special tokens always stay. Where not even the bare answer would fit, dropping the whole prompt
+    would not
     save its end: the prompt then keeps up to half the room.
     """
     answer_fits = length - prompt_length <= max_length - leading
@@ -190,7 +193,8 @@ def prompt_tokens_to_drop(length: int, prompt_length: int, max_length: int, lead
 
 
 def fit(ids, prompt_length, eos_token_id, max_length, leading=0, drop=0):
-    """End an answer with exactly one EOS, drop ``drop`` tokens of its prompt, and cut what is still too long at the end.
+    """End an answer with exactly one EOS, drop ``drop`` tokens of its prompt, and cut what is still too long at the
+    end.
 
     Returns:
         (ids, prompt_length, was it cut); without the EOS where the answer lost its end.
@@ -208,21 +212,21 @@ class RowEncoder:
         self.eos = tokenizer.eos_token_id
         self.leading = _leading_specials(tokenizer)
         self.counts = PreparationCounts()
+        self.report = RowReport(raw_dataset.dataset_name)
         if rules.train_phase == REWARD and not raw_dataset.has_rejected:
             raise UserError(f"--data_path {raw_dataset.dataset_name}: has no rejected answers, so step 2 cannot use it")
 
-    def encode(self, samples: list[dict]) -> list[dict]:
-        self.counts.rows += len(samples)
-        rows = {SFT: self._sft, REWARD: self._reward, RLHF: self._rlhf}[self.rules.train_phase](samples)
-        self.counts.kept += len(rows)
-        return rows
-
-    def _texts(self, samples, *getters) -> list[tuple[str, ...]]:
-        """The wanted texts of each sample; a sample in which one is missing is skipped and counted."""
-        found = [tuple(getter(sample) for getter in getters) for sample in samples]
-        whole = [texts for texts in found if all(texts)]
-        self.counts.skipped += len(found) - len(whole)
-        return whole
+    def encode(self, rows, positions) -> list[dict]:
+        """Id rows of the text rows at these positions; one that lacks a text is skipped and counted with its place."""
+        found = [
+            self.raw.usable_row(rows, int(i), NEEDED_TEXTS[self.rules.train_phase], self.report) for i in positions
+        ]
+        samples = [sample for sample in found if sample is not None]
+        if not samples:
+            return []
+        encoded = {SFT: self._sft, REWARD: self._reward, RLHF: self._rlhf}[self.rules.train_phase](samples)
+        self.counts.kept += len(encoded)
+        return encoded
 
     def _drop(self, ids, prompt_length) -> int:
         if self.rules.truncation_side == "right":
@@ -237,23 +241,23 @@ class RowEncoder:
         self.counts.without_eos += not ends
 
     def _sft(self, samples):
-        pairs = self._texts(samples, self.raw.get_prompt, self.raw.get_prompt_and_chosen)
+        prompts = [self.raw.get_prompt(sample) for sample in samples]
+        texts = [self.raw.get_prompt_and_chosen(sample) for sample in samples]
         rows = []
-        for ids, prompt_length in encode_with_prompt(self.tokenizer, *_columns(pairs, 2)):
+        for ids, prompt_length in encode_with_prompt(self.tokenizer, prompts, texts):
             ids, prompt_length, was_cut = self._fit(ids, prompt_length, self._drop(ids, prompt_length))
             self._note(was_cut, ids[-1] == self.eos)
             rows.append({"input_ids": ids, "prompt_length": prompt_length})
         return rows
 
     def _reward(self, samples):
-        triples = self._texts(
-            samples, self.raw.get_prompt, self.raw.get_prompt_and_chosen, self.raw.get_prompt_and_rejected
-        )
-        prompts, chosen, rejected = _columns(triples, 3)
+        prompts = [self.raw.get_prompt(sample) for sample in samples]
+        chosen = [self.raw.get_prompt_and_chosen(sample) for sample in samples]
+        rejected = [self.raw.get_prompt_and_rejected(sample) for sample in samples]
         rows = []
         encoded = encode_with_prompt(self.tokenizer, prompts + prompts, chosen + rejected)
         for (c_ids, c_start), (r_ids, r_start) in zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True):
-            # Both answers follow the same prompt tokens: the one that needs more room decides how much of the prompt goes.
+            # Both answers follow the same prompt tokens: the one that needs more room decides how much of it goes.
             drop = max(self._drop(c_ids, c_start), self._drop(r_ids, r_start))
             c_ids, c_prompt, c_cut = self._fit(c_ids, c_start, drop)
             r_ids, _, r_cut = self._fit(r_ids, r_start, drop)
@@ -265,20 +269,15 @@ class RowEncoder:
         return rows
 
     def _rlhf(self, samples):
-        prompts = [text for (text,) in self._texts(samples, self.raw.get_prompt)]
-        rows = []
-        for ids in self.tokenizer(prompts, add_special_tokens=True)["input_ids"] if prompts else []:
-            ids, limit = _without_final_eos(self.tokenizer, ids), self.rules.max_seq_len
+        rows, limit = [], self.rules.max_seq_len
+        for ids in self.tokenizer([self.raw.get_prompt(sample) for sample in samples])["input_ids"]:
+            ids = _without_final_eos(self.tokenizer, ids)
             self.counts.truncated += len(ids) > limit
             if len(ids) > limit:
                 # The end of a prompt holds the question, so either side's rule drops its beginning.
                 ids = ids[: self.leading] + ids[len(ids) - limit + self.leading :]
             rows.append({"input_ids": ids})
         return rows
-
-
-def _columns(rows: list[tuple], width: int) -> list[list]:
-    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(width)]
 
 
 # ---------------------------------------------------------------- the cache
@@ -294,8 +293,9 @@ def _schema(train_phase: int) -> pa.Schema:
 class PromptDataset(Dataset):
     """Id rows in a memory-mapped Arrow file: a row is read when it is asked for, no sooner.
 
-    Rows are dicts of Python lists and ints: ``input_ids`` and ``prompt_length`` (step 1), ``chosen_ids``, ``rejected_ids`` and
-    ``prompt_length`` (step 2), ``input_ids`` (step 3). Index ``FILLER`` gives a row that weighs nothing.
+    Rows are dicts of Python lists and ints: ``input_ids`` and ``prompt_length`` (step 1), ``chosen_ids``,
+    ``rejected_ids`` and ``prompt_length`` (step 2), ``input_ids`` (step 3). Index ``FILLER`` gives a row that weighs
+    nothing.
     """
 
     def __init__(self, table: pa.Table, train_phase: int):
@@ -345,13 +345,14 @@ def create_dataset_split(raw_dataset, rows, indices, tokenizer, rules: TokenRule
         schema = _schema(rules.train_phase)
         with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for begin in progress(range(0, len(indices), ROWS_PER_CHUNK), f"tokenising {raw_dataset.dataset_name}"):
-                samples = [rows[int(i)] for i in indices[begin : begin + ROWS_PER_CHUNK]]
-                writer.write_batch(pa.RecordBatch.from_pylist(encoder.encode(samples), schema=schema))
+                encoded = encoder.encode(rows, indices[begin : begin + ROWS_PER_CHUNK])
+                writer.write_batch(pa.RecordBatch.from_pylist(encoded, schema=schema))
+        encoder.report.raise_if_none(rows, NEEDED_TEXTS[rules.train_phase])
         os.replace(scratch, file)
     finally:
         scratch.unlink(missing_ok=True)
-    report = file.with_suffix(".json")
-    report.write_text(json.dumps(vars(encoder.counts)))
+    encoder.counts.read = str(encoder.report)
+    file.with_suffix(".json").write_text(json.dumps(vars(encoder.counts)))
 
 
 def _prepare(
@@ -380,14 +381,25 @@ def _prepare(
     report = file.with_suffix(".json")
     if report.exists():
         counts = PreparationCounts(**json.loads(report.read_text()))
-        print_rank_0(f"data: {raw_dataset.dataset_name} ({split}): {counts}")
+        print_rank_0(f"data ({split}): {counts}")
     return dataset
 
 
 def create_dataset(
-    local_rank, dataset_name, data_split, output_path, train_phase, seed, tokenizer, max_seq_len, *,
-    truncation_side="left", max_train_samples=None, max_eval_samples=None, rebuild=False,
-):  # fmt: skip
+    local_rank,
+    dataset_name,
+    data_split,
+    output_path,
+    train_phase,
+    seed,
+    tokenizer,
+    max_seq_len,
+    *,
+    truncation_side="left",
+    max_train_samples=None,
+    max_eval_samples=None,
+    rebuild=False,
+):
     """(train, eval) PromptDatasets of one dataset for one step; ``data_split`` None uses it whole."""
     try:
         raw_dataset = get_raw_dataset(dataset_name, output_path, seed, local_rank)
@@ -418,10 +430,22 @@ def _limit(dataset, count):
 
 
 def create_prompt_dataset(
-    local_rank, data_path, data_split, output_path, train_phase, seed, tokenizer, max_seq_len,
-    end_of_conversation_token=None, sft_only_data_path=(), reload=False, *,
-    truncation_side="left", max_train_samples=None, max_eval_samples=None,
-):  # fmt: skip
+    local_rank,
+    data_path,
+    data_split,
+    output_path,
+    train_phase,
+    seed,
+    tokenizer,
+    max_seq_len,
+    end_of_conversation_token=None,
+    sft_only_data_path=(),
+    reload=False,
+    *,
+    truncation_side="left",
+    max_train_samples=None,
+    max_eval_samples=None,
+):
     """(train, eval) datasets of one step, blended from all named datasets.
 
     Args:
@@ -449,8 +473,8 @@ def create_prompt_dataset(
     for name, dataset in (("train", train), ("eval", evaluation)):
         if len(dataset) == 0:
             raise UserError(
-                f"no {name} row is left for step {train_phase}: --data_path {' '.join(data_path)} with --data_split {data_split} "
-                "gives this step nothing; see the counts above"
+                f"no {name} row is left for step {train_phase}: --data_path {' '.join(data_path)} with --data_split "
+                f"{data_split} gives this step nothing; see the counts above"
             )
     return _limit(train, max_train_samples), _limit(evaluation, max_eval_samples)
 
@@ -463,10 +487,12 @@ FILLER = None  # an index that stands for no row: it keeps the ranks in step whe
 class StepBatchSampler(Sampler):
     """Micro-batches of row indices for one rank, such that every world size sees the same rows in the same step.
 
-    An epoch is a seeded permutation, cut into the rows of one optimizer step (micro-batch x ranks x accumulation); rows of a
-    step are dealt to micro-batches and ranks. With ``group_by_length`` the permutation is sorted by length within windows of
-    many steps and the steps are shuffled again, so that rows of a batch need little padding. The last step may be short:
-    missing rows are ``FILLER``, so that all ranks run the same number of forward passes and no row is lost or repeated.
+    An epoch is a seeded permutation, cut into the rows of one optimizer step (micro-batch x ranks x accumulation);
+    rows of a step are dealt to micro-batches and ranks. With ``group_by_length`` the permutation is sorted by length
+    within windows of many steps and the steps are shuffled again, so that rows of a batch need little padding. The
+    last step may be
+    short: missing rows are ``FILLER``, so that all ranks run the same number of forward passes and no row is lost or
+        repeated.
     """
 
     WINDOW_STEPS = 50
@@ -568,7 +594,7 @@ def pad_rows(rows: list[list[int]], pad_token_id: int, side: str = "right", to_l
 
 @dataclass
 class DataCollatorSFT:
-    """Rows of step 1 -> {input_ids, attention_mask, labels}, each [batch, length]; labels are -100 at pads (and prompts)."""
+    """Rows of step 1 -> {input_ids, attention_mask, labels}, [batch, length]; labels -100 at pads (and prompts)."""
 
     pad_token_id: int
     max_length: int
@@ -578,7 +604,11 @@ class DataCollatorSFT:
     def __call__(self, rows):
         filler = {"input_ids": [self.pad_token_id], "prompt_length": 1}
         full = [filler if row is None else row for row in rows]
-        ids, mask = pad_rows([r["input_ids"] for r in full], self.pad_token_id, to_length=self.max_length if self.pad_to_max_length else None)  # fmt: skip
+        ids, mask = pad_rows(
+            [r["input_ids"] for r in full],
+            self.pad_token_id,
+            to_length=self.max_length if self.pad_to_max_length else None,
+        )
         labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
         for i, row in enumerate(rows):
             if row is None:
@@ -610,7 +640,7 @@ class DataCollatorReward:
 
 @dataclass
 class DataCollatorRLHF:
-    """Prompts of step 3, left-padded so that answers begin in one column -> {prompt, prompt_att_mask [batch, length]}."""
+    """Prompts of step 3, left-padded so that answers begin in one column {prompt, prompt_att_mask}, [batch, length]."""
 
     pad_token_id: int
     max_token_len: int
@@ -706,6 +736,7 @@ def get_unsupervised_data(args, tokenizer) -> list[list[int]]:
             f"--unsupervised_dataset_name {args.unsupervised_dataset_name}: less text than one block of {block} tokens"
         )
     print_rank_0(
-        f"data: {args.unsupervised_dataset_name} (unsupervised): {seen['texts']} texts, {len(blocks)} blocks of {block} tokens"
+        f"data: {args.unsupervised_dataset_name} (unsupervised): "
+        f"{seen['texts']} texts, {len(blocks)} blocks of {block} tokens"
     )
     return blocks

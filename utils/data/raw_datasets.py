@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from utils.data import prompt_format, readers
 from utils.data.readers import (
     READERS,
@@ -133,10 +131,27 @@ class RowReport:
     """Which rows of a split can be used, and why the others cannot."""
 
     label: str
-    total: int
-    kept: np.ndarray  # int64, ascending: positions in the split
+    kept: list[int] = field(default_factory=list)  # positions in the split, in the order they were read
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> rows
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first places
+
+    @property
+    def total(self) -> int:
+        return len(self.kept) + self.skipped.total()
+
+    def note(self, position: int, reason: str | None, rows: Rows) -> None:
+        """Count a row: as kept where there is no reason against it, else as skipped, with its place."""
+        if reason is None:
+            self.kept.append(position)
+            return
+        self.skipped[reason] += 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < EXAMPLES_PER_REASON:
+            places.append(rows.where(position))
+
+    def raise_if_none(self, rows: Rows, need: Sequence[str]) -> None:
+        if self.skipped and not self.kept:
+            raise DataError(f"{self}; expected rows with {', '.join(need)}, found {columns_text(rows)}")
 
     def __str__(self) -> str:
         head = f"{self.label}: {len(self.kept)} of {self.total} rows used"
@@ -332,20 +347,18 @@ class PromptRawDataset:
                 f"{label}: this step needs rejected answers, and this dataset has none "
                 f"({self.raw_datasets.label}). Use it in steps 1 and 3, or give a dataset with a column of them"
             )
-        kept, report = [], RowReport(label, len(rows), np.empty(0, np.int64))
+        report = RowReport(label)
         for position in range(len(rows)):
-            reason = self.skip_reason(rows[position], need)
-            if reason is None:
-                kept.append(position)
-                continue
-            report.skipped[reason] += 1
-            places = report.examples.setdefault(reason, [])
-            if len(places) < EXAMPLES_PER_REASON:
-                places.append(rows.where(position))
-        report.kept = np.array(kept, np.int64)
-        if len(rows) and not kept:
-            raise DataError(f"{report}; expected rows with {', '.join(need)}, found {columns_text(rows)}")
+            self.usable_row(rows, position, need, report)
+        report.raise_if_none(rows, need)
         return report
+
+    def usable_row(self, rows: Rows, position: int, need: Sequence[str], report: RowReport) -> Row | None:
+        """The row at a position if all texts in `need` can be made from it; else None. The report counts either."""
+        row = rows[position]
+        reason = self.skip_reason(row, need)
+        report.note(position, reason, rows)
+        return row if reason is None else None
 
 
 KNOWN_DATASETS: dict[str, type[PromptRawDataset]] = {}

@@ -101,11 +101,27 @@ def _build_kinds() -> tuple[Kind, ...]:
         "frog:tadpole deer:fawn kangaroo:joey"
     )
     colours = {
-        "grass": "green", "a frog": "green", "a cucumber": "green", "snow": "white", "milk": "white", "salt": "white",
-        "coal": "black", "tar": "black", "a raven": "black", "blood": "red", "a tomato": "red", "a strawberry": "red",
-        "a lemon": "yellow", "a banana": "yellow", "chocolate": "brown", "a walnut": "brown", "a carrot": "orange",
-        "a pumpkin": "orange", "a clear sky": "blue", "a sapphire": "blue",
-    }  # fmt: skip
+        "grass": "green",
+        "a frog": "green",
+        "a cucumber": "green",
+        "snow": "white",
+        "milk": "white",
+        "salt": "white",
+        "coal": "black",
+        "tar": "black",
+        "a raven": "black",
+        "blood": "red",
+        "a tomato": "red",
+        "a strawberry": "red",
+        "a lemon": "yellow",
+        "a banana": "yellow",
+        "chocolate": "brown",
+        "a walnut": "brown",
+        "a carrot": "orange",
+        "a pumpkin": "orange",
+        "a clear sky": "blue",
+        "a sapphire": "blue",
+    }
     short_words = (
         "cat sun hat pen cup fox map bed car key jam leg milk fish bird tree lamp moon rain wind gold ship bell cake"
     )

@@ -62,8 +62,8 @@ def _grow_embedding(model, tokenizer) -> None:
     rows = model.get_input_embeddings().weight
     rows = getattr(rows, "ds_shape", rows.shape)[0]
     if len(tokenizer) > rows:
-        # New rows start at the mean of the old: in a family whose logits all lie far below zero, a small random row would
-        # be the likeliest token of all.
+        # New rows start at the mean of the old: in a family whose logits all lie far below zero, a small random row
+        # would be the likeliest token of all.
         model.resize_token_embeddings(8 * math.ceil(len(tokenizer) / 8))
 
 
@@ -181,7 +181,6 @@ def adapt_model(model, args, prefix: str = "", gradient_checkpointing: bool = Fa
         if lora_dim > 0:
             make_model_gradient_checkpointing_compatible(model)
     trainable, total = count_parameters(model)
-    print_rank_0(
-        f"{prefix.rstrip('_') or 'model'}: {trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %)"
-    )
+    name, share = prefix.rstrip("_") or "model", 100 * trainable / total
+    print_rank_0(f"{name}: {trainable:,} of {total:,} parameters train ({share:.2f} %)")
     return model

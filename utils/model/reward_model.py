@@ -197,7 +197,8 @@ def read_value_head(folder) -> torch.Tensor | None:
                     return weights.get_tensor(name)
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
+            stored = set(weights.keys())
             for name in HEAD_NAMES:
-                if name in weights.keys():
+                if name in stored:
                     return weights.get_tensor(name)
     return None

@@ -20,8 +20,8 @@ MAX_SHARD_SIZE = "5GB"
 def gather_state_dict(module) -> dict[str, torch.Tensor]:
     """The whole state dict in host memory, on rank 0; every rank must call this, the others get an empty dict.
 
-    ZeRO-3 parameters are gathered one submodule at a time. LoRA layers come out as the plain weight with the update folded
-    in. Tied weights appear under each of their names with one storage.
+    ZeRO-3 parameters are gathered one submodule at a time. LoRA layers come out as the plain weight with the update
+    folded in. Tied weights appear under each of their names with one storage.
     """
     collected: dict[str, torch.Tensor] = {}
     copies: dict[int, torch.Tensor] = {}  # id of a parameter -> its copy, so that tied names share one

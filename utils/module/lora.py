@@ -107,8 +107,8 @@ def _linear_layers(model) -> dict[str, nn.Module]:
 def match_lora_scope(model, part_module_name: str) -> list[str]:
     """The names of the linear layers a scope covers.
 
-    ``auto`` takes every linear layer of the numbered blocks, whatever the family calls them; anything else is a substring
-    of the layer's name, as in ``decoder.layers.``.
+    ``auto`` takes every linear layer of the numbered blocks, whatever the family calls them; anything else is a
+    substring of the layer's name, as in ``decoder.layers.``.
 
     Raises:
         UserError: when nothing matches, with names of linear layers that exist.
@@ -121,8 +121,10 @@ def match_lora_scope(model, part_module_name: str) -> list[str]:
     if not matched:
         shown = "\n  ".join(names[:12])
         raise UserError(
-            f"the LoRA scope {part_module_name!r} matches no linear layer of {type(model).__name__}; its linear layers are\n"
-            f"  {shown}{' …' if len(names) > 12 else ''}\nuse a part of these names, or auto for all layers of the blocks"
+            f"the LoRA scope {part_module_name!r} matches no linear layer of {type(model).__name__}; "
+            f"its linear layers are\n"
+            f"  {shown}{' …' if len(names) > 12 else ''}\n"
+            "use a part of these names, or auto for all layers of the blocks"
         )
     return matched
 
@@ -172,7 +174,7 @@ def only_optimize_lora_parameters(model, force_optimize_params=()):
 
 
 def make_model_gradient_checkpointing_compatible(model):
-    """Let the embedding's output require gradients: with a frozen embedding, checkpointed blocks would else have none."""
+    """Let the embedding's output require gradients: checkpointed blocks over a frozen one would else have none."""
     model.enable_input_require_grads()
     return model
 

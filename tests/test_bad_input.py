@@ -1,0 +1,178 @@
+"""What cannot work is refused before any training, with a reason, by every rank, and without a traceback."""
+
+import os
+
+import pytest
+from conftest import STEPS, launch, make_model, run_command, write_pairs
+
+from utils.distributed import UserError
+
+
+@pytest.fixture
+def good(model_folder, pairs_folder, cache_folder, tmp_path):
+    return {
+        "--model_name_or_path": model_folder,
+        "--data_path": pairs_folder,
+        "--data_output_path": cache_folder,
+        "--data_split": "1,1,1",
+        "--dtype": "fp32",
+        "--max_train_samples": 8,
+        "--output_dir": tmp_path / "out",
+    }
+
+
+def _flags(settings):
+    return [part for pair in settings.items() for part in pair if part is not None]
+
+
+BAD = {
+    "no model": ({"--model_name_or_path": "{tmp}/nowhere"}, r"nowhere"),
+    "a folder that is no model": ({"--model_name_or_path": "{tmp}"}, r"no (model|tokenizer) could be loaded"),
+    "no data": ({"--data_path": "{tmp}/nowhere.jsonl"}, r"nowhere\.jsonl"),
+    "an empty file": ({"--data_path": "{tmp}/empty.jsonl"}, r"empty\.jsonl"),
+    "rows without a field": ({"--data_path": "{tmp}/fieldless.jsonl"}, r"(?s)fieldless\.jsonl.*chosen"),
+    "a line that is not JSON": ({"--data_path": "{tmp}/broken.jsonl"}, r"(?s)broken\.jsonl.*line 2"),
+    "an unknown dataset": ({"--data_path": "someone/unknown"}, r"(?s)someone/unknown.*Dahoas/rm-static"),
+    "LoRA that matches nothing": (
+        {"--lora_dim": 4, "--lora_module_name": "decoder.layers."},
+        r"(?s)matches no.*q_proj",
+    ),
+    "only LoRA without LoRA": ({"--only_optimize_lora": None}, r"--lora_dim"),
+    "an output folder that cannot be made": (
+        {"--output_dir": "{tmp}/empty.jsonl/out"},
+        r"--output_dir .*cannot be written",
+    ),
+    "offload without ZeRO": ({"--offload": None}, r"--zero_stage"),
+    "a share of nothing": ({"--data_split": "0,1,1"}, r"no train row"),
+    "a split that is none": ({"--data_split": "a,b"}, r"--data_split 'a,b'"),
+    "an overrides file that is not JSON": ({"--deepspeed_config_overrides": "{tmp}/broken.jsonl"}, r"not JSON"),
+}
+
+
+def _prepare(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "fieldless.jsonl").write_text('{"prompt": " Human: a Assistant:"}\n' * 4)
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n')
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_step_1_refuses(case, good, run_step, tmp_path):
+    changes, message = BAD[case]
+    _prepare(tmp_path)
+    settings = good | {
+        flag: value.format(tmp=tmp_path) if isinstance(value, str) else value for flag, value in changes.items()
+    }
+    with pytest.raises(UserError, match=message):
+        run_step(1, _flags_with_switches(settings, changes))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def _flags_with_switches(settings, changes):
+    switches = [flag for flag, value in changes.items() if value is None]
+    return _flags({k: v for k, v in settings.items() if v is not None}) + switches
+
+
+STEP_3_BAD = {
+    "batches that do not divide": (
+        ["--per_device_training_batch_size", 3],
+        r"4 x --generation_batches 1 = 4 answers do not",
+    ),
+    "accumulation that does not divide": (
+        ["--generation_batches", 3, "--gradient_accumulation_steps", 2],
+        r"do not divide by",
+    ),
+    "tensor-parallel generation": (["--inference_tp_size", 2], r"--inference_tp_size"),
+    "align_overflow": (["--align_overflow"], r"bf16"),
+    "ZeRO++ without CUDA": (["--enable_mixed_precision_lora"], r"CUDA"),
+    "test mode without an end": (["--enable_test_mode"], r"--test_stop_step"),
+    "a critic that is no reward model": ([], r"score\.weight"),
+    "too few prompts": (["--max_train_samples", 2], r"2 prompts do not fill"),
+}
+
+
+@pytest.mark.parametrize("case", STEP_3_BAD)
+def test_step_3_refuses(case, model_folder, pairs_folder, cache_folder, run_step, tmp_path):
+    flags, message = STEP_3_BAD[case]
+    arguments = [
+        "--actor_model_name_or_path",
+        model_folder,
+        "--critic_model_name_or_path",
+        model_folder,
+        "--data_path",
+        pairs_folder,
+        "--data_output_path",
+        cache_folder,
+        "--dtype",
+        "fp32",
+        "--per_device_generation_batch_size",
+        4,
+        "--per_device_training_batch_size",
+        4,
+    ]
+    with pytest.raises(UserError, match=message):
+        run_step(3, [*arguments, *flags])
+
+
+def test_actor_and_critic_with_different_tokenizers_are_both_named(
+    model_folder, pairs_folder, cache_folder, run_step, tmp_path
+):
+    other = make_model(tmp_path / "other", pad=None)
+    with pytest.raises(UserError, match=rf"(?s)the tokenizers differ.*{model_folder.name}.*other"):
+        run_step(
+            3,
+            [
+                "--actor_model_name_or_path",
+                model_folder,
+                "--critic_model_name_or_path",
+                other,
+                "--data_path",
+                pairs_folder,
+                "--data_output_path",
+                cache_folder,
+                "--dtype",
+                "fp32",
+            ],
+        )
+
+
+def test_step_2_refuses_data_without_rejected_answers(good, run_step, tmp_path):
+    file = write_pairs(tmp_path / "sft_only.jsonl", 20)
+    file.write_text(file.read_text().replace('"rejected"', '"other"'))
+    with pytest.raises(UserError, match="rejected"):
+        run_step(2, _flags(good | {"--data_path": file}))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_process_ends_with_one_readable_line_and_code_1_on_all_ranks(good, tmp_path, ranks):
+    settings = good | {"--data_path": tmp_path / "nowhere.jsonl"}
+    code, console = launch(1, _flags(settings), launcher="torchrun" if ranks == 2 else "python", ranks=ranks)
+    assert code != 0
+    assert console.count("error: ") >= 1
+    assert "nowhere.jsonl" in console
+    assert "Traceback" not in console.split("error: ")[0]
+
+
+def test_an_unwritable_output_folder_is_refused_by_two_ranks_without_a_hang(good, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, console = launch(1, _flags(good | {"--output_dir": tmp_path / "file" / "out"}), launcher="deepspeed", ranks=2)
+    assert code != 0
+    assert "cannot be written" in console
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_help_fits_100_columns_and_every_flag_explains_itself(step):
+    import sys
+
+    code, console = run_command([sys.executable, STEPS[step], "--help"], COLUMNS="200")
+    assert code == 0
+    assert max(len(line) for line in console.splitlines()) <= 100
+    assert os.path.basename(STEPS[step]) in console
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_missing_model_flag_is_named(step):
+    import sys
+
+    code, console = run_command([sys.executable, STEPS[step]])
+    assert code == 2
+    assert "model_name_or_path" in console

@@ -1,0 +1,256 @@
+"""The three steps as a user starts them: every launcher, one and two ranks, ZeRO-0 and ZeRO-3, models that move."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import launch, make_model, read_metrics
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+COMMON = ["--data_split", "1,1,1", "--dtype", "fp32", "--max_train_samples", "16", "--max_eval_samples", "8"]
+ROWS = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--max_seq_len", "48"]
+
+
+def _data(pairs_folder, cache_folder):
+    return ["--data_path", pairs_folder, "--data_output_path", cache_folder, *COMMON]
+
+
+@pytest.fixture(scope="session")
+def sft(model_folder, pairs_folder, cache_folder, tmp_path_factory):
+    """(folder, console) of a step 1 run under plain python, from another folder."""
+    output = tmp_path_factory.mktemp("sft")
+    code, console = launch(
+        1,
+        [
+            *_data(pairs_folder, cache_folder),
+            *ROWS,
+            "--model_name_or_path",
+            model_folder,
+            "--output_dir",
+            output,
+            "--enable_tensorboard",
+            "--tensorboard_path",
+            output / "tb",
+            "--print_loss",
+            "--lora_dim",
+            "4",
+        ],
+        cwd=output,
+    )
+    assert code == 0, console
+    return output, console
+
+
+@pytest.fixture(scope="session")
+def reward(sft, pairs_folder, cache_folder, tmp_path_factory):
+    """(folder, console) of a step 2 run under torchrun with two ranks."""
+    output = tmp_path_factory.mktemp("reward")
+    arguments = [*_data(pairs_folder, cache_folder), *ROWS, "--model_name_or_path", sft[0], "--output_dir", output]
+    code, console = launch(2, [*arguments, "--num_padding_at_beginning", "0"], launcher="torchrun", ranks=2)
+    assert code == 0, console
+    return output, console
+
+
+def _step3_arguments(sft, reward, pairs_folder, cache_folder, output):
+    return [
+        *_data(pairs_folder, cache_folder),
+        "--actor_model_name_or_path",
+        sft[0],
+        "--critic_model_name_or_path",
+        reward[0],
+        "--per_device_generation_batch_size",
+        "4",
+        "--per_device_training_batch_size",
+        "2",
+        "--max_prompt_seq_len",
+        "32",
+        "--max_answer_seq_len",
+        "8",
+        "--output_dir",
+        output,
+        "--enable_ema",
+        "--print_answers",
+        "--num_warmup_steps",
+        "0",
+        "--gradient_accumulation_steps",
+        "2",
+    ]
+
+
+def test_step_1_prints_the_lines_that_parsers_read(sft):
+    _, console = sft
+    for line in (
+        r"^\*\*\*\*\* Running training \*\*\*\*\*$",
+        r"^\*\*\*\*\* Evaluating perplexity, Epoch 0/1 \*\*\*\*\*$",
+        r"^ppl: [\d.]+, loss: [\d.]+$",
+        r"^Beginning of Epoch 1/1, Total Micro Batches 4$",
+        r"^Time: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d, Epoch: 0, Step: 3, Rank: 0, loss = [\d.]+$",
+        r"^Model Parameters: [\d.]+ B, Latency: [\d.]+s, TFLOPs: [\d.]+, Samples/sec: [\d.]+, Time/seq [\d.]+s, "
+        r"Batch Size: 4, Sequence Length: \d+$",
+        r"^saving the final model \.\.\.$",
+    ):
+        assert re.search(line, console, re.M), f"{line}\n{console}"
+
+
+def test_step_1_lowers_the_perplexity_and_writes_metrics(sft):
+    folder, _ = sft
+    before, after = (row["eval/perplexity"] for row in read_metrics(folder, "eval"))
+    assert after < before
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["train/grad_norm"] > 0 and row["train/lr"] >= 0 for row in rows)
+    assert list((folder / "tb").glob("events*"))
+
+
+def test_a_saved_model_stands_alone_with_lora_folded_in(sft, tmp_path):
+    folder, _ = sft
+    names = set(load_file(folder / "model.safetensors"))
+    assert not any("lora" in name for name in names)
+    moved = tmp_path / "moved"
+    moved.symlink_to(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(moved, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(moved)
+    assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert json.loads((folder / "config.json").read_text()).get("use_cache", True)
+    assert not list(folder.glob(".saving*"))
+
+
+def test_step_2_prints_its_lines_and_its_model_scores_in_plain_transformers(reward):
+    folder, console = reward
+    for line in (
+        r"^\*\*\*\*\* Evaluating reward, Epoch 1/1 \*\*\*\*\*$",
+        r"^chosen_last_scores \(higher is better\) : -?[\d.e-]+, "
+        r"rejected_last_scores \(lower is better\) : -?[\d.e-]+, acc \(higher is better\) : [\d.]+$",
+        r"^Epoch 1/1 with loss [\d.]+$",
+        r"^saving model \.\.\.$",
+        r"^note: --num_padding_at_beginning is ignored",
+    ):
+        assert len(re.findall(line, console, re.M)) >= 1, f"{line}\n{console}"
+    assert len(re.findall(r"^saving model", console, re.M)) == 1
+    model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert model.config.num_labels == 1
+    assert model.config.reward_score_std > 0
+
+
+@pytest.mark.parametrize(("launcher", "ranks", "stage"), [("deepspeed", 2, 3), ("python", 1, 0)])
+def test_step_3_runs_prints_and_saves_actor_critic_and_ema(
+    sft, reward, pairs_folder, cache_folder, tmp_path, launcher, ranks, stage
+):
+    arguments = _step3_arguments(sft, reward, pairs_folder, cache_folder, tmp_path)
+    stages = ["--actor_zero_stage", stage, "--critic_zero_stage", stage, "--enable_hybrid_engine"]
+    code, console = launch(3, [*arguments, *stages], launcher=launcher, ranks=ranks)
+    assert code == 0, console
+    for line in (
+        r"^\|E2E latency=[\d.]+s \|Gather latency=[\d.]+s \([\d.]+%\) \|Generate time=[\d.]+s \([\d.]+%\) "
+        r"\|Training time=[\d.]+s \([\d.]+%\) \|Others=[\d.]+ \([\d.]+%\)"
+        r"\|CurSamplesPerSec=[\d.]+ \|AvgSamplesPerSec=[\d.]+$",
+        r"^Epoch: 0 \| Step: 1 \| PPO Epoch: 1 \| Actor Loss: -?[\d.e-]+ \| Critic Loss: [\d.e-]+ \| "
+        r"Unsupervised Loss: 0.0$",
+        r"^End-to-End => Latency: [\d.]+s, TFLOPs: [\d.]+, Samples/sec: [\d.]+, Time/seq [\d.]+s, Batch Size: \d+, "
+        r"Total Seq\. Length: 40$",
+        r"^Generation => Latency: [\d.]+s, Per-token Latency [\d.]+ ms, TFLOPs: [\d.]+, BW: [\d.]+ GB/sec, "
+        r"Answer Seq\. Length: 8$",
+        r"^Training   => Latency: [\d.]+s, TFLOPs: [\d.]+$",
+        r"^Actor Model Parameters => [\d.]+ B, Critic Model Parameters => [\d.]+ B$",
+        r"^Average reward score: -?[\d.]+ \| EMA reward score: -?[\d.]+$",
+        r"^--- ans    --> step=0, ",
+    ):
+        assert re.search(line, console, re.M), f"{line}\n{console}"
+    rows = read_metrics(tmp_path)
+    assert len(rows) == 16 // (4 * ranks)
+    assert abs(rows[0]["train/ratio"] - 1) < 1e-5
+    assert rows[0]["train/kl"] == pytest.approx(0, abs=1e-4)
+    wanted = [
+        "score",
+        "score_std",
+        "kl",
+        "clip_fraction",
+        "approx_kl",
+        "entropy",
+        "explained_variance",
+        "answer_length",
+    ]
+    wanted += ["eos_rate", "actor_lr", "actor_grad_norm", "critic_grad_norm", "tokens_per_second"]
+    assert all(isinstance(rows[-1][f"train/{name}"], float) for name in wanted)
+    for name in ("actor", "actor_ema"):
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / name).num_parameters() > 0
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic").config.num_labels == 1
+
+
+def test_two_ranks_of_zero_3_train_like_one_process(model_folder, pairs_folder, cache_folder, tmp_path):
+    """The same rows per optimizer step give the same losses and weights, however they are sharded."""
+    for name, launcher, ranks, flags in (
+        ("one", "python", 1, ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]),
+        ("two", "deepspeed", 2, ["--per_device_train_batch_size", 2, "--zero_stage", 3]),
+    ):
+        arguments = [*_data(pairs_folder, cache_folder), "--model_name_or_path", model_folder, "--max_seq_len", 48]
+        code, console = launch(1, [*arguments, "--output_dir", tmp_path / name, *flags], launcher=launcher, ranks=ranks)
+        assert code == 0, console
+    losses = [[row["train/loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-4)
+
+
+def test_ranks_sample_different_answers(sft, reward, pairs_folder, cache_folder, tmp_path):
+    """Both ranks get the same prompt; with equal seeds their answers would be equal too."""
+    from conftest import write_pairs
+
+    folder = tmp_path / "same"
+    folder.mkdir()
+    for name in ("train.jsonl", "eval.jsonl"):
+        line = write_pairs(folder / name, 1).read_text()
+        (folder / name).write_text(line * 24)
+    arguments = _step3_arguments(sft, reward, folder, cache_folder, tmp_path / "out")
+    code, console = launch(
+        3,
+        [*arguments, "--enable_test_mode", "--test_stop_step", 1, "--no-whiten_advantages"],
+        launcher="torchrun",
+        ranks=2,
+    )
+    assert code == 0, console
+    # Every row has one prompt; only the samples can differ.
+    answers = re.search(r"--- ans    --> step=0, (\[.*\])", console).group(1)
+    assert len(set(answers.split("', '"))) > 1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])
+def test_other_families_go_through_the_three_steps(family, run_step, pairs_folder, cache_folder, tmp_path):
+    base = make_model(tmp_path / "base", family, pad="</s>")  # pad = eos, as GPT-2 users have it
+    data = _data(pairs_folder, cache_folder)
+    run_step(
+        1, [*data, *ROWS, "--model_name_or_path", base, "--output_dir", tmp_path / "sft", "--gradient_checkpointing"]
+    )
+    run_step(
+        2,
+        [
+            *data,
+            *ROWS,
+            "--model_name_or_path",
+            tmp_path / "sft",
+            "--output_dir",
+            tmp_path / "reward",
+            "--lora_dim",
+            2,
+            "--only_optimize_lora",
+            "--gradient_checkpointing",
+        ],
+    )
+    arguments = _step3_arguments(
+        [tmp_path / "sft"], [tmp_path / "reward"], pairs_folder, cache_folder, tmp_path / "rlhf"
+    )
+    run_step(3, [*arguments, "--actor_lora_dim", 2, "--enable_hybrid_engine", "--actor_gradient_checkpointing"])
+    rows = read_metrics(tmp_path / "rlhf")
+    assert abs(rows[0]["train/ratio"] - 1) < 1e-4
+    assert (
+        len(AutoTokenizer.from_pretrained(tmp_path / "rlhf/actor"))
+        <= AutoModelForCausalLM.from_pretrained(tmp_path / "rlhf/actor").get_input_embeddings().num_embeddings
+    )
