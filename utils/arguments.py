@@ -5,11 +5,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import deepspeed
-from deepspeed.accelerator import get_accelerator
 from transformers import SchedulerType
 
-from utils.distributed import UserError
+from utils.distributed import UserError, deepspeed, get_accelerator
 
 
 def cache_folder() -> str:

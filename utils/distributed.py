@@ -162,24 +162,29 @@ def once_per_node(result: Path, build: Callable[[], None], rebuild: bool = False
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call a script's main(); turn what the user can mend into one readable line and exit code 1 on every rank."""
+    """Call a script's main(); turn what the user can mend into one readable line and exit code 1 on every rank.
+
+    The process leaves by os._exit: the threads of process groups do not survive an ordinary end of the interpreter (the
+    process would sometimes abort after all its work is done), and after an error the other ranks may be waiting for this
+    one in a collective, so that the launcher must see it go.
+    """
+    exit_code = 0
     try:
         main()
+        barrier()
     except UserError as error:
-        if get_rank() == 0:
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
         exit_code = 1
+        if get_rank() == 0:
+            print(f"\nerror: {error}", file=sys.stderr)
     except Exception:
-        # The other ranks may be waiting for this one in a collective: leave at once, so that the launcher ends them.
+        exit_code = 1
         print(f"rank {get_rank()} failed:", file=sys.stderr)
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    else:
-        exit_code = 0
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(exit_code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not dist.is_initialized():
+        sys.exit(exit_code)
+    os._exit(exit_code)
 
 
 def now() -> str:
