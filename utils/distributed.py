@@ -164,9 +164,9 @@ def once_per_node(result: Path, build: Callable[[], None], rebuild: bool = False
 def run_main(main: Callable[[], None]) -> None:
     """Call a script's main(); turn what the user can mend into one readable line and exit code 1 on every rank.
 
-    The process leaves by os._exit: the threads of process groups do not survive an ordinary end of the interpreter (the
-    process would sometimes abort after all its work is done), and after an error the other ranks may be waiting for this
-    one in a collective, so that the launcher must see it go.
+    The process leaves by os._exit: the threads of process groups do not survive an ordinary end of the interpreter
+    (the process would sometimes abort after all its work is done), and after an error the other ranks may be waiting
+    for this one in a collective, so that the launcher must see it go.
     """
     exit_code = 0
     try:
