@@ -54,7 +54,7 @@ def load_tokenizer(file: Path):
 
 
 def load_unpacked_model(file: Path):
-    """The model of a GGUF file with ordinary bf16 weights, and a configuration that no longer speaks of quantisation."""
+    """The model of a GGUF file with ordinary bf16 weights, its configuration without a word of quantisation."""
     return AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
