@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -124,6 +125,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=None, help="what the run took, for the summary")
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # products this small are slower on several threads
+    transformers.utils.logging.disable_progress_bar()
     output = Path(args.output_dir)
     folders = {
         "base": output / "base",

@@ -32,7 +32,7 @@ step() { # step NAME SCRIPT FLAGS...: one step under the deepspeed launcher, its
 }
 
 echo "=== base: a model from scratch ==="
-python -m utils.demo.tiny_model --output "$output/base" --seed "$seed" 2>/dev/null
+python -m utils.demo.tiny_model --output "$output/base" --seed "$seed"
 
 step step1 step1_supervised_finetuning \
     --model_name_or_path "$output/base" --max_seq_len 48 --per_device_train_batch_size $((16 / ranks)) \
@@ -51,7 +51,7 @@ step step3 step3_rlhf_finetuning \
 
 echo
 echo "=== report ==="
-python "$project/evaluation_scripts/demo_report.py" --output_dir "$output" --seconds $((SECONDS - started)) 2>/dev/null
+python "$project/evaluation_scripts/demo_report.py" --output_dir "$output" --seconds $((SECONDS - started))
 echo
 echo "all of it took $((SECONDS - started)) s. Talk to the result:"
 echo "    source ${VENV:-$project/.venv}/bin/activate"
