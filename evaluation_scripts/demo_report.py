@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from training.step3_rlhf_finetuning.ppo_math import answer_mask, gather_log_probs
-from utils.data.data_utils import pad_rows
+from utils.data.batching import pad_rows
 from utils.demo.judge import judge_rates
 from utils.demo.world import held_out_prompts
 from utils.model.inputs import model_inputs

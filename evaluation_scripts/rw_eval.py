@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation_scripts.prompts import PAIRS, check_writable, read_rows, write_jsonl
-from utils.data.data_utils import encode_with_prompt, fit, prompt_tokens_to_drop
-from utils.data.prompt_format import format_answer, prompt_from_text
+from utils.data.encoding import REWARD, RewardRows, TokenRules, encode_texts
+from utils.data.prompt_format import CHAT_TEMPLATE, format_answer, prompt_from_text
 from utils.distributed import UserError, run_main
 from utils.generation import (
     END_OF_TEXT,
@@ -87,15 +87,10 @@ def encode_pair(pair: dict, tokenizer, style: str, max_seq_len: int) -> tuple[li
 
     By the rules of training: both lose the same beginning of the prompt; what is still too long loses its end.
     """
+    rows = RewardRows(None, tokenizer, TokenRules(REWARD, max_seq_len, chat_template=style == CHAT_TEMPLATE))
     prompt, *texts = pair_texts(pair, tokenizer, style)
-    encoded = encode_with_prompt(tokenizer, [prompt, prompt], texts)
-    bos = [tokenizer.bos_token_id]
-    if all(ids[:2] == bos * 2 for ids, _ in encoded):  # the tokenizer's, and the one that a chat template writes
-        encoded = [(ids[1:], start - 1) for ids, start in encoded]
-    leading = int(all(ids[:1] == bos for ids, _ in encoded))
-    drop = max(prompt_tokens_to_drop(len(ids) + 1, start, max_seq_len, leading) for ids, start in encoded)
-    fitted = [fit(ids, start, tokenizer.eos_token_id, max_seq_len, leading, drop) for ids, start in encoded]
-    return [ids for ids, _, _ in fitted], any(was_cut for _, _, was_cut in fitted)
+    pair_ids = rows.pair(prompt, texts, encode_texts(tokenizer, texts, rows.special_tokens))
+    return [pair_ids.chosen, pair_ids.rejected], pair_ids.was_cut
 
 
 @torch.no_grad()

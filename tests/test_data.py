@@ -7,25 +7,27 @@ import numpy as np
 import pytest
 from conftest import make_tokenizer, write_pairs
 
-from utils.data import data_utils
-from utils.data.data_utils import (
+from utils.data import batching, data_utils
+from utils.data.batching import (
     FILLER,
-    REWARD,
-    RLHF,
-    SFT,
+    DataCollatorPacked,
     DataCollatorReward,
     DataCollatorRLHF,
     DataCollatorSFT,
-    MiniDataset,
+    PackedDataset,
     StepBatchSampler,
     accumulation_windows,
+    count_batch,
+    pad_rows,
+)
+from utils.data.data_utils import (
+    MiniDataset,
     create_prompt_dataset,
-    fit,
     get_raw_dataset_split_index,
     get_shuffle_idx,
-    prompt_tokens_to_drop,
     split_boundaries,
 )
+from utils.data.encoding import REWARD, RLHF, SFT, RowEncoder, cut, moved_spans, prompt_tokens_to_drop
 from utils.distributed import UserError
 from utils.utils import load_hf_tokenizer
 
@@ -83,17 +85,18 @@ def test_a_senseless_split_is_refused(shares):
 def test_a_finished_answer_ends_with_exactly_one_eos_and_a_long_prompt_loses_its_beginning():
     bos, eos = 1, 2
     ids = [bos, 10, 11, 12, 13, 20, 21]  # four prompt tokens after bos, two of answer
-    assert fit(ids, 5, eos, 8, 1, prompt_tokens_to_drop(8, 5, 8, 1)) == ([*ids, eos], 5, False)
-    assert fit(ids, 5, eos, 6, 1, prompt_tokens_to_drop(8, 5, 6, 1)) == ([bos, 12, 13, 20, 21, eos], 3, True)
+    ids = [*ids, eos]
+    assert prompt_tokens_to_drop(8, 5, 8, 1) == 0
+    assert prompt_tokens_to_drop(8, 5, 6, 1) == 2
+    assert cut(ids, 6, 1, 2) == [bos, 12, 13, 20, 21, eos]
+    assert moved_spans([(5, 8)], 1, 2, 6) == [(3, 6)]
     # The published way: the end goes, and the EOS with it.
-    assert fit(ids, 5, eos, 6) == ([bos, 10, 11, 12, 13, 20], 5, True)
+    assert cut(ids, 6) == [bos, 10, 11, 12, 13, 20]
 
 
 def test_an_answer_that_alone_is_too_long_is_cut_without_eos_and_keeps_its_question():
-    ids = [1, 10, 11, *range(20, 40)]
-    kept, prompt_length, was_cut = fit(ids, 3, 2, 8, 1, prompt_tokens_to_drop(len(ids) + 1, 3, 8, 1))
-    assert kept == [1, 10, 11, 20, 21, 22, 23, 24]
-    assert (prompt_length, was_cut) == (3, True)
+    ids = [1, 10, 11, *range(20, 40), 2]
+    assert cut(ids, 8, 1, prompt_tokens_to_drop(len(ids), 3, 8, 1)) == [1, 10, 11, 20, 21, 22, 23, 24]
 
 
 def _dataset(tmp_path, tokenizer, step, max_len=64, rows=None, **options):
@@ -134,7 +137,7 @@ def test_masked_prompts_leave_exactly_the_answer_and_its_eos(tmp_path):
     train, _ = _dataset(tmp_path, tokenizer, SFT)
     batch = DataCollatorSFT(tokenizer.pad_token_id, 64, mask_prompt=True)([train[0]])
     learned = batch["labels"][0][batch["labels"][0] != -100].tolist()
-    text = tokenizer.decode(train[0]["input_ids"][: train[0]["prompt_length"]], skip_special_tokens=True)
+    text = tokenizer.decode(train[0]["input_ids"][: train[0]["answer_spans"][0]], skip_special_tokens=True)
     assert text.endswith("Assistant:")
     assert tokenizer.decode(learned, skip_special_tokens=True).endswith(", thanks.")
     assert learned[-1] == tokenizer.eos_token_id
@@ -203,7 +206,7 @@ def test_a_failed_preparation_leaves_no_file_that_a_next_run_trusts(tmp_path, mo
     def explode(self, rows, positions):
         raise OSError("disk full")
 
-    monkeypatch.setattr(data_utils.RowEncoder, "encode", explode)
+    monkeypatch.setattr(RowEncoder, "read", explode)
     with pytest.raises(UserError, match="disk full"):
         _dataset(tmp_path, tokenizer, SFT)
     assert not list((tmp_path / "cache").rglob("*.arrow"))
@@ -217,10 +220,10 @@ def test_a_failed_preparation_leaves_no_file_that_a_next_run_trusts(tmp_path, mo
 def _epoch(world, monkeypatch, rows=37, micro=4, accumulation=2, epoch=0, grouped=True):
     """Rows of each optimizer step, over all ranks of a world."""
     lengths = np.random.default_rng(0).integers(1, 50, rows)
-    monkeypatch.setattr(data_utils, "get_world_size", lambda: world)
+    monkeypatch.setattr(batching, "get_world_size", lambda: world)
     per_rank = []
     for rank in range(world):
-        monkeypatch.setattr(data_utils, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(batching, "get_rank", lambda rank=rank: rank)
         sampler = StepBatchSampler(lengths, micro // world, accumulation, seed=3, group_by_length=grouped)
         sampler.set_epoch(epoch)
         batches = list(sampler)
@@ -256,3 +259,164 @@ def test_mini_dataset_hands_out_what_it_collected():
     batches = mini.add({"x": np.arange(4, 8)})
     assert [batch["x"].tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert mini.add([1, 2, 3]) is None
+
+
+# ------------------------------------------------------------------ conversations
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TURNS = [
+    {"role": "user", "content": "say red"},
+    {"role": "assistant", "content": "red"},
+    {"role": "user", "content": "say blue, please"},
+    {"role": "assistant", "content": "blue blue"},
+]
+
+
+def test_each_turn_is_bos_question_eos_bos_answer_eos_and_only_answers_are_learned(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "t")
+    rows = [{"messages": TURNS}, {"messages": TURNS[:2]}] * 3
+    train, _ = _dataset(tmp_path, tokenizer, SFT, rows=rows, data_split="1,0,0")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    pieces = [tokenizer(turn["content"], add_special_tokens=False)["input_ids"] for turn in TURNS]
+    row = next(train[i] for i in range(len(train)) if len(train[i]["answer_spans"]) == 4)
+    assert row["input_ids"] == [i for piece in pieces for i in [bos, *piece, eos]]
+    labels = DataCollatorSFT(tokenizer.pad_token_id, 64)([row])["labels"][0].tolist()
+    expected = []
+    for turn, piece in zip(TURNS, pieces, strict=True):
+        expected += [-100, *piece, eos] if turn["role"] == "assistant" else [-100] * (len(piece) + 2)
+    assert labels[: len(expected)] == expected
+
+
+def test_the_published_form_of_one_turn(tmp_path):
+    """ids bos q q q eos bos a a eos, labels -100 x 6, a a eos."""
+    tokenizer = make_tokenizer(tmp_path / "t")
+    rows = [{"conversation": [{"human": "qqq", "assistant": "aa"}]}] * 3
+    train, _ = _dataset(tmp_path, tokenizer, SFT, rows=rows, data_split="1,0,0")
+    row = train[0]
+    q, a = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("qqq", "aa"))
+    assert (len(q), len(a)) == (3, 2)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert row["input_ids"] == [bos, *q, eos, bos, *a, eos]
+    labels = DataCollatorSFT(tokenizer.pad_token_id, 64)([row])["labels"][0].tolist()
+    assert labels[:9] == [-100] * 6 + [*a, eos]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_chat_templates_learn_answers_and_their_end_of_turn_with_and_without_markers(tmp_path, template):
+    tokenizer = make_tokenizer(tmp_path / "t")
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = template
+    train, _ = _dataset(
+        tmp_path, tokenizer, SFT, rows=[{"messages": TURNS}] * 3, data_split="1,0,0", chat_template=True
+    )
+    row = train[0]
+    rendered = tokenizer.apply_chat_template(TURNS, return_dict=True)["input_ids"]
+    assert row["input_ids"] == rendered[: len(row["input_ids"])]
+    assert row["input_ids"][-1] == tokenizer.eos_token_id
+    labels = DataCollatorSFT(tokenizer.pad_token_id, 64)([row])["labels"][0]
+    assert tokenizer.decode(labels[labels != -100]) == "red<|im_end|>blue blue<|im_end|>"
+    if template is MARKED:
+        own = tokenizer.apply_chat_template(TURNS, return_dict=True, return_assistant_tokens_mask=True)
+        assert (labels[: len(rendered) - 1] != -100).long().tolist() == own["assistant_masks"][: len(rendered) - 1]
+
+
+def test_pairs_go_through_the_chat_template_when_asked(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "t")
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHATML
+    train, _ = _dataset(tmp_path, tokenizer, REWARD, chat_template=True)
+    text = tokenizer.decode(train[0]["chosen_ids"])
+    assert text.startswith("<|im_start|>user\nsay ")
+    assert text.endswith(", thanks.<|im_end|>")
+    prompts, _ = _dataset(tmp_path, tokenizer, RLHF, chat_template=True)
+    assert tokenizer.decode(prompts[0]["input_ids"]).endswith("<|im_start|>assistant\n")
+    assert "Human" not in tokenizer.decode(prompts[0]["input_ids"])
+
+
+def test_a_long_conversation_loses_its_beginning_and_keeps_its_last_answer(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "t")
+    train, _ = _dataset(tmp_path, tokenizer, SFT, rows=[{"messages": TURNS * 4}] * 3, data_split="1,0,0", max_len=24)
+    row = train[0]
+    assert len(row["input_ids"]) == 24
+    assert row["input_ids"][0] == tokenizer.bos_token_id
+    assert row["input_ids"][-1] == tokenizer.eos_token_id
+    start, end = row["answer_spans"][-2:]
+    assert tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=True) == "blue blue"
+    assert all(0 < s < e <= 24 for s, e in zip(row["answer_spans"][::2], row["answer_spans"][1::2], strict=True))
+
+
+def test_columns_can_be_named(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "t")
+    rows = [{"question": " Human: a Assistant:", "good": " yes", "bad": " no"}] * 6
+    names = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    train, _ = _dataset(tmp_path, tokenizer, REWARD, rows=rows, columns=names)
+    assert tokenizer.decode(train[0]["chosen_ids"], skip_special_tokens=True) == " Human: a Assistant: yes"
+
+
+# ------------------------------------------------------------------ packing
+
+
+class _Rows(list):
+    @property
+    def lengths(self):
+        return np.array([len(row["input_ids"]) for row in self])
+
+
+def _random_rows(count, longest=20):
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(2, longest, count)
+    return _Rows(
+        {
+            "input_ids": generator.integers(5, 300, n).tolist(),
+            "answer_spans": [int(n) // 2, int(n)],
+            "answers_only": False,
+        }
+        for n in lengths
+    )
+
+
+def test_packing_keeps_every_row_once_and_leaves_hardly_a_pad():
+    rows = _random_rows(500)
+    packed = PackedDataset(rows, 64, seed=1)
+    assert sorted(i for block in packed.blocks for i in block) == list(range(500))
+    assert packed.lengths.max() <= 64
+    assert packed.fill > 0.95
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("mask_prompt", [False, True])
+def test_the_packed_loss_equals_the_unpacked_one(tmp_path, family, attention, mask_prompt):
+    import torch
+    from conftest import make_model
+    from transformers import AutoModelForCausalLM
+
+    from utils.model.inputs import sft_inputs
+    from utils.model.losses import causal_lm_loss_sum
+
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, family), attn_implementation=attention).eval()
+    rows = _random_rows(12)
+    plain = DataCollatorSFT(2, 64, mask_prompt)([*rows, FILLER])
+    packed = PackedDataset(rows, 40, seed=0)
+    blocks = DataCollatorPacked(2, mask_prompt)([*(packed[i] for i in range(len(packed))), FILLER])
+    assert count_batch(plain) == count_batch(blocks)
+    losses = []
+    for batch in (plain, blocks):
+        with torch.no_grad():
+            losses.append(causal_lm_loss_sum(model(**sft_inputs(model, batch)).logits, batch["labels"]).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_pads_are_no_tokens():
+    ids, mask = pad_rows([[1, 2, 3], [4]], 0, to_length=5)
+    assert ids.tolist() == [[1, 2, 3, 0, 0], [4, 0, 0, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import make_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from utils.data.data_utils import pad_rows
+from utils.data.batching import pad_rows
 from utils.distributed import UserError
 from utils.model.model_utils import create_critic_model
 from utils.model.reward_model import ValueHead, end_indices, end_scores, pairwise_loss

@@ -15,7 +15,7 @@ from training.step3_rlhf_finetuning.ppo_trainer import (
 )
 from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
 from utils import arguments
-from utils.data.data_utils import DataCollatorSFT, pad_rows
+from utils.data.batching import DataCollatorSFT, pad_rows
 from utils.distributed import init_distributed
 from utils.model.model_utils import create_critic_model
 from utils.model.saving import gather_state_dict
@@ -256,7 +256,9 @@ def test_the_ptx_gradient_joins_the_same_step(folders):
     flags = ("--unsupervised_dataset_name", "x", "--unsup_coef", "3.0", "--kl_ctl", "0.3")
     trainer = _trainer(folders, *flags, trainer_class=DeepSpeedPPOTrainerUnsupervised)
     experience = _experience(trainer)
-    text = DataCollatorSFT(trainer.tokenizer.pad_token_id, 16)([{"input_ids": [5, 6, 7, 8, 9], "prompt_length": 0}])
+    text = DataCollatorSFT(trainer.tokenizer.pad_token_id, 16)(
+        [{"input_ids": [5, 6, 7, 8, 9], "answer_spans": [0, 5], "answers_only": False}]
+    )
     module = trainer.actor_model.module
     twin = AutoModelForCausalLM.from_pretrained(folders[0]).eval()
     width = experience.answer_width

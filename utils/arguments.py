@@ -67,6 +67,23 @@ def add_data_arguments(parser, step: int) -> None:
             help="datasets used whole, in this step only; none to turn off",
         )
     add("--data_output_path", default=cache_folder(), help="where the split indices and the tokenised cache are kept")
+    add(
+        "--preprocessing_num_workers",
+        type=_positive,
+        default=None,
+        help="threads that tokenise, on the first rank of each node; None for all cores",
+    )
+    for name in ("prompt", "chosen", "rejected", "messages"):
+        add(
+            f"--{name}_column",
+            default=None,
+            help=f"column of your own files that holds {name}; None for its usual name",
+        )
+    add(
+        "--chat_template",
+        action="store_true",
+        help="write conversations and prompts by the tokenizer's chat template; off for the datasets' own text",
+    )
     add("--rebuild_cache", action="store_true", help="tokenise again even if the cache has this very data")
     add("--max_train_samples", type=_positive, default=None, help="use at most this many training rows; None for all")
     add("--max_eval_samples", type=_positive, default=None, help="use at most this many evaluation rows; None for all")
@@ -309,13 +326,6 @@ def add_rlhf_arguments(parser) -> None:
     add("--actor_weight_decay", type=float, default=0.0, help="AdamW's decay of the actor's matrices; 0 to turn off")
     add("--critic_weight_decay", type=float, default=0.0, help="AdamW's decay of the critic's matrices; 0 to turn off")
     add_schedule_arguments(group, warmup=100)
-    add(
-        "--preprocessing_num_workers",
-        type=int,
-        default=None,
-        help="accepted for old command lines: the tokenizer uses all cores by itself",
-    )
-
     add = parser.add_argument_group("PPO").add_argument
     on_off = argparse.BooleanOptionalAction
     add(

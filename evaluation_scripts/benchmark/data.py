@@ -3,8 +3,8 @@
 
     python evaluation_scripts/benchmark/data.py --pairs DIR/train.jsonl --tokenizer FOLDER --rows 100000
 
-Each way runs in a process of its own, so that its peak memory is its own. The published way tokenises one row at a time,
-pads it to the maximum, keeps every row in a list and writes the list with torch.save.
+Each way runs in a process of its own, so that its peak memory is its own. The published way tokenises one row at a
+time, pads it to the maximum, keeps every row in a list and writes the list with torch.save.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def run_published(args) -> dict:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     before = peak_memory_mb()
     start = time.perf_counter()
-    rows = [json.loads(line) for line in open(args.file, encoding="utf-8")]
+    rows = [json.loads(line) for line in Path(args.file).read_text(encoding="utf-8").split("\n")[:-1]]
     kept = []
     names = ("chosen",) if args.step == "sft" else ("chosen", "rejected")
     for row in rows:
@@ -67,13 +67,8 @@ def run_published(args) -> dict:
 
 
 def run_ours(args) -> dict:
-    from utils.data.data_utils import (
-        DataCollatorReward,
-        DataCollatorSFT,
-        StepBatchSampler,
-        create_prompt_dataset,
-        make_loader,
-    )
+    from utils.data.batching import DataCollatorReward, DataCollatorSFT, StepBatchSampler, make_loader
+    from utils.data.data_utils import create_prompt_dataset
     from utils.utils import load_hf_tokenizer
 
     tokenizer = load_hf_tokenizer(args.tokenizer)
@@ -106,7 +101,7 @@ def run_bare(args) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer).backend_tokenizer
     names = ("chosen",) if args.step == "sft" else ("chosen", "rejected")
     texts = []
-    for line in open(args.file, encoding="utf-8"):
+    for line in Path(args.file).read_text(encoding="utf-8").split("\n")[:-1]:
         row = json.loads(line)
         texts += [row["prompt"] + row[name] for name in names]
     start = time.perf_counter()
@@ -163,7 +158,12 @@ def main():
     print(f"{'way':20}{'seconds':>10}{'peak MB':>10}{'above imports':>15}{'file MB':>10}")
     for name, row in results.items():
         cells = [row.get(key) for key in ("seconds", "peak_mb", "peak_above_imports_mb", "file_mb")]
-        print(f"{name:20}" + "".join(f"{'':>{w}}" if c is None else f"{c:>{w}.1f}" for c, w in zip(cells, (10, 10, 15, 10), strict=True)))
+        print(
+            f"{name:20}"
+            + "".join(
+                f"{'':>{w}}" if c is None else f"{c:>{w}.1f}" for c, w in zip(cells, (10, 10, 15, 10), strict=True)
+            )
+        )
     ours = results["ours"]
     print(f"\nours / bare tokenizers: {ours['seconds'] / results['bare tokenizers']['seconds']:.2f} x the time")
     print(f"second run, first batch after {results['ours, second run']['first_batch_seconds']:.2f} s")

@@ -18,14 +18,17 @@ import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from utils import arguments
-from utils.data.data_utils import (
-    SFT,
+from utils.data.batching import (
+    DataCollatorPacked,
     DataCollatorSFT,
+    PackedDataset,
     StepBatchSampler,
     accumulation_windows,
-    create_prompt_dataset,
+    count_batch,
     make_loader,
 )
+from utils.data.data_utils import datasets_of_step
+from utils.data.encoding import SFT
 from utils.distributed import (
     UserError,
     agree,
@@ -38,7 +41,7 @@ from utils.distributed import (
 )
 from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, initialize, merge_config_file, with_batch_sizes
 from utils.metrics import make_writer
-from utils.model.inputs import model_inputs
+from utils.model.inputs import forward_accepts, sft_inputs
 from utils.model.losses import causal_lm_loss_sum, label_count
 from utils.model.model_utils import adapt_model, create_hf_model
 from utils.perf import Stopwatch, print_throughput
@@ -64,6 +67,11 @@ def build_parser():
     group.add_argument(
         "--mask_prompt", action="store_true", help="learn the answers only; off: prompts too, as published"
     )
+    group.add_argument(
+        "--packing",
+        action="store_true",
+        help="fill blocks of --max_seq_len with whole rows that do not see each other; a batch then counts blocks",
+    )
     group.add_argument("--print_loss", action="store_true", help="print the loss of every step on every rank")
     return parser
 
@@ -75,7 +83,7 @@ def evaluate(engine, loader, device) -> tuple[float, float]:
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in progress(loader, "evaluating"):
         batch = to_device(batch, device)
-        logits = engine(**model_inputs(engine.module, batch["input_ids"], batch["attention_mask"])).logits
+        logits = engine(**sft_inputs(engine.module, batch)).logits
         total += torch.stack(
             [causal_lm_loss_sum(logits, batch["labels"]).double(), total.new_tensor(label_count(batch["labels"]))]
         )
@@ -100,22 +108,14 @@ def main():
         add_special_tokens=args.end_of_conversation_token,
         trust_remote_code=args.trust_remote_code,
     )
-    train_dataset, eval_dataset = create_prompt_dataset(
-        args.local_rank,
-        args.data_path,
-        args.data_split,
-        args.data_output_path,
-        SFT,
-        args.seed,
-        tokenizer,
-        args.max_seq_len,
-        sft_only_data_path=args.sft_only_data_path,
-        reload=args.rebuild_cache,
-        truncation_side=args.truncation_side,
-        max_train_samples=args.max_train_samples,
-        max_eval_samples=args.max_eval_samples,
-    )
+    train_dataset, eval_dataset = datasets_of_step(args, tokenizer, SFT, args.max_seq_len)
     collator = DataCollatorSFT(tokenizer.pad_token_id, args.max_seq_len, args.mask_prompt, args.pad_to_max_length)
+    eval_sampler = StepBatchSampler(eval_dataset.lengths, args.per_device_eval_batch_size, shuffle=False)
+    eval_loader = make_loader(eval_dataset, eval_sampler, collator)
+    if args.packing:
+        train_dataset = PackedDataset(train_dataset, args.max_seq_len, args.seed)
+        collator = DataCollatorPacked(tokenizer.pad_token_id, args.mask_prompt)
+        print_rank_0(f"packing: {len(train_dataset)} blocks, {100 * train_dataset.fill:.1f} % of their tokens are real")
     sampler = StepBatchSampler(
         train_dataset.lengths,
         args.per_device_train_batch_size,
@@ -124,9 +124,6 @@ def main():
         group_by_length=args.group_by_length,
     )
     train_loader = make_loader(train_dataset, sampler, collator)
-    eval_loader = make_loader(
-        eval_dataset, StepBatchSampler(eval_dataset.lengths, args.per_device_eval_batch_size, shuffle=False), collator
-    )
 
     # 3. Model, optimizer, engine
     ds_config = get_train_ds_config(args.offload, args.dtype, args.zero_stage)
@@ -145,6 +142,10 @@ def main():
         attn_implementation=args.attn_implementation,
         trust_remote_code=args.trust_remote_code,
     )
+    if args.packing and not forward_accepts(model, "position_ids"):
+        raise UserError(
+            f"--packing: {type(model).__name__} takes no positions, so rows of a block cannot be kept apart"
+        )
     adapt_model(model, args, gradient_checkpointing=args.gradient_checkpointing)
     groups = get_optimizer_grouped_parameters(model, args.weight_decay, args.lora_learning_rate)
     optimizer = make_optimizer(groups, args.learning_rate, args.offload)
@@ -171,19 +172,15 @@ def main():
         watch = Stopwatch()
         windows = accumulation_windows(train_loader, args.gradient_accumulation_steps)
         for step, window in enumerate(progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch)):
-            counts = [
-                sum(label_count(batch["labels"]) for batch in window),
-                sum(int(batch["attention_mask"].sum()) for batch in window),
-                sum(int((batch["labels"] != -100).any(1).sum()) for batch in window),
-            ]
-            learned, tokens, rows = all_reduce_sum(torch.tensor(counts, dtype=torch.float32, device=device)).tolist()
+            counts = torch.tensor([count_batch(batch) for batch in window], dtype=torch.float32, device=device).sum(0)
+            learned, tokens, rows = all_reduce_sum(counts).tolist()
             step_loss = torch.zeros((), device=device)
             for i, batch in enumerate(window):
                 is_last = i == len(window) - 1
                 engine.set_gradient_accumulation_boundary(is_last)
                 batch = to_device(batch, device)
-                logits = engine(**model_inputs(engine.module, batch["input_ids"], batch["attention_mask"])).logits
-                loss = causal_lm_loss_sum(logits, batch["labels"]) / max(learned, 1)
+                logits = engine(**sft_inputs(engine.module, batch)).logits
+                loss = causal_lm_loss_sum(logits, batch["labels"].view(logits.shape[:2])) / max(learned, 1)
                 # DeepSpeed takes the mean of the ranks' gradients; the loss is already a share of the global mean.
                 engine.backward(loss * get_world_size(), scale_wrt_gas=False)
                 step_loss += loss.detach()

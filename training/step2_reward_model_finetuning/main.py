@@ -19,14 +19,14 @@ import torch
 from transformers import get_scheduler
 
 from utils import arguments
-from utils.data.data_utils import (
-    REWARD,
+from utils.data.batching import (
     DataCollatorReward,
     StepBatchSampler,
     accumulation_windows,
-    create_prompt_dataset,
     make_loader,
 )
+from utils.data.data_utils import datasets_of_step
+from utils.data.encoding import REWARD
 from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, run_main
 from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, initialize, merge_config_file, with_batch_sizes
 from utils.metrics import make_writer
@@ -110,20 +110,7 @@ def main():
         add_special_tokens=args.end_of_conversation_token,
         trust_remote_code=args.trust_remote_code,
     )
-    train_dataset, eval_dataset = create_prompt_dataset(
-        args.local_rank,
-        args.data_path,
-        args.data_split,
-        args.data_output_path,
-        REWARD,
-        args.seed,
-        tokenizer,
-        args.max_seq_len,
-        reload=args.rebuild_cache,
-        truncation_side=args.truncation_side,
-        max_train_samples=args.max_train_samples,
-        max_eval_samples=args.max_eval_samples,
-    )
+    train_dataset, eval_dataset = datasets_of_step(args, tokenizer, REWARD, args.max_seq_len)
     collator = DataCollatorReward(tokenizer.pad_token_id, args.max_seq_len, args.pad_to_max_length)
     sampler = StepBatchSampler(
         train_dataset.lengths,

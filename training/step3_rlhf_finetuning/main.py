@@ -27,15 +27,14 @@ from training.step3_rlhf_finetuning.ppo_trainer import (
 )
 from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
 from utils import arguments
-from utils.data.data_utils import (
-    RLHF,
+from utils.data.batching import (
     DataCollatorRLHF,
     DataCollatorSFT,
     StepBatchSampler,
-    create_prompt_dataset,
-    get_unsupervised_data,
     make_loader,
 )
+from utils.data.data_utils import datasets_of_step, get_unsupervised_data
+from utils.data.encoding import RLHF
 from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, run_main
 from utils.metrics import make_writer
 from utils.perf import Stopwatch, print_throughput_step3
@@ -81,7 +80,9 @@ def unsupervised_batches(args, tokenizer):
     while True:
         order = np.resize(generator.permutation(len(blocks)), -(-len(blocks) // per_pass) * per_pass)
         for rows in order.reshape(-1, per_pass):
-            yield collator([{"input_ids": blocks[i], "prompt_length": 0} for i in rows[rank::world]])
+            yield collator(
+                [{"input_ids": blocks[i], "answer_spans": [], "answers_only": False} for i in rows[rank::world]]
+            )
 
 
 def micro_batch_windows(experience: Experience, batch: "arguments.RLHFBatchSizes", generator, unsupervised):
@@ -112,20 +113,7 @@ def main():
         trust_remote_code=args.trust_remote_code,
     )
     check_tokenizers(args, tokenizer)
-    prompts, _ = create_prompt_dataset(
-        args.local_rank,
-        args.data_path,
-        args.data_split,
-        args.data_output_path,
-        RLHF,
-        args.seed,
-        tokenizer,
-        args.max_prompt_seq_len,
-        reload=args.rebuild_cache,
-        truncation_side=args.truncation_side,
-        max_train_samples=args.max_train_samples,
-        max_eval_samples=args.max_eval_samples,
-    )
+    prompts, _ = datasets_of_step(args, tokenizer, RLHF, args.max_prompt_seq_len)
     sampler = StepBatchSampler(
         prompts.lengths, args.per_device_generation_batch_size, batch.rounds, seed=args.seed, drop_last=True
     )

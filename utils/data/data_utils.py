@@ -1,38 +1,58 @@
-"""From text rows to padded batches.
+"""From text files to datasets of ids, split, cached and blended.
 
     text row -> (prompt, chosen, rejected) -> split by the seeded index -> ids and lengths in an Arrow file
              -> sampler -> collator pads to the longest row of the batch -> engine
 
-A row is (ids, length) all the way: masks come from lengths, never from comparing ids with the pad id.
+A row is (ids, length) all the way: masks come from lengths, never from comparing ids with the pad id. encoding.py makes
+ids of text, batching.py makes batches of ids.
 """
 
 import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from utils.data.raw_datasets import DataError, PromptRawDataset, RowReport, open_raw_dataset
-from utils.distributed import UserError, get_rank, get_world_size, once_per_node
+from utils.data.batching import DataCollatorReward, DataCollatorRLHF
+from utils.data.encoding import (
+    NEEDED_TEXTS,
+    SFT,
+    PreparationCounts,
+    RowEncoder,
+    TokenRules,
+    columns_of_step,
+)
+from utils.data.raw_datasets import DataError, PromptRawDataset, open_raw_dataset
+from utils.distributed import UserError, get_rank, once_per_node
 from utils.utils import print_rank_0, progress
 
-CACHE_VERSION = 1  # part of every cache key: raise it when the rules below change what is stored
-ROWS_PER_CHUNK = 2000  # rows tokenised and written at a time: bounds the memory of preparation
-IGNORE_INDEX = -100
-SFT, REWARD, RLHF = 1, 2, 3
-NEEDED_TEXTS = {SFT: ("prompt", "chosen"), REWARD: ("prompt", "chosen", "rejected"), RLHF: ("prompt",)}
+__all__ = [  # what other people's code imports from here, wherever it is written
+    "DataCollatorRLHF",
+    "DataCollatorReward",
+    "MiniDataset",
+    "PromptDataset",
+    "create_dataset",
+    "create_dataset_split",
+    "create_prompt_dataset",
+    "get_raw_dataset",
+    "get_raw_dataset_split_index",
+    "get_shuffle_idx",
+    "get_unsupervised_data",
+]
+
+CACHE_VERSION = 2  # part of every cache key: raise it when the rules change what is stored
+ROWS_PER_CHUNK = 1000  # rows read, tokenised and written at a time: bounds the memory of preparation
 
 
-def get_raw_dataset(dataset_name, output_path, seed, local_rank) -> PromptRawDataset:
+def get_raw_dataset(dataset_name, output_path, seed, local_rank, columns=None) -> PromptRawDataset:
     """A known dataset by name, or any path of the user's own."""
-    return open_raw_dataset(dataset_name, output_path, seed, local_rank)
+    return open_raw_dataset(dataset_name, output_path, seed, local_rank, columns)
 
 
 # ---------------------------------------------------------------- the split
@@ -102,215 +122,28 @@ def _write_split_file(file: Path, indices: np.ndarray) -> None:
     os.replace(scratch, file)
 
 
-# ---------------------------------------------------------------- text to ids
-
-
-@dataclass(frozen=True)
-class TokenRules:
-    """All that decides how a text becomes ids, besides the tokenizer; part of the cache key."""
-
-    train_phase: int
-    max_seq_len: int
-    truncation_side: str = "left"
-
-
-@dataclass
-class PreparationCounts:
-    """What happened to the rows of one dataset split, printed with every run so that no loss is silent."""
-
-    read: str = ""  # rows used and skipped, with reasons and places
-    kept: int = 0
-    truncated: int = 0
-    without_eos: int = 0
-    identical: int = 0
-
-    def __str__(self):
-        parts = [self.read]
-        if self.truncated:
-            parts.append(f"{self.truncated} too long and truncated")
-        if self.without_eos:
-            parts.append(f"{self.without_eos} of them lost an answer's end")
-        if self.identical:
-            parts.append(f"{self.identical} pairs dropped, their answers being identical")
-        return ", ".join(parts)
-
-
-def _answer_start(encoding, text_length: int, prompt_length: int) -> int:
-    """The index of the first token of the answer in the encoding of prompt + answer.
-
-    Tokenizers may leave blanks out of a token's span, so the first character that belongs to a token decides.
-    """
-    for position in range(prompt_length, text_length):
-        token = encoding.char_to_token(position)
-        if token is not None:
-            return token
-    return len(encoding.ids)
-
-
-def encode_with_prompt(tokenizer, prompts: list[str], texts: list[str]) -> list[tuple[list[int], int]]:
-    """Encode full texts (prompt + answer) and say how many tokens of each are prompt. No EOS is added here."""
-    batch = tokenizer(texts, add_special_tokens=True)
-    if tokenizer.is_fast:
-        starts = [
-            _answer_start(encoding, len(text), len(prompt))
-            for encoding, text, prompt in zip(batch.encodings, texts, prompts, strict=True)
-        ]
-    else:
-        alone = tokenizer(prompts, add_special_tokens=True)["input_ids"]
-        starts = [
-            next((i for i, (a, b) in enumerate(zip(full, prompt, strict=False)) if a != b), min(len(full), len(prompt)))
-            for full, prompt in zip(batch["input_ids"], alone, strict=True)
-        ]
-    return [(_without_final_eos(tokenizer, ids), start) for ids, start in zip(batch["input_ids"], starts, strict=True)]
-
-
-def _without_final_eos(tokenizer, ids: list[int]) -> list[int]:
-    """Some tokenizers end every text with EOS by themselves; the one EOS of a finished answer is added by ``fit``."""
-    while ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
-    return ids
-
-
-def _leading_specials(tokenizer) -> int:
-    """How many tokens (BOS and the like) the tokenizer puts before every text."""
-    with_specials, without = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    for start in range(len(with_specials) - len(without) + 1):
-        if with_specials[start : start + len(without)] == without:
-            return start
-    return 0
-
-
-def prompt_tokens_to_drop(length: int, prompt_length: int, max_length: int, leading: int) -> int:
-    """How many tokens a prompt loses at its beginning so that prompt, answer and EOS (``length``) fit ``max_length``.
-
-    The ``leading`` special tokens always stay. Where not even the bare answer would fit, dropping the whole prompt
-    would not
-    save its end: the prompt then keeps up to half the room.
-    """
-    answer_fits = length - prompt_length <= max_length - leading
-    needed = length - max_length if answer_fits else prompt_length - max_length // 2
-    return max(0, min(needed, prompt_length - leading))
-
-
-def fit(ids, prompt_length, eos_token_id, max_length, leading=0, drop=0):
-    """End an answer with exactly one EOS, drop ``drop`` tokens of its prompt, and cut what is still too long at the
-    end.
-
-    Returns:
-        (ids, prompt_length, was it cut); without the EOS where the answer lost its end.
-    """
-    ids = ids[:leading] + ids[leading + drop :] + [eos_token_id]
-    was_cut = drop > 0 or len(ids) > max_length
-    return ids[:max_length], min(prompt_length - drop, max_length), was_cut
-
-
-class RowEncoder:
-    """Turns text rows of one dataset into id rows under the rules of one step."""
-
-    def __init__(self, raw_dataset, tokenizer, rules: TokenRules):
-        self.raw, self.tokenizer, self.rules = raw_dataset, tokenizer, rules
-        self.eos = tokenizer.eos_token_id
-        self.leading = _leading_specials(tokenizer)
-        self.counts = PreparationCounts()
-        self.report = RowReport(raw_dataset.dataset_name)
-        if rules.train_phase == REWARD and not raw_dataset.has_rejected:
-            raise UserError(f"--data_path {raw_dataset.dataset_name}: has no rejected answers, so step 2 cannot use it")
-
-    def encode(self, rows, positions) -> list[dict]:
-        """Id rows of the text rows at these positions; one that lacks a text is skipped and counted with its place."""
-        found = [
-            self.raw.usable_row(rows, int(i), NEEDED_TEXTS[self.rules.train_phase], self.report) for i in positions
-        ]
-        samples = [sample for sample in found if sample is not None]
-        if not samples:
-            return []
-        encoded = {SFT: self._sft, REWARD: self._reward, RLHF: self._rlhf}[self.rules.train_phase](samples)
-        self.counts.kept += len(encoded)
-        return encoded
-
-    def _drop(self, ids, prompt_length) -> int:
-        if self.rules.truncation_side == "right":
-            return 0
-        return prompt_tokens_to_drop(len(ids) + 1, prompt_length, self.rules.max_seq_len, self.leading)
-
-    def _fit(self, ids, prompt_length, drop):
-        return fit(ids, prompt_length, self.eos, self.rules.max_seq_len, self.leading, drop)
-
-    def _note(self, was_cut: bool, ends: bool) -> None:
-        self.counts.truncated += was_cut
-        self.counts.without_eos += not ends
-
-    def _sft(self, samples):
-        prompts = [self.raw.get_prompt(sample) for sample in samples]
-        texts = [self.raw.get_prompt_and_chosen(sample) for sample in samples]
-        rows = []
-        for ids, prompt_length in encode_with_prompt(self.tokenizer, prompts, texts):
-            ids, prompt_length, was_cut = self._fit(ids, prompt_length, self._drop(ids, prompt_length))
-            self._note(was_cut, ids[-1] == self.eos)
-            rows.append({"input_ids": ids, "prompt_length": prompt_length})
-        return rows
-
-    def _reward(self, samples):
-        prompts = [self.raw.get_prompt(sample) for sample in samples]
-        chosen = [self.raw.get_prompt_and_chosen(sample) for sample in samples]
-        rejected = [self.raw.get_prompt_and_rejected(sample) for sample in samples]
-        rows = []
-        encoded = encode_with_prompt(self.tokenizer, prompts + prompts, chosen + rejected)
-        for (c_ids, c_start), (r_ids, r_start) in zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True):
-            # Both answers follow the same prompt tokens: the one that needs more room decides how much of it goes.
-            drop = max(self._drop(c_ids, c_start), self._drop(r_ids, r_start))
-            c_ids, c_prompt, c_cut = self._fit(c_ids, c_start, drop)
-            r_ids, _, r_cut = self._fit(r_ids, r_start, drop)
-            if c_ids == r_ids:
-                self.counts.identical += 1
-                continue
-            self._note(c_cut or r_cut, c_ids[-1] == r_ids[-1] == self.eos)
-            rows.append({"chosen_ids": c_ids, "rejected_ids": r_ids, "prompt_length": c_prompt})
-        return rows
-
-    def _rlhf(self, samples):
-        rows, limit = [], self.rules.max_seq_len
-        for ids in self.tokenizer([self.raw.get_prompt(sample) for sample in samples])["input_ids"]:
-            ids = _without_final_eos(self.tokenizer, ids)
-            self.counts.truncated += len(ids) > limit
-            if len(ids) > limit:
-                # The end of a prompt holds the question, so either side's rule drops its beginning.
-                ids = ids[: self.leading] + ids[len(ids) - limit + self.leading :]
-            rows.append({"input_ids": ids})
-        return rows
-
-
 # ---------------------------------------------------------------- the cache
-
-ID_COLUMNS = {SFT: ["input_ids"], REWARD: ["chosen_ids", "rejected_ids"], RLHF: ["input_ids"]}
-
-
-def _schema(train_phase: int) -> pa.Schema:
-    names = [(name, pa.list_(pa.int32())) for name in ID_COLUMNS[train_phase]]
-    return pa.schema(names + ([] if train_phase == RLHF else [("prompt_length", pa.int32())]))
 
 
 class PromptDataset(Dataset):
     """Id rows in a memory-mapped Arrow file: a row is read when it is asked for, no sooner.
 
-    Rows are dicts of Python lists and ints: ``input_ids`` and ``prompt_length`` (step 1), ``chosen_ids``,
-    ``rejected_ids`` and ``prompt_length`` (step 2), ``input_ids`` (step 3). Index ``FILLER`` gives a row that weighs
-    nothing.
+    Rows are dicts of Python lists and numbers with the columns that encoding.py names for the step.
+
+    Attributes:
+        lengths: [rows] tokens of each row, of the longer answer of a pair: what padding will cost.
     """
 
     def __init__(self, table: pa.Table, train_phase: int):
         self.table, self.train_phase = table, train_phase
-        self.lengths = self._row_lengths()
+        names = [name for name in ("input_ids", "chosen_ids", "rejected_ids") if name in table.column_names]
+        columns = [pc.list_value_length(table[name]).to_numpy() for name in names]
+        self.lengths = np.max(columns, axis=0) if len(table) else np.zeros(0, np.int32)
 
     @classmethod
     def from_file(cls, file: Path, train_phase: int) -> "PromptDataset":
         with pa.ipc.open_file(pa.memory_map(str(file))) as reader:
             return cls(reader.read_all(), train_phase)
-
-    def _row_lengths(self) -> np.ndarray:
-        """[rows] tokens of each row (of the longer answer of a pair): what padding will cost."""
-        columns = [pc.list_value_length(self.table[name]) for name in ID_COLUMNS[self.train_phase]]
-        return np.max([column.to_numpy() for column in columns], axis=0) if len(self.table) else np.zeros(0, np.int32)
 
     def __len__(self):
         return len(self.table)
@@ -332,27 +165,47 @@ def _cache_key(raw_dataset, split, tokenizer, rules: TokenRules, data_split, see
         seed,
         limit,
     ]
-    parts += [hashlib.sha256(tokenizer_state.encode()).hexdigest(), tokenizer.eos_token_id, tokenizer.pad_token_id]
+    parts += [hashlib.sha256(tokenizer_state.encode()).hexdigest(), tokenizer.eos_token_id, tokenizer.bos_token_id]
+    parts += [tokenizer.chat_template if rules.chat_template else None]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-def create_dataset_split(raw_dataset, rows, indices, tokenizer, rules: TokenRules, file: Path) -> None:
-    """Tokenise rows[indices] in batches into an Arrow file that appears only when it is complete."""
+def create_dataset_split(raw_dataset, rows, indices, tokenizer, rules: TokenRules, file: Path) -> PreparationCounts:
+    """Tokenise rows[indices] chunk by chunk into an Arrow file that appears only when it is complete."""
     encoder = RowEncoder(raw_dataset, tokenizer, rules)
+    chunks = [indices[begin : begin + ROWS_PER_CHUNK] for begin in range(0, len(indices), ROWS_PER_CHUNK)]
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    schema = pa.schema(columns_of_step(rules.train_phase))
     try:
-        schema = _schema(rules.train_phase)
-        with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for begin in progress(range(0, len(indices), ROWS_PER_CHUNK), f"tokenising {raw_dataset.dataset_name}"):
-                encoded = encoder.encode(rows, indices[begin : begin + ROWS_PER_CHUNK])
-                writer.write_batch(pa.RecordBatch.from_pylist(encoded, schema=schema))
+        with (
+            pa.OSFile(str(scratch), "wb") as sink,
+            pa.ipc.new_file(sink, schema) as writer,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            pending = None
+            for chunk in progress(chunks, f"tokenising {raw_dataset.dataset_name}"):
+                # While the tokenizer works on this chunk, without Python's lock, the last one is finished here.
+                following = pool.submit(encoder.tokenise, encoder.read(rows, chunk))
+                if pending is not None:
+                    writer.write_batch(encoder.finish(*pending.result()))
+                pending = following
+            if pending is not None:
+                writer.write_batch(encoder.finish(*pending.result()))
         encoder.report.raise_if_none(rows, NEEDED_TEXTS[rules.train_phase])
+        encoder.counts.read = str(encoder.report)
+        # The counts first: whoever finds the rows finds them too.
+        _write_text(file.with_suffix(".json"), json.dumps(vars(encoder.counts)))
         os.replace(scratch, file)
     finally:
         scratch.unlink(missing_ok=True)
-    encoder.counts.read = str(encoder.report)
-    file.with_suffix(".json").write_text(json.dumps(vars(encoder.counts)))
+    return encoder.counts
+
+
+def _write_text(file: Path, text: str) -> None:
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    scratch.write_text(text)
+    os.replace(scratch, file)
 
 
 def _prepare(
@@ -396,14 +249,16 @@ def create_dataset(
     max_seq_len,
     *,
     truncation_side="left",
+    chat_template=False,
+    columns=None,
     max_train_samples=None,
     max_eval_samples=None,
     rebuild=False,
 ):
     """(train, eval) PromptDatasets of one dataset for one step; ``data_split`` None uses it whole."""
     try:
-        raw_dataset = get_raw_dataset(dataset_name, output_path, seed, local_rank)
-        rules = TokenRules(train_phase, max_seq_len, truncation_side)
+        raw_dataset = get_raw_dataset(dataset_name, output_path, seed, local_rank, columns)
+        rules = TokenRules(train_phase, max_seq_len, truncation_side, chat_template)
         share = None if data_split is None else train_phase - 1
         return tuple(
             _prepare(raw_dataset, split, tokenizer, rules, output_path, data_split, share, seed, limit, rebuild)
@@ -443,8 +298,11 @@ def create_prompt_dataset(
     reload=False,
     *,
     truncation_side="left",
+    chat_template=False,
+    columns=None,
     max_train_samples=None,
     max_eval_samples=None,
+    preprocessing_num_workers=None,
 ):
     """(train, eval) datasets of one step, blended from all named datasets.
 
@@ -452,23 +310,26 @@ def create_prompt_dataset(
         end_of_conversation_token: accepted for old callers; every answer ends with the tokenizer's EOS.
         max_seq_len: tokens of a row; of a prompt in step 3.
         reload: tokenise again even if the cache has this very data.
+        columns: own column names of a path's files, by prompt, chosen, rejected, messages.
+        preprocessing_num_workers: threads of the tokenizer; None for all cores.
 
     Raises:
         UserError: unknown dataset, bad rows, or a split without a single row.
     """
-    options = dict(truncation_side=truncation_side, rebuild=reload)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if preprocessing_num_workers == 1 else "true"
+    if preprocessing_num_workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(preprocessing_num_workers)
+    options = dict(truncation_side=truncation_side, chat_template=chat_template, columns=columns, rebuild=reload)
     options |= dict(max_train_samples=max_train_samples, max_eval_samples=max_eval_samples)
-    splits = [
-        create_dataset(local_rank, name, data_split, output_path, train_phase, seed, tokenizer, max_seq_len, **options)
-        for name in data_path
-    ]
+    named = [(name, data_split) for name in data_path]
     if train_phase == SFT:
-        splits += [
-            create_dataset(local_rank, name, None, output_path, train_phase, seed, tokenizer, max_seq_len, **options)
-            for name in sft_only_data_path
-        ]
-    if not splits:
+        named += [(name, None) for name in sft_only_data_path]
+    if not named:
         raise UserError("--data_path names no dataset")
+    splits = [
+        create_dataset(local_rank, name, split, output_path, train_phase, seed, tokenizer, max_seq_len, **options)
+        for name, split in named
+    ]
     train, evaluation = (BlendedDataset(list(parts)) for parts in zip(*splits, strict=True))
     for name, dataset in (("train", train), ("eval", evaluation)):
         if len(dataset) == 0:
@@ -479,181 +340,27 @@ def create_prompt_dataset(
     return _limit(train, max_train_samples), _limit(evaluation, max_eval_samples)
 
 
-# ---------------------------------------------------------------- sampling and padding
-
-FILLER = None  # an index that stands for no row: it keeps the ranks in step where rows run out, and weighs nothing
-
-
-class StepBatchSampler(Sampler):
-    """Micro-batches of row indices for one rank, such that every world size sees the same rows in the same step.
-
-    An epoch is a seeded permutation, cut into the rows of one optimizer step (micro-batch x ranks x accumulation);
-    rows of a step are dealt to micro-batches and ranks. With ``group_by_length`` the permutation is sorted by length
-    within windows of many steps and the steps are shuffled again, so that rows of a batch need little padding. The
-    last step may be
-    short: missing rows are ``FILLER``, so that all ranks run the same number of forward passes and no row is lost or
-        repeated.
-    """
-
-    WINDOW_STEPS = 50
-
-    def __init__(
-        self, lengths, micro_batch_size, accumulation=1, seed=0, shuffle=True, group_by_length=False, drop_last=False
-    ):
-        self.lengths, self.micro, self.accumulation = np.asarray(lengths), micro_batch_size, accumulation
-        self.seed, self.shuffle, self.group_by_length, self.drop_last = seed, shuffle, group_by_length, drop_last
-        self.rank, self.world = get_rank(), get_world_size()
-        self.epoch = 0
-
-    @property
-    def rows_per_pass(self) -> int:
-        return self.micro * self.world
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.rows_per_pass * self.accumulation
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Micro-batches of one rank in one epoch."""
-        rows = len(self.lengths)
-        return rows // self.rows_per_pass if self.drop_last else -(-rows // self.rows_per_pass)
-
-    def steps(self) -> int:
-        """Optimizer steps of one epoch."""
-        return -(-len(self) // self.accumulation)
-
-    def _order(self) -> np.ndarray:
-        rows = len(self.lengths)
-        if not self.shuffle:
-            return np.arange(rows)
-        generator = np.random.default_rng([self.seed, self.epoch])
-        order = generator.permutation(rows)
-        if not self.group_by_length:
-            return order
-        window = self.rows_per_step * self.WINDOW_STEPS
-        order = np.concatenate(
-            [
-                part[np.argsort(-self.lengths[part], kind="stable")]
-                for part in np.split(order, range(window, rows, window))
-            ]
-        )
-        whole = rows // self.rows_per_step * self.rows_per_step
-        steps = order[:whole].reshape(-1, self.rows_per_step)
-        return np.concatenate([generator.permutation(steps).reshape(-1), order[whole:]])
-
-    def __iter__(self):
-        order = self._order().tolist()
-        order += [FILLER] * (-len(order) % self.rows_per_pass)
-        for i in range(len(self)):
-            yield order[i * self.rows_per_pass : (i + 1) * self.rows_per_pass][self.rank :: self.world]
-
-
-def make_loader(dataset, sampler: StepBatchSampler, collator) -> DataLoader:
-    return DataLoader(_WithFillers(dataset), batch_sampler=sampler, collate_fn=collator)
-
-
-class _WithFillers(Dataset):
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, index):
-        return None if index is FILLER else self.dataset[index]
-
-
-def accumulation_windows(loader, accumulation: int):
-    """Lists of the micro-batches of one optimizer step; the last list of an epoch may be shorter."""
-    window = []
-    for batch in loader:
-        window.append(batch)
-        if len(window) == accumulation:
-            yield window
-            window = []
-    if window:
-        yield window
-
-
-def pad_rows(rows: list[list[int]], pad_token_id: int, side: str = "right", to_length: int | None = None):
-    """Pad id lists to the longest (rounded up to a multiple of 8), or to ``to_length``.
-
-    Returns:
-        input_ids [rows, length] int64, attention_mask [rows, length] int64 from the lengths
-    """
-    longest = max(len(row) for row in rows)
-    length = to_length or -(-max(longest, 1) // 8) * 8
-    ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), length), dtype=torch.long)
-    for i, row in enumerate(rows):
-        where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        ids[i, where] = torch.tensor(row, dtype=torch.long)
-        mask[i, where] = 1
-    return ids, mask
-
-
-@dataclass
-class DataCollatorSFT:
-    """Rows of step 1 -> {input_ids, attention_mask, labels}, [batch, length]; labels -100 at pads (and prompts)."""
-
-    pad_token_id: int
-    max_length: int
-    mask_prompt: bool = False
-    pad_to_max_length: bool = False
-
-    def __call__(self, rows):
-        filler = {"input_ids": [self.pad_token_id], "prompt_length": 1}
-        full = [filler if row is None else row for row in rows]
-        ids, mask = pad_rows(
-            [r["input_ids"] for r in full],
-            self.pad_token_id,
-            to_length=self.max_length if self.pad_to_max_length else None,
-        )
-        labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
-        for i, row in enumerate(rows):
-            if row is None:
-                labels[i] = IGNORE_INDEX
-            elif self.mask_prompt:
-                labels[i, : row["prompt_length"]] = IGNORE_INDEX
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-@dataclass
-class DataCollatorReward:
-    """Rows of step 2 -> {input_ids, attention_mask [2 * pairs, length], pair_weights [pairs]}, chosen first."""
-
-    pad_token_id: int
-    max_length: int
-    pad_to_max_length: bool = False
-
-    def __call__(self, rows):
-        filler = {"chosen_ids": [self.pad_token_id], "rejected_ids": [self.pad_token_id]}
-        full = [filler if row is None else row for row in rows]
-        ids, mask = pad_rows(
-            [row["chosen_ids"] for row in full] + [row["rejected_ids"] for row in full],
-            self.pad_token_id,
-            to_length=self.max_length if self.pad_to_max_length else None,
-        )
-        weights = torch.tensor([0.0 if row is None else 1.0 for row in rows])
-        return {"input_ids": ids, "attention_mask": mask, "pair_weights": weights}
-
-
-@dataclass
-class DataCollatorRLHF:
-    """Prompts of step 3, left-padded so that answers begin in one column {prompt, prompt_att_mask}, [batch, length]."""
-
-    pad_token_id: int
-    max_token_len: int
-    pad_to_max_length: bool = False
-
-    def __call__(self, rows):
-        ids, mask = pad_rows(
-            [row["input_ids"] for row in rows],
-            self.pad_token_id,
-            side="left",
-            to_length=self.max_token_len if self.pad_to_max_length else None,
-        )
-        return {"prompt": ids, "prompt_att_mask": mask}
+def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int):
+    """(train, eval) datasets as a step's flags ask for them."""
+    columns = {name: getattr(args, f"{name}_column") for name in ("prompt", "chosen", "rejected", "messages")}
+    return create_prompt_dataset(
+        args.local_rank,
+        args.data_path,
+        args.data_split,
+        args.data_output_path,
+        train_phase,
+        args.seed,
+        tokenizer,
+        max_seq_len,
+        sft_only_data_path=getattr(args, "sft_only_data_path", ()),
+        reload=args.rebuild_cache,
+        truncation_side=args.truncation_side,
+        chat_template=args.chat_template,
+        columns=columns,
+        max_train_samples=args.max_train_samples,
+        max_eval_samples=args.max_eval_samples,
+        preprocessing_num_workers=args.preprocessing_num_workers,
+    )
 
 
 # ---------------------------------------------------------------- experience, unsupervised text

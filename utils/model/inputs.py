@@ -15,6 +15,39 @@ def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def packed_inputs(model, batch: dict) -> dict:
+    """Keyword arguments for a packed batch: each row of a block attends to itself alone, at positions of its own.
+
+    Args:
+        batch: {input_ids, segment_ids, position_ids}, [batch, length]; segment 0 is padding.
+
+    The mask is additive, [batch, 1, length, length] in the model's dtype: what SDPA and eager attention take
+    alike. FlashAttention is given no mask and one long row instead: it finds the rows' borders in the positions (its
+    varlen form).
+    """
+    segments, length = batch["segment_ids"], batch["segment_ids"].shape[1]
+    if model.config._attn_implementation == "flash_attention_2":
+        flat = {name: batch[name].reshape(1, -1) for name in ("input_ids", "position_ids")}
+        return {**flat, "use_cache": False}
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    allowed = (segments.unsqueeze(2) == segments.unsqueeze(1)) & causal
+    mask = torch.zeros(allowed.shape, dtype=model.dtype, device=segments.device)
+    mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)
+    return {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "attention_mask": mask.unsqueeze(1),
+        "use_cache": False,
+    }
+
+
+def sft_inputs(model, batch: dict) -> dict:
+    """Keyword arguments for a batch of step 1, packed or not."""
+    if "segment_ids" in batch:
+        return packed_inputs(model, batch)
+    return model_inputs(model, batch["input_ids"], batch["attention_mask"])
+
+
 def model_inputs(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
     """Keyword arguments for scoring or training on [batch, length] ids with pads on either side."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}

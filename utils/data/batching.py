@@ -1,0 +1,256 @@
+"""From id rows to padded batches: the order of rows, packing, padding, collators."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils.distributed import get_rank, get_world_size
+
+IGNORE_INDEX = -100
+
+FILLER = None  # an index that stands for no row: it keeps the ranks in step where rows run out, and weighs nothing
+
+
+class StepBatchSampler(Sampler):
+    """Micro-batches of row indices for one rank, such that every world size sees the same rows in the same step.
+
+    An epoch is a seeded permutation, cut into the rows of one optimizer step (micro-batch x ranks x accumulation);
+    rows of a step are dealt to micro-batches and ranks. With ``group_by_length`` the permutation is sorted by length
+    within windows of many steps and the steps are shuffled again, so that rows of a batch need little padding. The
+    last step may be
+    short: missing rows are ``FILLER``, so that all ranks run the same number of forward passes and no row is lost or
+        repeated.
+    """
+
+    WINDOW_STEPS = 50
+
+    def __init__(
+        self, lengths, micro_batch_size, accumulation=1, seed=0, shuffle=True, group_by_length=False, drop_last=False
+    ):
+        self.lengths, self.micro, self.accumulation = np.asarray(lengths), micro_batch_size, accumulation
+        self.seed, self.shuffle, self.group_by_length, self.drop_last = seed, shuffle, group_by_length, drop_last
+        self.rank, self.world = get_rank(), get_world_size()
+        self.epoch = 0
+
+    @property
+    def rows_per_pass(self) -> int:
+        return self.micro * self.world
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.rows_per_pass * self.accumulation
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Micro-batches of one rank in one epoch."""
+        rows = len(self.lengths)
+        return rows // self.rows_per_pass if self.drop_last else -(-rows // self.rows_per_pass)
+
+    def steps(self) -> int:
+        """Optimizer steps of one epoch."""
+        return -(-len(self) // self.accumulation)
+
+    def _order(self) -> np.ndarray:
+        rows = len(self.lengths)
+        if not self.shuffle:
+            return np.arange(rows)
+        generator = np.random.default_rng([self.seed, self.epoch])
+        order = generator.permutation(rows)
+        if not self.group_by_length:
+            return order
+        window = self.rows_per_step * self.WINDOW_STEPS
+        order = np.concatenate(
+            [
+                part[np.argsort(-self.lengths[part], kind="stable")]
+                for part in np.split(order, range(window, rows, window))
+            ]
+        )
+        whole = rows // self.rows_per_step * self.rows_per_step
+        steps = order[:whole].reshape(-1, self.rows_per_step)
+        return np.concatenate([generator.permutation(steps).reshape(-1), order[whole:]])
+
+    def __iter__(self):
+        order = self._order().tolist()
+        order += [FILLER] * (-len(order) % self.rows_per_pass)
+        for i in range(len(self)):
+            yield order[i * self.rows_per_pass : (i + 1) * self.rows_per_pass][self.rank :: self.world]
+
+
+def make_loader(dataset, sampler: StepBatchSampler, collator) -> DataLoader:
+    return DataLoader(_WithFillers(dataset), batch_sampler=sampler, collate_fn=collator)
+
+
+class _WithFillers(Dataset):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index):
+        return None if index is FILLER else self.dataset[index]
+
+
+def accumulation_windows(loader, accumulation: int):
+    """Lists of the micro-batches of one optimizer step; the last list of an epoch may be shorter."""
+    window = []
+    for batch in loader:
+        window.append(batch)
+        if len(window) == accumulation:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def pad_rows(rows: list[list[int]], pad_token_id: int, side: str = "right", to_length: int | None = None):
+    """Pad id lists to the longest (rounded up to a multiple of 8), or to ``to_length``.
+
+    Returns:
+        input_ids [rows, length] int64, attention_mask [rows, length] int64 from the lengths
+    """
+    longest = max(len(row) for row in rows)
+    length = to_length or -(-max(longest, 1) // 8) * 8
+    ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), length), dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[i, where] = torch.tensor(row, dtype=torch.long)
+        mask[i, where] = 1
+    return ids, mask
+
+
+def learned_labels(row: dict, mask_prompt: bool) -> list[int]:
+    """The labels of one row: its ids, -100 outside its answers where only answers are learned."""
+    if not (mask_prompt or row["answers_only"]):
+        return row["input_ids"]
+    labels = [IGNORE_INDEX] * len(row["input_ids"])
+    spans = row["answer_spans"]
+    for start, end in zip(spans[::2], spans[1::2], strict=True):
+        labels[start:end] = row["input_ids"][start:end]
+    return labels
+
+
+@dataclass
+class DataCollatorSFT:
+    """Rows of step 1 -> {input_ids, attention_mask, labels}, [batch, length]; labels -100 at pads (and prompts)."""
+
+    pad_token_id: int
+    max_length: int
+    mask_prompt: bool = False
+    pad_to_max_length: bool = False
+
+    def __call__(self, rows):
+        to_length = self.max_length if self.pad_to_max_length else None
+        full = [[self.pad_token_id] if row is None else row["input_ids"] for row in rows]
+        labels = [[IGNORE_INDEX] if row is None else learned_labels(row, self.mask_prompt) for row in rows]
+        ids, mask = pad_rows(full, self.pad_token_id, to_length=to_length)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": pad_rows(labels, IGNORE_INDEX, to_length=to_length)[0],
+        }
+
+
+def count_batch(batch: dict) -> tuple[int, int, int]:
+    """(labels that are predicted, real tokens, rows) of a batch of step 1, packed or not; fillers count for nothing."""
+    labels = batch["labels"][:, 1:] != IGNORE_INDEX
+    if "segment_ids" not in batch:
+        rows = labels.any(1)
+        return int(labels.sum()), int(batch["attention_mask"][rows].sum()), int(rows.sum())
+    segments = batch["segment_ids"][labels.any(1)]
+    return int(labels.sum()), int((segments > 0).sum()), int(segments.max(dim=1).values.sum()) if len(segments) else 0
+
+
+class PackedDataset(Dataset):
+    """Blocks of up to ``block_size`` tokens, each a list of whole rows: hardly a pad is left.
+
+    Rows go, in a seeded order, into the fullest block that still has room for them (best fit).
+    """
+
+    def __init__(self, dataset, block_size: int, seed: int):
+        self.dataset = dataset
+        room: list[list[int]] = [[] for _ in range(block_size + 1)]  # tokens of room -> blocks that have it
+        self.blocks: list[list[int]] = []
+        for i in np.random.default_rng(seed).permutation(len(dataset)).tolist():
+            length = int(dataset.lengths[i])
+            fitting = next((r for r in range(length, block_size + 1) if room[r]), None)
+            if fitting is None:
+                block, fitting = len(self.blocks), block_size
+                self.blocks.append([])
+            else:
+                block = room[fitting].pop()
+            self.blocks[block].append(i)
+            room[fitting - length].append(block)
+        self.lengths = np.array([sum(int(dataset.lengths[i]) for i in block) for block in self.blocks])
+        self.fill = self.lengths.sum() / (block_size * max(len(self.blocks), 1))
+
+    def __len__(self):
+        return len(self.blocks)
+
+    def __getitem__(self, index):
+        return [self.dataset[i] for i in self.blocks[index]]
+
+
+@dataclass
+class DataCollatorPacked:
+    """Blocks of rows -> {input_ids, segment_ids, position_ids, labels}, [batch, length].
+
+    ``segment_ids`` number the rows of a block from 1, 0 at pads; positions begin anew with each row; a row's first
+    token is nobody's label, so that no row is predicted from the one before it.
+    """
+
+    pad_token_id: int
+    mask_prompt: bool = False
+
+    def __call__(self, blocks):
+        columns = {"input_ids": [], "segment_ids": [], "position_ids": [], "labels": []}
+        for block in blocks:
+            rows = block or [{"input_ids": [self.pad_token_id], "answer_spans": [], "answers_only": True}]
+            lengths = [len(row["input_ids"]) for row in rows]
+            columns["input_ids"].append([i for row in rows for i in row["input_ids"]])
+            columns["segment_ids"].append([n for n, length in enumerate(lengths, 1) for _ in range(length)])
+            columns["position_ids"].append([position for length in lengths for position in range(length)])
+            labels = [learned_labels(row, self.mask_prompt) for row in rows]
+            columns["labels"].append([i for row in labels for i in (IGNORE_INDEX, *row[1:])])
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
+        return {name: pad_rows(rows, fill.get(name, 0))[0] for name, rows in columns.items()}
+
+
+@dataclass
+class DataCollatorReward:
+    """Rows of step 2 -> {input_ids, attention_mask [2 * pairs, length], pair_weights [pairs]}, chosen first."""
+
+    pad_token_id: int
+    max_length: int
+    pad_to_max_length: bool = False
+
+    def __call__(self, rows):
+        filler = {"chosen_ids": [self.pad_token_id], "rejected_ids": [self.pad_token_id]}
+        full = [filler if row is None else row for row in rows]
+        ids, mask = pad_rows(
+            [row["chosen_ids"] for row in full] + [row["rejected_ids"] for row in full],
+            self.pad_token_id,
+            to_length=self.max_length if self.pad_to_max_length else None,
+        )
+        weights = torch.tensor([0.0 if row is None else 1.0 for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "pair_weights": weights}
+
+
+@dataclass
+class DataCollatorRLHF:
+    """Prompts of step 3, left-padded so that answers begin in one column {prompt, prompt_att_mask}, [batch, length]."""
+
+    pad_token_id: int
+    max_token_len: int
+    pad_to_max_length: bool = False
+
+    def __call__(self, rows):
+        ids, mask = pad_rows(
+            [row["input_ids"] for row in rows],
+            self.pad_token_id,
+            side="left",
+            to_length=self.max_token_len if self.pad_to_max_length else None,
+        )
+        return {"prompt": ids, "prompt_att_mask": mask}

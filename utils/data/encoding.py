@@ -1,0 +1,405 @@
+"""Text rows to id rows: what a row of each step holds, where its answers stand, what one that is too long loses."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from utils.data import prompt_format
+from utils.data.raw_datasets import ConversationDataset, DataError, PromptRawDataset, RowReport
+
+SFT, REWARD, RLHF = 1, 2, 3
+NEEDED_TEXTS = {SFT: ("prompt", "chosen"), REWARD: ("prompt", "chosen", "rejected"), RLHF: ("prompt",)}
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """All that decides how a text becomes ids, besides the tokenizer; part of the cache key."""
+
+    train_phase: int
+    max_seq_len: int
+    truncation_side: str = "left"
+    chat_template: bool = False
+
+
+@dataclass
+class PreparationCounts:
+    """What happened to the rows of one dataset split, printed with every run so that no loss is silent."""
+
+    read: str = ""  # rows used and skipped, with reasons and places
+    kept: int = 0
+    truncated: int = 0
+    without_eos: int = 0
+    identical: int = 0
+
+    def __str__(self):
+        parts = [self.read]
+        if self.truncated:
+            parts.append(f"{self.truncated} too long and truncated")
+        if self.without_eos:
+            parts.append(f"{self.without_eos} of them lost an answer's end")
+        if self.identical:
+            parts.append(f"{self.identical} pairs dropped, their answers being identical")
+        return ", ".join(parts)
+
+
+# ---------------------------------------------------------------- ids of a text
+
+
+@dataclass
+class Ids:
+    """The ids of one text, and how to find the token in which a character stands."""
+
+    ids: list[int]
+    encoding: object | None = None  # of the tokenizers library; None for a tokenizer without character positions
+
+    def token_at(self, char: int, text_length: int) -> int:
+        """The first token at or after a character. Tokenizers may leave blanks out of a token's span, so the first
+        character that belongs to a token decides; len(ids) if there is none."""
+        for position in range(char, text_length):
+            token = self.encoding.char_to_token(position)
+            if token is not None:
+                return token
+        return len(self.ids)
+
+
+def encode_texts(tokenizer, texts: list[str], special_tokens: bool = True) -> list[Ids]:
+    """Encode whole texts, on all cores where the tokenizer is a fast one; a final EOS of the tokenizer's own is taken
+    off, since the one EOS of a finished answer is added by the rules of the row."""
+    if not texts:
+        return []
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        encoded = [Ids(e.ids, e) for e in backend.encode_batch(texts, add_special_tokens=special_tokens)]
+    else:
+        encoded = [Ids(ids) for ids in tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]]
+    for row in encoded:
+        while row.ids and row.ids[-1] == tokenizer.eos_token_id:
+            row.ids = row.ids[:-1]
+    return encoded
+
+
+def leading_specials(tokenizer) -> int:
+    """How many tokens (BOS and the like) the tokenizer puts before every text."""
+    with_specials, without = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(with_specials) - len(without) + 1):
+        if with_specials[start : start + len(without)] == without:
+            return start
+    return 0
+
+
+# ---------------------------------------------------------------- what fits
+
+
+def prompt_tokens_to_drop(length: int, prompt_length: int, max_length: int, leading: int) -> int:
+    """How many tokens a prompt loses at its beginning so that prompt, answer and EOS (``length``) fit ``max_length``.
+
+    The ``leading`` special tokens always stay. Where not even the bare answer would fit, dropping the whole prompt
+    would not save its end: the prompt then keeps up to half the room.
+    """
+    answer_fits = length - prompt_length <= max_length - leading
+    needed = length - max_length if answer_fits else prompt_length - max_length // 2
+    return max(0, min(needed, prompt_length - leading))
+
+
+def cut(ids: list[int], max_length: int, leading: int = 0, drop: int = 0) -> list[int]:
+    """Drop ``drop`` tokens after the leading ones, then what is still too long at the end."""
+    return (ids[:leading] + ids[leading + drop :])[:max_length]
+
+
+def moved_spans(spans: Sequence[tuple[int, int]], leading: int, drop: int, length: int) -> list[tuple[int, int]]:
+    """Where answers [start, end) stand after ``cut``; those that are gone are left out."""
+    moved = [(max(start - drop, leading), min(end - drop, length)) for start, end in spans]
+    return [(start, end) for start, end in moved if start < end]
+
+
+# ---------------------------------------------------------------- one kind of row per step
+
+
+class _Rows:
+    """Turns samples of one dataset into id rows.
+
+    ``texts(sample)`` names the texts to encode, ``row(sample, encoded)`` makes the row from their ids, or None to drop
+    it. In between, all texts of a chunk are encoded at once.
+    """
+
+    special_tokens = True
+    columns: ClassVar[dict[str, pa.DataType]]
+
+    def __init__(self, raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules):
+        self.raw, self.tokenizer, self.rules = raw_dataset, tokenizer, rules
+        self.eos = tokenizer.eos_token_id
+        self.counts = PreparationCounts()
+        # A chat template writes its own special tokens into the text.
+        self.special_tokens = type(self).special_tokens and not rules.chat_template
+        self.leading = leading_specials(tokenizer) if self.special_tokens else 0
+
+    def prompt_text(self, sample) -> str:
+        text = self.raw.get_prompt(sample)
+        if not self.rules.chat_template:
+            return text
+        return prompt_format.prompt_from_text(text, prompt_format.CHAT_TEMPLATE, self.tokenizer)
+
+    def full_text(self, sample, prompt: str, answer: str) -> str:
+        """Prompt and "chosen" or "rejected" answer."""
+        if self.rules.chat_template:
+            return prompt + getattr(self.raw, f"get_{answer}")(sample).strip()
+        return getattr(self.raw, f"get_prompt_and_{answer}")(sample)
+
+    def answer_start(self, encoded: Ids, text: str, prompt: str) -> int:
+        """How many tokens of a full text are prompt."""
+        if encoded.encoding is not None:
+            return min(encoded.token_at(len(prompt), len(text)), len(encoded.ids))
+        alone = encode_texts(self.tokenizer, [prompt], self.special_tokens)[0].ids
+        pairs = zip(encoded.ids, alone, strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(encoded.ids), len(alone)))
+
+    def tokens_to_drop(self, length: int, prompt_length: int) -> int:
+        if self.rules.truncation_side == "right":
+            return 0
+        return prompt_tokens_to_drop(length, prompt_length, self.rules.max_seq_len, self.leading)
+
+    def count_cut(self, was_cut: bool, ends: bool) -> None:
+        self.counts.truncated += was_cut
+        self.counts.without_eos += not ends
+
+
+class SftRows(_Rows):
+    """Prompt, chosen answer, EOS; ``answer_spans`` are flat [start, end) pairs of what an answer is."""
+
+    columns: ClassVar = {
+        "input_ids": pa.list_(pa.int32()),
+        "answer_spans": pa.list_(pa.int32()),
+        "answers_only": pa.bool_(),
+    }
+    answers_only = False
+
+    def texts(self, sample):
+        prompt = self.prompt_text(sample)
+        return prompt, [self.full_text(sample, prompt, "chosen")]
+
+    def row(self, prompt, texts, encoded):
+        start = self.answer_start(encoded[0], texts[0], prompt)
+        ids = [*encoded[0].ids, self.eos]
+        return self.fitted(ids, [(start, len(ids))])
+
+    def fitted(self, ids, spans):
+        drop = self.tokens_to_drop(len(ids), spans[-1][0])
+        kept = cut(ids, self.rules.max_seq_len, self.leading, drop)
+        spans = moved_spans(spans, self.leading, drop, len(kept))
+        self.count_cut(len(kept) < len(ids), kept[-1] == self.eos)
+        return kept, list(chain.from_iterable(spans)), self.answers_only
+
+
+class ConversationRows(SftRows):
+    """Each turn: BOS question EOS, BOS answer EOS; only answers and their EOS are learned."""
+
+    special_tokens = False
+    answers_only = True
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        self.leading = len(self.bos)
+
+    def texts(self, sample):
+        messages = self.raw.messages(sample)
+        while messages and messages[-1]["role"] != "assistant":  # a question without an answer teaches nothing
+            messages = messages[:-1]
+        return [message["role"] for message in messages], [message["content"] for message in messages]
+
+    def row(self, roles, texts, encoded):
+        ids, spans = [], []
+        for role, piece in zip(roles, encoded, strict=True):
+            start = len(ids) + len(self.bos)
+            ids += [*self.bos, *piece.ids, self.eos]
+            if role == "assistant":
+                spans.append((start, len(ids)))
+        return self.fitted(ids, spans)
+
+
+GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class TemplateConversationRows(SftRows):
+    """A conversation as the tokenizer's chat template writes it; only answers and the EOS behind them are learned.
+
+    A template with generation markers says itself what an answer is. For any other, an answer is what the rendering of
+    the conversation up to it has more than the rendering that asks for it.
+    """
+
+    answers_only = True
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.has_markers = bool(GENERATION_MARKER.search(self.tokenizer.chat_template or ""))
+
+    def texts(self, sample):
+        messages = self.raw.messages(sample)
+        while messages and messages[-1]["role"] != "assistant":
+            messages = messages[:-1]
+        return messages, [self.tokenizer.apply_chat_template(messages, tokenize=False)]
+
+    def row(self, messages, texts, encoded):
+        [text], [whole] = texts, encoded
+        spans = self._marked_spans(messages) if self.has_markers else self._rendered_spans(messages, text, whole)
+        ids = list(whole.ids)
+        learned = []
+        for start, end in spans:
+            # The EOS belongs to the answer, whatever blanks the template puts behind it.
+            while end > start + 1 and end <= len(ids) and ids[end - 1] != self.eos and self.eos in ids[start : end - 1]:
+                end -= 1
+            learned.append((start, end + 1 if end < len(ids) and ids[end] == self.eos else end))
+        end = learned[-1][1]
+        ids = ids[:end]
+        if ids[-1] != self.eos:
+            ids, learned[-1] = [*ids, self.eos], (learned[-1][0], end + 1)
+        return self.fitted(ids, learned)
+
+    def _marked_spans(self, messages):
+        marked = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        edges = np.flatnonzero(np.diff([0, *marked["assistant_masks"], 0])).tolist()
+        return list(zip(edges[::2], edges[1::2], strict=True))
+
+    def _rendered_spans(self, messages, text, whole):
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            asked = self.tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            answered = self.tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            if not answered.startswith(asked) or not text.startswith(answered.rstrip()):
+                raise DataError(
+                    "--chat_template: the tokenizer's template writes earlier turns differently once later ones "
+                    "follow, so answers cannot be told from the rest; one with {% generation %} markers says it itself"
+                )
+            stop = len(answered.rstrip())
+            spans.append((whole.token_at(len(asked), len(text)), whole.token_at(stop, len(text))))
+        return spans
+
+
+class Pair(NamedTuple):
+    chosen: list[int]
+    rejected: list[int]
+    prompt_length: int
+    was_cut: bool
+
+
+class RewardRows(_Rows):
+    """Two answers to one prompt; both lose the same part of it, so that they differ in nothing but the answer."""
+
+    columns: ClassVar = {
+        "chosen_ids": pa.list_(pa.int32()),
+        "rejected_ids": pa.list_(pa.int32()),
+        "prompt_length": pa.int32(),
+    }
+
+    def texts(self, sample):
+        prompt = self.prompt_text(sample)
+        return prompt, [self.full_text(sample, prompt, "chosen"), self.full_text(sample, prompt, "rejected")]
+
+    def pair(self, prompt: str, texts: list[str], encoded: list[Ids]) -> Pair:
+        starts = [self.answer_start(e, text, prompt) for e, text in zip(encoded, texts, strict=True)]
+        rows = [[*e.ids, self.eos] for e in encoded]
+        drop = max(self.tokens_to_drop(len(ids), start) for ids, start in zip(rows, starts, strict=True))
+        drop = max(0, min(drop, min(starts) - self.leading))  # what is dropped must lie in the prompt of both
+        chosen, rejected = (cut(ids, self.rules.max_seq_len, self.leading, drop) for ids in rows)
+        was_cut = len(chosen) < len(rows[0]) or len(rejected) < len(rows[1])
+        return Pair(chosen, rejected, min(starts[0] - drop, len(chosen)), was_cut)
+
+    def row(self, prompt, texts, encoded):
+        pair = self.pair(prompt, texts, encoded)
+        if pair.chosen == pair.rejected:
+            self.counts.identical += 1
+            return None
+        self.count_cut(pair.was_cut, pair.chosen[-1] == pair.rejected[-1] == self.eos)
+        return pair.chosen, pair.rejected, pair.prompt_length
+
+
+class PromptRows(_Rows):
+    """A prompt alone. The end of a prompt holds the question, so a long one loses its beginning under either rule."""
+
+    columns: ClassVar = {"input_ids": pa.list_(pa.int32())}
+
+    def texts(self, sample):
+        return None, [self.prompt_text(sample)]
+
+    def row(self, _, texts, encoded):
+        ids, limit = encoded[0].ids, self.rules.max_seq_len
+        self.counts.truncated += len(ids) > limit
+        return (cut(ids, limit, self.leading, max(0, len(ids) - limit)),)
+
+
+def row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) -> _Rows:
+    """The kind of rows a step makes of a dataset.
+
+    Raises:
+        DataError: no rejected answers for step 2, or no chat template where one is asked for.
+    """
+    if rules.train_phase == REWARD and not raw_dataset.has_rejected:
+        raise DataError(f"--data_path {raw_dataset.dataset_name}: has no rejected answers, so step 2 cannot use it")
+    if rules.chat_template and not tokenizer.chat_template:
+        raise DataError("--chat_template: the tokenizer has none")
+    if rules.train_phase == SFT and isinstance(raw_dataset, ConversationDataset):
+        kind = TemplateConversationRows if rules.chat_template else ConversationRows
+    else:
+        kind = {SFT: SftRows, REWARD: RewardRows, RLHF: PromptRows}[rules.train_phase]
+    return kind(raw_dataset, tokenizer, rules)
+
+
+def columns_of_step(train_phase: int) -> dict[str, pa.DataType]:
+    return {SFT: SftRows, REWARD: RewardRows, RLHF: PromptRows}[train_phase].columns
+
+
+class RowEncoder:
+    """The chunk-wise way from text rows to Arrow batches: read, tokenise, finish.
+
+    The middle stage runs in the tokenizers library without Python's lock, so that one chunk can be tokenised while the
+    next is read and the last is finished.
+    """
+
+    def __init__(self, raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules):
+        self.raw, self.tokenizer, self.rules = raw_dataset, tokenizer, rules
+        self.rows = row_maker(raw_dataset, tokenizer, rules)
+        self.report = RowReport(raw_dataset.dataset_name)
+
+    @property
+    def counts(self) -> PreparationCounts:
+        return self.rows.counts
+
+    def read(self, rows, positions) -> list[tuple]:
+        """(what the row maker wants to remember, texts) of each usable row; the others are counted with their place."""
+        need = NEEDED_TEXTS[self.rules.train_phase]
+        found = [self.raw.usable_row(rows, int(i), need, self.report) for i in positions]
+        return [self.rows.texts(sample) for sample in found if sample is not None]
+
+    def tokenise(self, samples: list[tuple]) -> tuple[list[tuple], list[Ids]]:
+        texts = [text for _, texts in samples for text in texts]
+        return samples, encode_texts(self.tokenizer, texts, self.rows.special_tokens)
+
+    def finish(self, samples: list[tuple], encoded: list[Ids]) -> pa.RecordBatch:
+        ends = np.cumsum([0] + [len(texts) for _, texts in samples]).tolist()
+        made = [
+            self.rows.row(memory, texts, encoded[start:end])
+            for (memory, texts), (start, end) in zip(samples, pairwise(ends), strict=True)
+        ]
+        made = [row for row in made if row is not None]
+        self.counts.kept += len(made)
+        columns = zip(*made, strict=True) if made else [() for _ in self.rows.columns]
+        arrays = [_array(values, kind) for values, kind in zip(columns, self.rows.columns.values(), strict=True)]
+        return pa.RecordBatch.from_arrays(arrays, names=list(self.rows.columns))
+
+
+def _array(values, kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_list(kind):
+        return pa.array(values, kind)
+    lengths = np.fromiter(map(len, values), np.int64, len(values))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    flat = np.fromiter(chain.from_iterable(values), np.int32, int(offsets[-1]))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
