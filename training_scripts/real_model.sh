@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The three steps with a real chat model and your own preference pairs, at a size that fits two CPU cores and 16 GB of memory:
+# The three steps with a real chat model and your own preference pairs, at a size that fits two CPU cores and 12 GB of memory:
 # SmolLM2-135M-Instruct (Apache-2.0), which comes out of a Python package, so that no model hub is needed.
 #
 #   bash training_scripts/real_model.sh DATA_DIR [OUTPUT]         default: output/real_model
 #
 # DATA_DIR holds train.jsonl and test.jsonl; each line is an object with the texts prompt, chosen and rejected.
 #
-# SFT_ROWS, REWARD_PAIRS   rows that step 1 and pairs that step 2 train on (240 and 240)
+# SFT_ROWS, REWARD_PAIRS   rows that step 1 and pairs that step 2 train on (200 and 200)
 # PPO_STEPS, PPO_ANSWERS   steps of PPO and answers written in each (20 and 12)
 # MAX_SEQ_LEN              tokens of a row in step 1 and 2 (256)
 # PROMPT_LEN, ANSWER_LEN   tokens of a prompt and of an answer in step 3 (80 and 48)
@@ -66,20 +66,21 @@ has_module gguf || python -m pip install --quiet gguf
 step step1 step1_supervised_finetuning \
     --model_name_or_path "$output/base" --max_seq_len "${MAX_SEQ_LEN:-256}" --mask_prompt --zero_stage 2 \
     --per_device_train_batch_size $((8 / ranks)) --learning_rate 2e-5 --num_warmup_steps 3 \
-    --max_train_samples "${SFT_ROWS:-240}" --log_interval 5
+    --max_train_samples "${SFT_ROWS:-200}" --log_interval 5
 
 step step2 step2_reward_model_finetuning \
     --model_name_or_path "$output/step1" --max_seq_len "${MAX_SEQ_LEN:-256}" --zero_stage 2 \
     --per_device_train_batch_size $((8 / ranks)) --learning_rate 2e-5 --num_warmup_steps 3 \
-    --max_train_samples "${REWARD_PAIRS:-240}" --log_interval 5
+    --max_train_samples "${REWARD_PAIRS:-200}" --log_interval 5
 
-# Two optimizer steps per step of PPO. The reward model has seen finished answers only, hence the penalty.
+# Two optimizer steps per step of PPO. No penalty for an answer without an end: the reward model, which has seen finished
+# answers only, scores it some four standard deviations lower by itself.
 step step3 step3_rlhf_finetuning \
     --actor_model_name_or_path "$output/step1" --critic_model_name_or_path "$output/step2" \
     --max_prompt_seq_len "${PROMPT_LEN:-80}" --max_answer_seq_len "${ANSWER_LEN:-48}" \
     --per_device_generation_batch_size $((answers / ranks)) --per_device_training_batch_size $((answers / ranks / 2)) \
     --actor_zero_stage 2 --critic_zero_stage 2 --actor_learning_rate 1e-5 --critic_learning_rate 2e-5 --num_warmup_steps 4 \
-    --kl_ctl 0.05 --normalize_reward --missing_eos_penalty 1 --enable_hybrid_engine \
+    --kl_ctl 0.05 --normalize_reward --enable_hybrid_engine \
     --max_train_samples $((answers * ${PPO_STEPS:-20})) --max_eval_samples 8
 
 echo

@@ -125,8 +125,9 @@ def moved_spans(spans: Sequence[tuple[int, int]], leading: int, drop: int, lengt
 class _Rows:
     """Turns samples of one dataset into id rows.
 
-    ``texts(sample)`` names the texts to encode, ``row(sample, encoded)`` makes the row from their ids, or None to drop
-    it. In between, all texts of a chunk are encoded at once.
+    ``texts(sample)`` gives (what to remember, texts to encode), or None for a sample that lacks one;
+    ``row(remembered, texts, encoded)`` makes the row of their ids, or None to drop it. In between, all texts of a chunk
+    are encoded at once.
     """
 
     special_tokens = True
@@ -140,17 +141,21 @@ class _Rows:
         self.special_tokens = type(self).special_tokens and not rules.chat_template
         self.leading = leading_specials(tokenizer) if self.special_tokens else 0
 
-    def prompt_text(self, sample) -> str:
+    def prompt_text(self, sample) -> str | None:
         text = self.raw.get_prompt(sample)
-        if not self.rules.chat_template:
+        if text is None or not self.rules.chat_template:
             return text
         return prompt_format.prompt_from_text(text, prompt_format.CHAT_TEMPLATE, self.tokenizer)
 
-    def full_text(self, sample, prompt: str, answer: str) -> str:
-        """Prompt and "chosen" or "rejected" answer."""
+    def prompt_and_answers(self, sample, *answers: str) -> tuple[str, list[str]] | None:
+        """(prompt, prompt and "chosen" or "rejected" answer each), or None if one is missing."""
+        prompt = self.prompt_text(sample)
         if self.rules.chat_template:
-            return prompt + getattr(self.raw, f"get_{answer}")(sample).strip()
-        return getattr(self.raw, f"get_prompt_and_{answer}")(sample)
+            bare = [getattr(self.raw, f"get_{answer}")(sample) for answer in answers]
+            full = [None if prompt is None or text is None else prompt + text.strip() for text in bare]
+        else:
+            full = [getattr(self.raw, f"get_prompt_and_{answer}")(sample) for answer in answers]
+        return None if prompt is None or None in full else (prompt, full)
 
     def answer_start(self, encoded: Ids, text: str, prompt: str) -> int:
         """How many tokens of a full text are prompt."""
@@ -176,13 +181,12 @@ class SftRows(_Rows):
     columns: ClassVar = {
         "input_ids": pa.list_(pa.int32()),
         "answer_spans": pa.list_(pa.int32()),
-        "answers_only": pa.bool_(),
+        "answers_only": pa.int32(),
     }
     answers_only = False
 
     def texts(self, sample):
-        prompt = self.prompt_text(sample)
-        return prompt, [self.full_text(sample, prompt, "chosen")]
+        return self.prompt_and_answers(sample, "chosen")
 
     def row(self, prompt, texts, encoded):
         start = self.answer_start(encoded[0], texts[0], prompt)
@@ -197,6 +201,14 @@ class SftRows(_Rows):
         return kept, list(chain.from_iterable(spans)), self.answers_only
 
 
+def answered(messages: list[dict] | None) -> list[dict]:
+    """The turns up to the last answer: a question without one teaches nothing."""
+    messages = list(messages or [])
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    return messages
+
+
 class ConversationRows(SftRows):
     """Each turn: BOS question EOS, BOS answer EOS; only answers and their EOS are learned."""
 
@@ -209,9 +221,9 @@ class ConversationRows(SftRows):
         self.leading = len(self.bos)
 
     def texts(self, sample):
-        messages = self.raw.messages(sample)
-        while messages and messages[-1]["role"] != "assistant":  # a question without an answer teaches nothing
-            messages = messages[:-1]
+        messages = answered(self.raw.get_messages(sample))
+        if not messages:
+            return None
         return [message["role"] for message in messages], [message["content"] for message in messages]
 
     def row(self, roles, texts, encoded):
@@ -241,10 +253,8 @@ class TemplateConversationRows(SftRows):
         self.has_markers = bool(GENERATION_MARKER.search(self.tokenizer.chat_template or ""))
 
     def texts(self, sample):
-        messages = self.raw.messages(sample)
-        while messages and messages[-1]["role"] != "assistant":
-            messages = messages[:-1]
-        return messages, [self.tokenizer.apply_chat_template(messages, tokenize=False)]
+        messages = answered(self.raw.get_messages(sample))
+        return (messages, [self.tokenizer.apply_chat_template(messages, tokenize=False)]) if messages else None
 
     def row(self, messages, texts, encoded):
         [text], [whole] = texts, encoded
@@ -301,8 +311,7 @@ class RewardRows(_Rows):
     }
 
     def texts(self, sample):
-        prompt = self.prompt_text(sample)
-        return prompt, [self.full_text(sample, prompt, "chosen"), self.full_text(sample, prompt, "rejected")]
+        return self.prompt_and_answers(sample, "chosen", "rejected")
 
     def pair(self, prompt: str, texts: list[str], encoded: list[Ids]) -> Pair:
         starts = [self.answer_start(e, text, prompt) for e, text in zip(encoded, texts, strict=True)]
@@ -328,7 +337,8 @@ class PromptRows(_Rows):
     columns: ClassVar = {"input_ids": pa.list_(pa.int32())}
 
     def texts(self, sample):
-        return None, [self.prompt_text(sample)]
+        prompt = self.prompt_text(sample)
+        return None if prompt is None else (None, [prompt])
 
     def row(self, _, texts, encoded):
         ids, limit = encoded[0].ids, self.rules.max_seq_len
@@ -375,9 +385,17 @@ class RowEncoder:
 
     def read(self, rows, positions) -> list[tuple]:
         """(what the row maker wants to remember, texts) of each usable row; the others are counted with their place."""
-        need = NEEDED_TEXTS[self.rules.train_phase]
-        found = [self.raw.usable_row(rows, int(i), need, self.report) for i in positions]
-        return [self.rows.texts(sample) for sample in found if sample is not None]
+        found = []
+        for position in positions.tolist():
+            sample = rows[position]
+            made = self.rows.texts(sample)
+            reason = None
+            if made is None:
+                reason = self.raw.skip_reason(sample, NEEDED_TEXTS[self.rules.train_phase]) or "a text is missing"
+            else:
+                found.append(made)
+            self.report.note(position, reason, rows)
+        return found
 
     def tokenise(self, samples: list[tuple]) -> tuple[list[tuple], list[Ids]]:
         texts = [text for _, texts in samples for text in texts]
@@ -396,10 +414,15 @@ class RowEncoder:
         return pa.RecordBatch.from_arrays(arrays, names=list(self.rows.columns))
 
 
-def _array(values, kind: pa.DataType) -> pa.Array:
+def _array(values: Sequence, kind: pa.DataType) -> pa.Array:
+    """A column of numbers or of id lists. Built from buffers: pa.array would load pandas, for nothing."""
     if not pa.types.is_list(kind):
-        return pa.array(values, kind)
+        return _numbers(np.fromiter(values, np.int32, len(values)))
     lengths = np.fromiter(map(len, values), np.int64, len(values))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     flat = np.fromiter(chain.from_iterable(values), np.int32, int(offsets[-1]))
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(offsets)], children=[_numbers(flat)])
+
+
+def _numbers(values: np.ndarray) -> pa.Array:
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])

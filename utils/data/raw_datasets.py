@@ -81,6 +81,8 @@ def text(row: Row, *path: str | int) -> str:
                 raise SkipRow(f"field {_dotted(path[: depth + 1])} is missing")
         value = value[key]
     _expect(isinstance(value, str), path, value, "a string")
+    if value and value.isascii() and not value.isspace():  # nearly all: their field's name need not be spelled out
+        return value
     return usable(value, _dotted(path))
 
 
@@ -349,16 +351,9 @@ class PromptRawDataset:
             )
         report = RowReport(label)
         for position in range(len(rows)):
-            self.usable_row(rows, position, need, report)
+            report.note(position, self.skip_reason(rows[position], need), rows)
         report.raise_if_none(rows, need)
         return report
-
-    def usable_row(self, rows: Rows, position: int, need: Sequence[str], report: RowReport) -> Row | None:
-        """The row at a position if all texts in `need` can be made from it; else None. The report counts either."""
-        row = rows[position]
-        reason = self.skip_reason(row, need)
-        report.note(position, reason, rows)
-        return row if reason is None else None
 
 
 KNOWN_DATASETS: dict[str, type[PromptRawDataset]] = {}
