@@ -23,6 +23,7 @@ from training.step3_rlhf_finetuning.ppo_math import answer_mask, gather_log_prob
 from utils.data.batching import pad_rows
 from utils.demo.judge import judge_rates
 from utils.demo.world import held_out_prompts
+from utils.metrics import read_rows
 from utils.model.inputs import model_inputs
 from utils.utils import load_hf_tokenizer, set_random_seed
 
@@ -75,13 +76,6 @@ def judged(tokenizer, prompts, batches) -> dict[str, float]:
         answers += tokenizer.batch_decode(generated, skip_special_tokens=True)
         ended += (generated == tokenizer.eos_token_id).any(dim=1).tolist()
     return judge_rates(prompts, answers, ended)
-
-
-def read_rows(folder: Path, prefix: str) -> list[dict]:
-    """The rows of one kind in a metrics file, names without their prefix."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    wanted = [row for row in rows if any(name.startswith(prefix + "/") for name in row)]
-    return [{name.removeprefix(prefix + "/"): value for name, value in row.items()} for row in wanted]
 
 
 def draw(curve: list[dict], models: dict[str, dict], file: Path) -> None:

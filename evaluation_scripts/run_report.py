@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation_scripts.demo_report import read_rows
 from utils.distributed import UserError, run_main
+from utils.metrics import read_rows
 
 # Of the rows of step 3: what is shown, and in which unit.
 PPO_FIGURES = (

@@ -61,3 +61,10 @@ def make_writer(args) -> MetricsWriter | NullWriter:
     if not is_rank_0():
         return NullWriter()
     return MetricsWriter(args.output_dir, args.tensorboard_path if args.enable_tensorboard else None)
+
+
+def read_rows(folder: Path, prefix: str) -> list[dict]:
+    """The rows of one kind in a metrics file, names without their prefix."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    wanted = [row for row in rows if any(name.startswith(prefix + "/") for name in row)]
+    return [{name.removeprefix(prefix + "/"): value for name, value in row.items()} for row in wanted]

@@ -47,6 +47,12 @@ def gather_state_dict(module) -> dict[str, torch.Tensor]:
     return collected
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
 def atomic_folder(folder: Path):
     """A scratch folder whose files move into ``folder`` one by one when the block ends well, and vanish otherwise.
@@ -60,6 +66,7 @@ def atomic_folder(folder: Path):
         files = sorted(scratch.rglob("*"), key=lambda path: path.name.endswith(".index.json"))
         for path in files:
             if path.is_file():
+                path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
                 target = folder / path.relative_to(scratch)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
