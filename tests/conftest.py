@@ -62,7 +62,7 @@ def make_model(folder: Path, family: str = "llama", pad: str | None = "<pad>", s
     """A seeded random model of a family with its tokenizer, saved; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(folder, pad)
-    size = 8 * (-(-len(tokenizer) // 8))
+    size = 8 * (-(-len(tokenizer) // 8)) + 16  # rows the tokenizer knows nothing of, as many models have them
     config = AutoConfig.for_model(
         **FAMILIES[family],
         vocab_size=size,

@@ -43,6 +43,7 @@ BAD = {
         r"--output_dir .*cannot be written",
     ),
     "offload without ZeRO": ({"--offload": None}, r"--zero_stage"),
+    "a configuration that is not there": ({"--deepspeed_config": "{tmp}/nowhere.json"}, r"nowhere\.json"),
     "a share of nothing": ({"--data_split": "0,1,1"}, r"no train row"),
     "a split that is none": ({"--data_split": "a,b"}, r"--data_split 'a,b'"),
     "an overrides file that is not JSON": ({"--deepspeed_config_overrides": "{tmp}/broken.jsonl"}, r"not JSON"),
@@ -176,3 +177,36 @@ def test_a_missing_model_flag_is_named(step):
     code, console = run_command([sys.executable, STEPS[step]])
     assert code == 2
     assert "model_name_or_path" in console
+
+
+def test_a_reward_model_is_no_actor(model_folder, run_step, good, tmp_path):
+    from types import SimpleNamespace
+
+    from utils.model.model_utils import create_critic_model
+    from utils.utils import load_hf_tokenizer, save_hf_format
+
+    tokenizer = load_hf_tokenizer(model_folder)
+    save_hf_format(create_critic_model(model_folder, tokenizer), tokenizer, SimpleNamespace(output_dir=tmp_path / "rm"))
+    with pytest.raises(UserError, match="is a reward model"):
+        run_step(1, _flags(good | {"--model_name_or_path": tmp_path / "rm"}))
+
+
+def test_an_error_of_one_rank_alone_is_told(tmp_path):
+    import sys
+
+    script = tmp_path / "one_rank.py"
+    script.write_text(
+        "import sys, time, argparse\n"
+        f"sys.path.insert(0, {str(STEPS[1].parents[2])!r})\n"
+        "from utils.distributed import UserError, get_rank, init_distributed, run_main\n"
+        "def main():\n"
+        "    init_distributed(argparse.Namespace(local_rank=-1))\n"
+        "    if get_rank() == 1:\n"
+        "        raise UserError('only here')\n"
+        "    time.sleep(15)\n"
+        "run_main(main)\n"
+    )
+    torchrun = os.path.join(os.path.dirname(sys.executable), "torchrun")
+    code, console = run_command([torchrun, "--standalone", "--nproc_per_node=2", script])
+    assert code != 0
+    assert "error: rank 1: only here" in console

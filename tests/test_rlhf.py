@@ -114,12 +114,19 @@ def test_scoring_log_probs_equal_those_of_generation_on_left_padded_prompts(fold
         top_k=0,
         max_new_tokens=10,
         output_logits=True,
+        suppress_tokens=list(range(len(trainer.tokenizer), model.config.vocab_size)),
         return_dict_in_generate=True,
         eos_token_id=trainer.tokenizer.eos_token_id,
         pad_token_id=trainer.tokenizer.pad_token_id,
     )
     answers = output.sequences[:, ids.shape[1] :]
-    generated = torch.stack(output.logits, 1).float().log_softmax(-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)
+    generated = (
+        torch.stack(output.logits, 1)[:, :, : len(trainer.tokenizer)]
+        .float()
+        .log_softmax(-1)
+        .gather(-1, answers.unsqueeze(-1))
+        .squeeze(-1)
+    )
     from training.step3_rlhf_finetuning.ppo_math import answer_mask
 
     real = answer_mask(answers, trainer.tokenizer.eos_token_id)
@@ -241,6 +248,7 @@ def test_fast_generation_gives_the_tokens_of_plain_generation_before_and_after_a
             ids,
             attention_mask=mask,
             do_sample=False,
+            suppress_tokens=list(range(len(trainer.tokenizer), module.config.vocab_size)),
             max_new_tokens=trainer.args.max_answer_seq_len,
             pad_token_id=trainer.tokenizer.pad_token_id,
             eos_token_id=trainer.tokenizer.eos_token_id,
@@ -264,7 +272,7 @@ def test_the_ptx_gradient_joins_the_same_step(folders):
     width = experience.answer_width
     position_ids = (experience.attention_mask.cumsum(1) - 1).clamp(min=0)
     logits = twin(experience.input_ids, attention_mask=experience.attention_mask, position_ids=position_ids).logits[
-        :, -width - 1 : -1
+        :, -width - 1 : -1, : len(trainer.tokenizer)
     ]
     log_probs = logits.log_softmax(-1).gather(-1, experience.input_ids[:, -width:, None]).squeeze(-1)
     ratio = (log_probs - experience.log_probs).exp()
@@ -289,3 +297,38 @@ def test_rounds_of_different_widths_become_one_experience(folders):
             trainer.actor_model, part.input_ids, part.attention_mask, part.answer_width
         )
     torch.testing.assert_close(again * part.answer_mask, part.log_probs * part.answer_mask, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_the_embedding_beyond_the_tokenizer_are_never_sampled(folders):
+    trainer = _trainer(folders)
+    module, known = trainer.actor_model.module, len(trainer.tokenizer)
+    assert module.config.vocab_size > known
+    with torch.no_grad():
+        # Make the nameless rows the likeliest of all.
+        module.get_output_embeddings().weight[known:] = module.get_output_embeddings().weight[:known].mean(0) + 5.0
+    experience = _experience(trainer)
+    assert (experience.input_ids < known).all()
+    assert trainer.train_rlhf(_window(experience))["ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_row_with_a_score_that_is_not_finite_weighs_nothing(folders, monkeypatch):
+    trainer = _trainer(folders)
+    original = trainer._final_scores
+
+    def broken(scores, ended):
+        scores = original(scores, ended).clone()
+        scores[1] = float("nan")
+        return scores
+
+    monkeypatch.setattr(trainer, "_final_scores", broken)
+    monkeypatch.setattr(
+        trainer,
+        "_answer_values",
+        lambda ids, mask, width, f=trainer._answer_values: f(ids, mask, width).index_fill(
+            0, torch.tensor([1]), float("nan")
+        ),
+    )
+    experience = _experience(trainer)
+    assert experience.answer_mask[1].sum() == 0
+    for name in ("values", "advantages", "returns", "rewards", "scores"):
+        assert torch.isfinite(getattr(experience, name)).all(), name

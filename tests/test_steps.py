@@ -254,3 +254,54 @@ def test_other_families_go_through_the_three_steps(family, run_step, pairs_folde
         len(AutoTokenizer.from_pretrained(tmp_path / "rlhf/actor"))
         <= AutoModelForCausalLM.from_pretrained(tmp_path / "rlhf/actor").get_input_embeddings().num_embeddings
     )
+
+
+def test_the_three_steps_run_in_bf16_at_zero_3_with_offload_lora_and_checkpointing(
+    model_folder, pairs_folder, cache_folder, tmp_path
+):
+    data = _data(pairs_folder, cache_folder)
+    data[data.index("fp32")] = "bf16"
+    common = ["--zero_stage", 3, "--gradient_checkpointing", "--lora_dim", 2]
+    for step, start, name in ((1, model_folder, "sft"), (2, tmp_path / "sft", "reward")):
+        arguments = [*data, *ROWS, *common, "--model_name_or_path", start, "--output_dir", tmp_path / name]
+        code, console = launch(step, arguments, launcher="deepspeed", ranks=2)
+        assert code == 0, console
+    arguments = _step3_arguments(
+        [tmp_path / "sft"], [tmp_path / "reward"], pairs_folder, cache_folder, tmp_path / "rlhf"
+    )
+    arguments[arguments.index("fp32")] = "bf16"
+    flags = ["--actor_zero_stage", 3, "--critic_zero_stage", 3, "--enable_hybrid_engine", "--actor_lora_dim", 2]
+    flags += ["--offload_reference_model", "--offload_reward_model", "--actor_gradient_checkpointing"]
+    code, console = launch(3, [*arguments, *flags], launcher="deepspeed", ranks=2)
+    assert code == 0, console
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "rlhf/actor").dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "rlhf/actor_ema").dtype == torch.float32
+
+
+def test_sixteen_bits_at_stage_0_run_as_stage_1_and_say_so(run_step, model_folder, pairs_folder, cache_folder, capsys):
+    data = _data(pairs_folder, cache_folder)
+    data[data.index("fp32")] = "bf16"
+    run_step(1, [*data, *ROWS, "--model_name_or_path", model_folder])
+    assert "--zero_stage 0 runs as stage 1 in bf16" in capsys.readouterr().out
+
+
+def test_a_second_save_leaves_nothing_of_the_first_to_be_loaded(tmp_path, model_folder):
+    from types import SimpleNamespace
+
+    from utils.model import saving
+    from utils.model.model_utils import create_critic_model
+    from utils.model.reward_model import read_value_head
+    from utils.utils import load_hf_tokenizer, save_hf_format
+
+    tokenizer = load_hf_tokenizer(model_folder)
+    model = create_critic_model(model_folder, tokenizer)
+    for size, value in (("5GB", 1.0), ("10KB", 2.0), ("5GB", 3.0)):
+        model.v_head.weight.data.fill_(value)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(saving, "MAX_SHARD_SIZE", size)
+            save_hf_format(model, tokenizer, SimpleNamespace(output_dir=str(tmp_path)))
+        assert (read_value_head(tmp_path) == value).all()
+        assert (AutoModelForSequenceClassification.from_pretrained(tmp_path).score.weight == value).all()
+        assert (tmp_path / "config.json").stat().st_mode & 0o044 == next(
+            tmp_path.glob("model*.safetensors")
+        ).stat().st_mode & 0o044

@@ -9,7 +9,7 @@
 # SFT_ROWS, PAIRS, PROMPTS   rows of the three steps (default 8000, 4000, 5120): fewer for a quick look
 set -euo pipefail
 project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-output="${1:-$project/output/quickstart}"
+output="$(realpath -m "${1:-$project/output/quickstart}")"
 seed="${SEED:-1234}"
 started=$SECONDS
 set -- # what is sourced below must not take them for its own
@@ -17,6 +17,8 @@ set -- # what is sourced below must not take them for its own
 # shellcheck source=training_scripts/setup_env.sh
 . "$project/training_scripts/setup_env.sh"
 ranks="${RANKS:-$(python -c 'import os, torch; print(torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0))))')}"
+rows=$((ranks > 16 ? 1 : 16 / ranks)) # of a forward pass on each rank
+answers=$((2 * rows))
 mkdir -p "$output"
 
 step() { # step NAME SCRIPT FLAGS...: one step under the deepspeed launcher, its whole output in a log as well
@@ -32,20 +34,20 @@ step() { # step NAME SCRIPT FLAGS...: one step under the deepspeed launcher, its
 }
 
 echo "=== base: a model from scratch ==="
-python -m utils.demo.tiny_model --output "$output/base" --seed "$seed"
+(cd "$project" && TQDM_DISABLE=1 python -m utils.demo.tiny_model --output "$output/base" --seed "$seed")
 
 step step1 step1_supervised_finetuning \
-    --model_name_or_path "$output/base" --max_seq_len 48 --per_device_train_batch_size $((16 / ranks)) \
+    --model_name_or_path "$output/base" --max_seq_len 48 --per_device_train_batch_size "$rows" \
     --max_train_samples "${SFT_ROWS:-8000}" --learning_rate 2e-3 --num_train_epochs 2 --num_warmup_steps 20 --log_interval 100 --no-group_by_length
 
 step step2 step2_reward_model_finetuning \
-    --model_name_or_path "$output/step1" --max_seq_len 48 --per_device_train_batch_size $((16 / ranks)) \
+    --model_name_or_path "$output/step1" --max_seq_len 48 --per_device_train_batch_size "$rows" \
     --learning_rate 5e-4 --num_train_epochs 1 --num_warmup_steps 10 --max_train_samples "${PAIRS:-4000}" --log_interval 50
 
 step step3 step3_rlhf_finetuning \
     --actor_model_name_or_path "$output/step1" --critic_model_name_or_path "$output/step2" \
-    --max_prompt_seq_len 24 --max_answer_seq_len 40 --per_device_generation_batch_size $((64 / ranks)) \
-    --per_device_training_batch_size $((32 / ranks)) --ppo_epochs 2 --actor_learning_rate 1e-4 --critic_learning_rate 3e-4 \
+    --max_prompt_seq_len 24 --max_answer_seq_len 40 --per_device_generation_batch_size $((2 * answers)) \
+    --per_device_training_batch_size "$answers" --ppo_epochs 2 --actor_learning_rate 1e-4 --critic_learning_rate 3e-4 \
     --num_warmup_steps 5 --kl_ctl 0.1 --normalize_reward --enable_ema --enable_hybrid_engine \
     --max_train_samples "${PROMPTS:-5120}"
 

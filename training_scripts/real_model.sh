@@ -7,7 +7,7 @@
 # DATA_DIR holds train.jsonl and test.jsonl; each line is an object with the texts prompt, chosen and rejected.
 #
 # SFT_ROWS, REWARD_PAIRS   rows that step 1 and pairs that step 2 train on (200 and 200)
-# PPO_STEPS, PPO_ANSWERS   steps of PPO and answers written in each (20 and 12)
+# PPO_STEPS, PPO_ANSWERS   steps of PPO and answers written in each (20 and 12; on 4 or more ranks 2 each)
 # MAX_SEQ_LEN              tokens of a row in step 1 and 2 (256)
 # PROMPT_LEN, ANSWER_LEN   tokens of a prompt and of an answer in step 3 (80 and 48)
 # DATA_SPLIT               shares of the three steps in the rows of DATA_DIR (2,4,4)
@@ -35,7 +35,7 @@ set -- # what is sourced below must not take them for its own
 # shellcheck source=training_scripts/setup_env.sh
 . "$project/training_scripts/setup_env.sh"
 ranks="${RANKS:-$(python -c 'import os, torch; print(torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0))))')}"
-answers="${PPO_ANSWERS:-12}" # of a step, on all ranks
+answers="${PPO_ANSWERS:-$((2 * ranks * (ranks > 3 ? 1 : 6 / ranks)))}" # of a step, on all ranks
 if ((answers % (2 * ranks))); then
     echo "error: PPO_ANSWERS=$answers does not divide by 2 x $ranks ranks" >&2
     exit 1

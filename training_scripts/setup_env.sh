@@ -28,6 +28,9 @@ _setup_environment() {
     # shellcheck disable=SC1091
     . "$venv/bin/activate" || return 1
 
+    # Operators that DeepSpeed builds at first use: built here they belong to this environment alone.
+    export TORCH_EXTENSIONS_DIR="$venv/torch_extensions"
+
     wanted="$(cat "$project/requirements.txt" "$@" | cksum) $*"
     stamp="$venv/.installed"
     touch "$stamp"

@@ -1,6 +1,7 @@
 """Every command-line flag of the three steps, each defined once; a main.py composes the groups it needs."""
 
 import argparse
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def add_dtype_argument(parser) -> None:
         "--dtype",
         choices=["fp16", "bf16", "fp32"],
         default=None,
-        help="training precision; None for bf16 where the accelerator supports it, else fp32",
+        help="training precision; None for bf16 where the accelerator supports it, else fp32 (published scripts: fp16)",
     )
     parser.add_argument(
         "--attn_implementation",
@@ -126,7 +127,7 @@ def add_dtype_argument(parser) -> None:
         "--deepspeed_config_overrides",
         metavar="FILE",
         default=None,
-        help="JSON file laid over the DeepSpeed configuration key by key; None for no change",
+        help="JSON file laid over the configuration of the trained engines, as --deepspeed_config is too",
     )
     parser.add_argument(
         "--compute_fp32_loss",
@@ -205,7 +206,7 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
     add(
         f"--{prefix}lora_module_name",
         default="auto",
-        help="part of the names of the layers to adapt, as in decoder.layers.; auto for all of the blocks",
+        help="part of the names of layers to adapt, as in decoder.layers. (published); auto for all of the blocks",
     )
     add(f"--{prefix}lora_learning_rate", type=float, default=5e-4, help="learning rate of the LoRA factors")
     if prefix in ("", "actor_"):
@@ -216,15 +217,15 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
         )
 
 
-def add_run_arguments(parser, step: int, seed: int | None = 1234) -> None:
+def add_run_arguments(parser, step: int) -> None:
     group = parser.add_argument_group("run")
     add = group.add_argument
     add(
         "--output_dir",
         default=None,
-        help="where the model, metrics.jsonl and TensorBoard files go; None to save nothing",
+        help="where the model and metrics.jsonl go; None to save nothing",
     )
-    add("--seed", type=int, default=seed, help="of data order, fresh weights, dropout and sampling")
+    add("--seed", type=int, default=1234, help="of data order, fresh weights, dropout and sampling")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     add("--log_interval", type=_positive, default=1, help="optimizer steps between throughput lines")
     add("--enable_tensorboard", action="store_true", help="write TensorBoard files under --tensorboard_path")
@@ -241,9 +242,10 @@ def resolve_common(args) -> None:
         raise UserError(f"--dtype fp16: {accelerator.device_name()} does not support it; use bf16 or fp32")
     if args.dtype == "bf16" and not accelerator.is_bf16_supported():
         raise UserError(f"--dtype bf16: {accelerator.device_name()} does not support it; use fp16 or fp32")
+    args.deepspeed_config_overrides = args.deepspeed_config_overrides or args.deepspeed_config
     args.end_of_conversation_token = args.eot_token if args.add_eot_token else None
-    if args.seed is None:
-        args.seed = 1234
+    if args.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--enable_tensorboard needs the package tensorboard: pip install tensorboard")
 
 
 def check_output_dir(output_dir: str | None) -> None:
@@ -264,12 +266,24 @@ def check_supervised(args) -> None:
     """Refuse combinations of step 1 and 2 that cannot work, before anything is loaded."""
     if args.only_optimize_lora and args.lora_dim == 0:
         raise UserError("--only_optimize_lora trains nothing without --lora_dim; give it a rank, as in --lora_dim 16")
-    check_offload(args.offload, args.zero_stage, "--zero_stage")
+    if args.offload and args.zero_stage == 0:
+        raise UserError("--offload moves what ZeRO manages to host memory; it needs --zero_stage 1, 2 or 3")
+    args.zero_stage = working_stage(args.zero_stage, args.dtype, "--zero_stage")
 
 
-def check_offload(offload: bool, zero_stage: int, flag: str) -> None:
-    if offload and zero_stage == 0:
-        raise UserError(f"--offload moves what ZeRO manages to host memory; it needs {flag} 1, 2 or 3")
+def working_stage(zero_stage: int, dtype: str, flag: str) -> int:
+    """Stage 1 in place of 0 for 16-bit training, said aloud.
+
+    DeepSpeed's stage 0 wrappers step wrongly with loss weights of our own: the fp16 one divides gradients by a loss
+    scale that was never applied, the bf16 one ages Adam's bias correction before the first step. Stage 1 shards
+    the optimizer over ranks and is the same arithmetic otherwise.
+    """
+    if zero_stage > 0 or dtype == "fp32":
+        return zero_stage
+    from utils.utils import print_rank_0
+
+    print_rank_0(f"note: {flag} 0 runs as stage 1 in {dtype}: the same training, with the optimizer sharded over ranks")
+    return 1
 
 
 def add_num_padding_argument(group) -> None:
@@ -491,8 +505,15 @@ def check_rlhf(args) -> RLHFBatchSizes:
         )
     if args.only_optimize_lora and args.actor_lora_dim == 0 and args.critic_lora_dim == 0:
         raise UserError("--only_optimize_lora trains nothing without --actor_lora_dim or --critic_lora_dim")
-    check_offload(args.offload, args.actor_zero_stage, "--actor_zero_stage")
-    check_offload(args.offload, args.critic_zero_stage, "--critic_zero_stage")
+    for flag in ("actor_zero_stage", "critic_zero_stage"):
+        setattr(args, flag, working_stage(getattr(args, flag), args.dtype, f"--{flag}"))
+    if args.offload and args.actor_zero_stage == args.critic_zero_stage == 0:
+        raise UserError(
+            "--offload moves what ZeRO manages to host memory; it needs --actor_zero_stage or "
+            "--critic_zero_stage 1, 2 or 3"
+        )
+    if args.unpin_actor_parameters and not args.enable_hybrid_engine:
+        raise UserError("--unpin_actor_parameters says how --enable_hybrid_engine gathers; it does nothing without it")
     if args.inference_tp_size > 1:
         raise UserError(
             "--inference_tp_size above 1 is not available: each rank generates with the whole gathered model"
@@ -504,6 +525,10 @@ def check_rlhf(args) -> RLHFBatchSizes:
             raise UserError("--enable_mixed_precision_lora: ZeRO++'s quantised gathers need CUDA")
         if args.actor_zero_stage != 3 or args.actor_lora_dim == 0:
             raise UserError("--enable_mixed_precision_lora needs --actor_zero_stage 3 and --actor_lora_dim above 0")
+        if args.enable_ema:
+            raise UserError(
+                "--enable_mixed_precision_lora keeps frozen weights quantised: --enable_ema cannot average them"
+            )
     if args.do_sample and args.temperature < 0:
         raise UserError(f"--temperature {args.temperature}: must be 0 or more")
     if args.enable_test_mode and args.test_stop_step < 1:

@@ -25,10 +25,15 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
+from torch.utils import cpp_extension
 
 
 class UserError(Exception):
     """Something the user can mend: a flag, a file, a model. The message says what was found and what to do."""
+
+
+class SharedError(UserError):
+    """A UserError that every rank raises alike: rank 0 tells it for all."""
 
 
 def get_rank() -> int:
@@ -43,6 +48,23 @@ def get_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def ranks_per_node() -> int:
+    """As torchrun, or the deepspeed launcher, says it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def _check_build_locks(max_minutes: int = 15) -> None:
+    """Torch waits for ever, without a word, for the lock of an operator's build that was killed."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    for lock in root.glob("**/lock"):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        if minutes > max_minutes:
+            raise UserError(
+                f"{lock} is {minutes:.0f} minutes old: a build of a DeepSpeed operator was killed there, and everyone "
+                "would wait for it. If no build is running, delete that file"
+            )
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -54,9 +76,8 @@ def limit_cpu_threads() -> None:
 
     Torch takes all cores for each process; two ranks on one machine then fight for them and run several times slower.
     """
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_per_node()))
 
 
 def init_distributed(args) -> torch.device:
@@ -78,6 +99,7 @@ def init_distributed(args) -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(get_local_rank())
+    _check_build_locks()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     args.local_rank, args.global_rank = get_local_rank(), get_rank()
     return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
@@ -114,9 +136,10 @@ def agree(check: Callable[[], None]) -> None:
         problem = str(error)
     problems = [message for message in all_gather_objects(problem) if message]
     if problems:
-        raise UserError(problems[0])
+        raise SharedError(problems[0])
 
 
+OWN_ERROR_SECONDS = 5  # how long a rank other than 0 waits before it tells an error of its own
 _run_id: str | None = None
 
 
@@ -150,14 +173,16 @@ def once_per_node(result: Path, build: Callable[[], None], rebuild: bool = False
                 build()
         except Exception as error:
             failure.parent.mkdir(parents=True, exist_ok=True)
-            failure.write_text(str(error) or repr(error))
-            if isinstance(error, ValueError | OSError):
-                raise UserError(str(error)) from error
+            scratch = failure.with_suffix(".writing")
+            scratch.write_text(str(error) or repr(error))
+            os.replace(scratch, failure)
+            if isinstance(error, ValueError | OSError | UserError):
+                raise SharedError(str(error)) from error
             raise
     else:
         while not result.exists():
             if failure.exists():
-                raise UserError(failure.read_text())
+                raise SharedError(failure.read_text())
             time.sleep(poll_seconds)
 
 
@@ -174,8 +199,11 @@ def run_main(main: Callable[[], None]) -> None:
         barrier()
     except UserError as error:
         exit_code = 1
-        if get_rank() == 0:
-            print(f"\nerror: {error}", file=sys.stderr)
+        if get_rank() > 0:
+            # Rank 0 tells it if it fails alike, and the launcher ends this process meanwhile; else it is ours to tell.
+            time.sleep(0 if isinstance(error, SharedError) else OWN_ERROR_SECONDS)
+        if get_rank() == 0 or not isinstance(error, SharedError):
+            print(f"\nerror: {'' if get_rank() == 0 else f'rank {get_rank()}: '}{error}", file=sys.stderr)
     except Exception:
         exit_code = 1
         print(f"rank {get_rank()} failed:", file=sys.stderr)

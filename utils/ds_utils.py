@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from utils.distributed import UserError, deepspeed, get_world_size
+from utils.distributed import UserError, deepspeed, get_world_size, ranks_per_node
 
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -56,7 +56,7 @@ def get_train_ds_config(
     }
     if enable_mixed_precision_lora:
         zero_optimization["zero_quantized_nontrainable_weights"] = True
-        zero_optimization["zero_hpz_partition_size"] = max(1, torch.cuda.device_count())
+        zero_optimization["zero_hpz_partition_size"] = ranks_per_node()
     return {
         "steps_per_print": 10,
         "zero_optimization": zero_optimization,

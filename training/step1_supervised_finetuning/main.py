@@ -188,7 +188,7 @@ def main():
                     mean_loss = all_reduce_sum(step_loss).item()
                     if not math.isfinite(mean_loss):
                         raise UserError(
-                            f"the loss is {mean_loss} in epoch {epoch}, step {step}; the weights before it are finite. "
+                            f"the loss is {mean_loss} in epoch {epoch}, step {step}. "
                             "A lower --learning_rate or --dtype bf16/fp32 usually helps"
                         )
                 grad_norm = take_step(engine)

@@ -11,7 +11,7 @@ of an optimizer step, however they fall on ranks, micro-batches and accumulation
 """
 
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -55,13 +55,17 @@ def build_parser():
     parser = arguments.new_parser("Step 3: PPO with an actor, a reference, a critic and a reward model.")
     arguments.add_data_arguments(parser, step=3)
     arguments.add_rlhf_arguments(parser)
-    arguments.add_run_arguments(parser, step=3, seed=None)
+    arguments.add_run_arguments(parser, step=3)
     return parser
 
 
 def check_tokenizers(args, tokenizer) -> None:
     """The critic must read ids as the actor writes them."""
-    other = load_hf_tokenizer(args.critic_model_name_or_path, add_special_tokens=args.end_of_conversation_token)
+    other = load_hf_tokenizer(
+        args.critic_model_name_or_path,
+        add_special_tokens=args.end_of_conversation_token,
+        trust_remote_code=args.trust_remote_code,
+    )
     if other.get_vocab() != tokenizer.get_vocab() or other.eos_token_id != tokenizer.eos_token_id:
         raise UserError(
             f"the tokenizers differ: actor {args.actor_model_name_or_path} has {len(tokenizer)} tokens and EOS "
@@ -141,30 +145,28 @@ def main():
 
     # 4. Train
     print_rank_0(f"***** Running training (total iterations = {args.num_train_epochs * updates}) *****")
-    average_samples, smooth_reward, step, stop = MovingAverage(), ExponentialMovingAverage(), 0, False
+    reporter, step, stop = Reporter(args, rlhf_engine, trainer, writer), 0, False
     for epoch in range(args.num_train_epochs):
         print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Generation Batches {len(loader)}")
         sampler.set_epoch(epoch)
         batches = iter(loader)
         for _ in progress(range(updates), f"epoch {epoch + 1}/{args.num_train_epochs}", updates):
             # 4a. Experience: answers of the current policy, seen by all four models
-            watch = Stopwatch()
-            rounds, generate_time, generated_steps, prompt_tokens = [], 0.0, 0, 0
+            watch, times, rounds = Stopwatch(), StepTimes(), []
             for _ in range(batch.rounds):
                 prompt_batch = to_device(next(batches), device)
-                prompt_tokens += int(prompt_batch["prompt_att_mask"].sum())
-                rounds.append(
-                    trainer.generate_experience(prompt_batch["prompt"], prompt_batch["prompt_att_mask"], step)
-                )
-                generate_time += trainer.generate_time
-                generated_steps += trainer.generated_steps
+                experience = trainer.generate_experience(prompt_batch["prompt"], prompt_batch["prompt_att_mask"], step)
+                rounds.append(experience)
+                times.generate += trainer.generate_time
+                times.generated_positions += trainer.generated_steps
             experience = Experience.concat(rounds, tokenizer.pad_token_id)
 
-            # 4b. Rewards and advantages, once
+            # 4b. Rewards and advantages, once; the KL weight for the next step
             trainer.compute_rewards(experience)
             trainer.get_advantages_and_returns(experience)
             metrics = trainer.experience_metrics(experience)
-            experience_time = watch.lap()
+            trainer.kl_controller.update(metrics["kl"], int(metrics["used_answers"]))
+            times.experience = watch.lap()
 
             # 4c. Updates: several passes, each in a fresh order
             losses = []
@@ -180,28 +182,10 @@ def main():
                                 args.ema_decay,
                                 zero_stage=args.actor_zero_stage,
                             )
-            training_time = watch.lap()
+            times.training = watch.lap()
 
             # 4d. Report
-            report(
-                args,
-                rlhf_engine,
-                writer,
-                trainer,
-                experience,
-                metrics,
-                losses,
-                epoch,
-                step,
-                batch,
-                smooth_reward,
-                average_samples,
-                experience_time,
-                training_time,
-                generate_time,
-                generated_steps,
-                prompt_tokens,
-            )
+            reporter.report(epoch, step, experience, metrics, losses, times)
             step += 1
             stop = args.enable_test_mode and step >= args.test_stop_step
             if stop:
@@ -220,79 +204,84 @@ def main():
     writer.close()
 
 
-def report(
-    args,
-    rlhf_engine,
-    writer,
-    trainer,
-    experience,
-    metrics,
-    losses,
-    epoch,
-    step,
-    batch,
-    smooth_reward,
-    average_samples,
-    experience_time,
-    training_time,
-    generate_time,
-    generated_steps,
-    prompt_tokens,
-):
-    """Print the lines of one step and write its metrics."""
-    e2e_time = experience_time + training_time
-    answer_tokens = int(experience.attention_mask[:, experience.prompt_width :].sum())
-    counts = torch.tensor([prompt_tokens, answer_tokens], dtype=torch.float32, device=experience.input_ids.device)
-    prompt_tokens, answer_tokens = (int(count) for count in all_reduce_sum(counts).tolist())
-    rows = batch.rows_per_update * get_world_size()
-    averaged = {name: float(np.mean([loss[name] for loss in losses])) for name in losses[0]} if losses else {}
-    metrics |= averaged | {"updates": len(losses), "skipped_updates": trainer.skipped_updates}
-    smoothed = smooth_reward.update(metrics["score"])
+@dataclass
+class StepTimes:
+    """Seconds of one step, and the token positions its sampling loop went through."""
 
-    others = experience_time - generate_time
-    samples = rows / e2e_time
-    shares = [100 * part / e2e_time for part in (generate_time, training_time, others)]
-    print_rank_0(
-        f"|E2E latency={e2e_time:.2f}s |Gather latency=0.00s (0.00%) "
-        f"|Generate time={generate_time:.2f}s ({shares[0]:.2f}%) "
-        f"|Training time={training_time:.2f}s ({shares[1]:.2f}%) |Others={others:.2f} ({shares[2]:.2f}%)"
-        f"|CurSamplesPerSec={samples:.2f} |AvgSamplesPerSec={average_samples.update(samples):.2f}"
-    )
-    print_rank_0(
-        f"Epoch: {epoch} | Step: {step} | PPO Epoch: {args.ppo_epochs} | "
-        f"Actor Loss: {averaged.get('actor_loss', 0.0)} | "
-        f"Critic Loss: {averaged.get('critic_loss', 0.0)} | Unsupervised Loss: {averaged.get('unsupervised_loss', 0.0)}"
-    )
-    metrics |= print_throughput_step3(
-        rlhf_engine.actor,
-        rlhf_engine.critic,
-        args,
-        e2e_time,
-        experience_time,
-        training_time,
-        rows=rows,
-        prompt_tokens=prompt_tokens,
-        answer_tokens=answer_tokens,
-        generate_time=generate_time,
-        generated_steps=generated_steps,
-    )
-    print_rank_0(
-        f"Average reward score: {metrics['score']} | EMA reward score: {smoothed}\n"
-        f"KL to the reference: {metrics['kl']:.3f} nats per answer | EOS rate: {metrics['eos_rate']:.2f} | "
-        f"Answer length: {metrics['answer_length']:.1f}"
-    )
-    if not losses:
-        print_rank_0(f"step {step}: no usable answer in the whole batch, no update")
-    print_rank_0("-" * 85)
-    metrics |= {
-        "actor_lr": rlhf_engine.actor.get_lr()[0],
-        "critic_lr": rlhf_engine.critic.get_lr()[0],
-        "seconds": e2e_time,
-        "generate_seconds": generate_time,
-        "training_seconds": training_time,
-        "wall_time": time.time(),
-    }
-    writer.write(step, metrics)
+    experience: float = 0.0  # generation included
+    generate: float = 0.0
+    training: float = 0.0
+    generated_positions: int = 0
+
+    @property
+    def total(self) -> float:
+        return self.experience + self.training
+
+
+class Reporter:
+    """The console lines and the metrics row of each step."""
+
+    def __init__(self, args, rlhf_engine, trainer, writer):
+        self.args, self.engine, self.trainer, self.writer = args, rlhf_engine, trainer, writer
+        self.samples_per_second, self.score = MovingAverage(), ExponentialMovingAverage()
+
+    def report(self, epoch, step, experience, metrics, losses, times: StepTimes) -> None:
+        """``metrics`` of the experience, ``losses`` of its updates; an update without a usable answer has none."""
+        tokens = experience.attention_mask.sum(), experience.attention_mask[:, experience.prompt_width :].sum()
+        rows = torch.tensor(len(experience), device=experience.input_ids.device)
+        all_tokens, answer_tokens, rows = all_reduce_sum(torch.stack([*tokens, rows])).tolist()
+        names = losses[0] if losses else ()
+        averaged = {name: float(np.mean([loss[name] for loss in losses])) for name in names}
+        if metrics["used_answers"]:
+            self.score.update(metrics["score"])
+
+        def share(seconds):
+            return f"{100 * seconds / times.total:.2f}%"
+
+        others = times.experience - times.generate
+        print_rank_0(
+            f"|E2E latency={times.total:.2f}s |Gather latency=0.00s (0.00%) "
+            f"|Generate time={times.generate:.2f}s ({share(times.generate)}) "
+            f"|Training time={times.training:.2f}s ({share(times.training)}) |Others={others:.2f} ({share(others)})"
+            f"|CurSamplesPerSec={rows / times.total:.2f} "
+            f"|AvgSamplesPerSec={self.samples_per_second.update(rows / times.total):.2f}"
+        )
+        print_rank_0(
+            f"Epoch: {epoch} | Step: {step} | PPO Epoch: {self.args.ppo_epochs} | "
+            f"Actor Loss: {averaged.get('actor_loss', 0.0)} | Critic Loss: {averaged.get('critic_loss', 0.0)} | "
+            f"Unsupervised Loss: {averaged.get('unsupervised_loss', 0.0)}"
+        )
+        throughput = print_throughput_step3(
+            self.engine.actor,
+            self.engine.critic,
+            self.args,
+            times.total,
+            times.experience,
+            times.training,
+            rows=rows,
+            prompt_tokens=all_tokens - answer_tokens,
+            answer_tokens=answer_tokens,
+            generate_time=times.generate,
+            generated_steps=times.generated_positions,
+        )
+        print_rank_0(
+            f"Average reward score: {metrics['score']} | EMA reward score: {self.score.get()}\n"
+            f"KL to the reference: {metrics['kl']:.3f} nats per answer | EOS rate: {metrics['eos_rate']:.2f} | "
+            f"Answer length: {metrics['answer_length']:.1f}"
+        )
+        if not losses:
+            print_rank_0(f"step {step}: no usable answer in the whole batch, no update")
+        print_rank_0("-" * 85)
+        run = {
+            "updates": len(losses),
+            "skipped_updates": self.trainer.skipped_updates,
+            "actor_lr": self.engine.actor.get_lr()[0],
+            "critic_lr": self.engine.critic.get_lr()[0],
+            "seconds": times.total,
+            "generate_seconds": times.generate,
+            "training_seconds": times.training,
+        }
+        self.writer.write(step, metrics | averaged | throughput | run)
 
 
 if __name__ == "__main__":

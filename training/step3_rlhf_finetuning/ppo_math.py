@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # a sum over ranks; the identity for one process
 POSITIONS_PER_CHUNK = 1024  # rows of logits [., V] upcast to fp32 at a time
@@ -22,6 +23,10 @@ def _this_process_only(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def _chunk_log_probs(logits, labels, temperature):
+    return -F.cross_entropy(logits.float() / temperature, labels, reduction="none")
+
+
 def gather_log_probs(logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """log p(label) under softmax(logits / temperature).
 
@@ -29,15 +34,17 @@ def gather_log_probs(logits: torch.Tensor, labels: torch.Tensor, temperature: fl
         logits: [B, A, V] in any dtype, those that predict ``labels``; labels: [B, A].
 
     Returns:
-        [B, A] fp32. Logits are upcast chunk by chunk, so no whole fp32 copy exists in the forward pass.
+        [B, A] fp32. Logits are upcast chunk by chunk, so no whole fp32 copy ever exists.
     """
     parts = []
     flat_logits, flat_labels = logits.flatten(0, 1), labels.flatten()
     for part, wanted in zip(
         flat_logits.split(POSITIONS_PER_CHUNK), flat_labels.split(POSITIONS_PER_CHUNK), strict=True
     ):
-        part = part.float() if temperature == 1.0 else part.float() / temperature
-        parts.append(-F.cross_entropy(part, wanted, reduction="none"))
+        if part.requires_grad:  # recomputed in the backward pass: autograd would keep every chunk in fp32
+            parts.append(checkpoint(_chunk_log_probs, part, wanted, temperature, use_reentrant=False))
+        else:
+            parts.append(_chunk_log_probs(part, wanted, temperature))
     return torch.cat(parts).view(labels.shape)
 
 

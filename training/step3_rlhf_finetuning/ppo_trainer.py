@@ -11,7 +11,7 @@ from training.step3_rlhf_finetuning import ppo_math
 from training.step3_rlhf_finetuning.experience import Experience
 from training.step3_rlhf_finetuning.ppo_math import gather_log_probs
 from utils.distributed import UserError, all_reduce_sum, get_world_size
-from utils.model.inputs import forward_accepts, model_inputs
+from utils.model.inputs import embedding_rows, forward_accepts, model_inputs
 from utils.model.losses import causal_lm_loss_sum, label_count
 from utils.model.reward_model import end_scores
 from utils.utils import print_rank_0, take_step, to_device
@@ -74,10 +74,12 @@ class DeepSpeedPPOTrainer:
         self.train()
         # An answer that is nothing but EOS says nothing the reward model was trained to judge.
         usable = (torch.isfinite(scores) & (real.sum(1) > ended.long())).unsqueeze(1)
+        trains = real * usable
+        log_probs, ref_log_probs, values = (x.masked_fill(trains == 0, 0.0) for x in (log_probs, ref_log_probs, values))
         return Experience(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            answer_mask=real * usable,
+            answer_mask=trains,
             log_probs=log_probs,
             ref_log_probs=ref_log_probs,
             values=values,
@@ -96,6 +98,8 @@ class DeepSpeedPPOTrainer:
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
             use_cache=True,
+            # Rows of the embedding beyond the tokenizer mean nothing, and the critic may not have them.
+            suppress_tokens=list(range(len(self.tokenizer), embedding_rows(self.actor_model.module))) or None,
             **sampling,
         )
         generator = self.rlhf_engine.generator
@@ -142,7 +146,7 @@ class DeepSpeedPPOTrainer:
         inputs = model_inputs(model, input_ids, attention_mask)
         if forward_accepts(model, "logits_to_keep"):
             inputs["logits_to_keep"] = width + 1
-        logits = engine(**inputs).logits[:, -width - 1 : -1]
+        logits = engine(**inputs).logits[:, -width - 1 : -1, : len(self.tokenizer)]
         temperature = self.args.temperature if self.args.do_sample and self.args.temperature > 0 else 1.0
         log_probs = gather_log_probs(logits, input_ids[:, -width:], temperature)
         return log_probs, ppo_math.entropy(logits.detach(), temperature) if with_entropy else None
@@ -173,7 +177,7 @@ class DeepSpeedPPOTrainer:
         return experience
 
     def experience_metrics(self, experience: Experience) -> dict[str, float]:
-        """What the rollouts were like, over all ranks; also moves the KL coefficient if it is adaptive."""
+        """What the rollouts were like, over all ranks."""
         mask, scores = experience.answer_mask, experience.scores
         used = mask.any(dim=1).float()
         difference = experience.log_probs - experience.ref_log_probs
@@ -194,8 +198,6 @@ class DeepSpeedPPOTrainer:
         ).tolist()
         explained = ppo_math.explained_variance(experience.values, experience.returns, mask, all_reduce_sum).item()
         n = max(used_rows, 1)
-        coefficient = self.kl_controller.value
-        self.kl_controller.update(kl / n, int(used_rows))
         return {
             "score": score / n,
             "score_std": math.sqrt(max(squares / n - (score / n) ** 2, 0)),
@@ -203,9 +205,10 @@ class DeepSpeedPPOTrainer:
             "kl": kl / n,
             "kl_per_token": kl / max(tokens, 1),
             "kl_k3_per_token": k3 / max(tokens, 1),
-            "kl_ctl": coefficient,
+            "kl_ctl": self.kl_controller.value,
             "answer_length": length / n,
             "eos_rate": ended / n,
+            "used_answers": used_rows,
             "unused_answers": rows - used_rows,
             "explained_variance": explained,
         }

@@ -5,7 +5,6 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from utils.distributed import UserError
 from utils.ds_utils import (
     TORCH_DTYPES,
     get_eval_ds_config,
@@ -46,10 +45,6 @@ class DeepSpeedRLHFEngine:
         self.actor_ema = self._init_ema(actor_model_name_or_path) if args.enable_ema else None
         self.critic = self._init_critic(critic_model_name_or_path)
         self.reward = self._init_reward(critic_model_name_or_path)
-        # Each decoder may come with a vocabulary of its own; ids of the actor must mean something to the scorers.
-        sizes = [_embedding_rows(engine.module) for engine in (self.actor, self.critic)]
-        if sizes[1] < len(tokenizer):
-            raise UserError(f"the critic's vocabulary has {sizes[1]} entries, the actor's tokenizer {len(tokenizer)}")
 
     def _model_options(self, dropout=None, dtype=None) -> dict:
         args = self.args
@@ -61,10 +56,10 @@ class DeepSpeedRLHFEngine:
             trust_remote_code=args.trust_remote_code,
         )
 
-    def _train_config(self, stage: int) -> dict:
+    def _train_config(self, stage: int, enable_mixed_precision_lora: bool = False) -> dict:
         args = self.args
         config = get_train_ds_config(
-            args.offload, args.dtype, stage, enable_mixed_precision_lora=args.enable_mixed_precision_lora
+            args.offload and stage > 0, args.dtype, stage, enable_mixed_precision_lora=enable_mixed_precision_lora
         )
         config = merge_config_file(config, args.deepspeed_config_overrides)
         return with_batch_sizes(config, args.per_device_training_batch_size, args.gradient_accumulation_steps)
@@ -77,14 +72,15 @@ class DeepSpeedRLHFEngine:
     def _trained(self, model, config, learning_rate, lora_learning_rate, weight_decay):
         args = self.args
         groups = get_optimizer_grouped_parameters(model, weight_decay, lora_learning_rate)
-        optimizer = make_optimizer(groups, learning_rate, args.offload)
+        offloaded = config["zero_optimization"]["offload_optimizer"]["device"] != "none"
+        optimizer = make_optimizer(groups, learning_rate, offloaded)
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, self.num_total_iters)
         return initialize(model, config, optimizer, scheduler)
 
     def _init_actor(self, path):
         args = self.args
         with _announced("actor"):
-            config = self._train_config(args.actor_zero_stage)
+            config = self._train_config(args.actor_zero_stage, args.enable_mixed_precision_lora)
             model = create_hf_model(
                 AutoModelForCausalLM, path, self.tokenizer, config, **self._model_options(args.actor_dropout)
             )
@@ -133,11 +129,6 @@ class DeepSpeedRLHFEngine:
             stage = frozen_zero_stage(args.critic_zero_stage, args.offload_reward_model)
             config = self._eval_config(stage, args.offload_reward_model)
             return _frozen(create_critic_model(path, self.tokenizer, config, **self._model_options()), config)
-
-
-def _embedding_rows(model) -> int:
-    weight = getattr(model, "rwtransformer", model).get_input_embeddings().weight
-    return getattr(weight, "ds_shape", weight.shape)[0]
 
 
 def _frozen(model, config):

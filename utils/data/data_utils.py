@@ -435,9 +435,9 @@ def get_unsupervised_data(args, tokenizer) -> list[list[int]]:
             continue
         seen["texts"] += 1
         stream += tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        while len(stream) >= block:
-            blocks.append(stream[:block])
-            stream = stream[block:]
+        whole = len(stream) // block * block
+        blocks += [stream[i : i + block] for i in range(0, whole, block)]
+        stream = stream[whole:]
     if not blocks:
         raise UserError(
             f"--unsupervised_dataset_name {args.unsupervised_dataset_name}: less text than one block of {block} tokens"

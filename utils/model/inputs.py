@@ -10,6 +10,12 @@ def forward_accepts(model, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
+def embedding_rows(model) -> int:
+    """Rows of the input embedding, also where ZeRO-3 has sharded it."""
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
 def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     """[batch, length] -> [batch, length]: 0 at a row's first real token, however many pads stand before it."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from utils.distributed import UserError
-from utils.model.reward_model import RewardModel, read_value_head
+from utils.model.inputs import embedding_rows
+from utils.model.reward_model import HEAD_NAMES, RewardModel, read_value_head
 from utils.module.lora import (
     convert_linear_layer_to_lora,
     count_parameters,
@@ -47,9 +48,23 @@ def _load_config(model_name_or_path, trust_remote_code):
         raise UserError(f"no model could be loaded from {model_name_or_path!r}: {error}") from error
 
 
-def _check_loading(info: dict, model_name_or_path, allowed_missing=()) -> None:
-    missing = [key for key in info["missing_keys"] if key not in allowed_missing]
-    mismatched = [str(key) for key in info["mismatched_keys"]]
+def _check_loading(info: dict, model_name_or_path, model_class) -> None:
+    """Raise for weights that are missing or misshapen; tell of those the model has no place for."""
+    missing, mismatched = list(info["missing_keys"]), [str(key) for key in info["mismatched_keys"]]
+    unexpected = set(info["unexpected_keys"])
+    if model_class is AutoModel:  # a decoder alone: the heads of a language or reward model are left aside on purpose
+        unexpected = {
+            key for key in unexpected if key not in HEAD_NAMES and "head" not in key and "embed_out" not in key
+        }
+    elif unexpected & set(HEAD_NAMES):
+        raise UserError(
+            f"{model_name_or_path!r} is a reward model; a language model is needed here, as step 1 saves it"
+        )
+    if unexpected:
+        print_rank_0(
+            f"note: {model_name_or_path}: {len(unexpected)} weights have no place in the model and are left: "
+            f"{', '.join(sorted(unexpected)[:8])}"
+        )
     if missing or mismatched:
         listed = ", ".join((missing + mismatched)[:8])
         raise UserError(
@@ -59,9 +74,7 @@ def _check_loading(info: dict, model_name_or_path, allowed_missing=()) -> None:
 
 def _grow_embedding(model, tokenizer) -> None:
     """Make room for tokens the tokenizer has and the model lacks, to a multiple of 8; never shrink."""
-    rows = model.get_input_embeddings().weight
-    rows = getattr(rows, "ds_shape", rows.shape)[0]
-    if len(tokenizer) > rows:
+    if len(tokenizer) > embedding_rows(model):
         # New rows start at the mean of the old: in a family whose logits all lie far below zero, a small random row
         # would be the likeliest token of all.
         model.resize_token_embeddings(8 * math.ceil(len(tokenizer) / 8))
@@ -104,7 +117,7 @@ def create_hf_model(
             )
         except (OSError, ValueError) as error:
             raise UserError(f"no model could be loaded from {model_name_or_path!r}: {error}") from error
-        _check_loading(info, model_name_or_path)
+        _check_loading(info, model_name_or_path, model_class)
         _grow_embedding(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id

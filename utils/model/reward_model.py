@@ -100,7 +100,7 @@ class RewardModel(nn.Module):
         self.rm_loss = rm_loss
         # OPT-350m's blocks are wider than what its decoder puts out.
         hidden_size = getattr(self.config, "word_embed_proj_dim", None) or self.config.get_text_config().hidden_size
-        self.v_head = ValueHead(hidden_size)
+        self.v_head = ValueHead(hidden_size, base_model.dtype)  # ZeRO-3 wants one dtype; its master copy is fp32
         if value_head is not None:
             if value_head.shape != self.v_head.weight.shape:
                 raise UserError(f"the value head has shape {tuple(value_head.shape)}, expected {(1, hidden_size)}")
@@ -189,16 +189,18 @@ class RewardModel(nn.Module):
 def read_value_head(folder) -> torch.Tensor | None:
     """The trained head [1, hidden] in a local folder of safetensors; None if there is none (or no such folder)."""
     folder = Path(folder)
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return _read_head(single)
     for index in folder.glob("*.safetensors.index.json"):
         weight_map = json.loads(index.read_text())["weight_map"]
         for name in HEAD_NAMES:
             if name in weight_map:
-                with safe_open(folder / Path(weight_map[name]).name, framework="pt") as weights:
-                    return weights.get_tensor(name)
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            stored = set(weights.keys())
-            for name in HEAD_NAMES:
-                if name in stored:
-                    return weights.get_tensor(name)
+                return _read_head(folder / Path(weight_map[name]).name)
     return None
+
+
+def _read_head(file: Path) -> torch.Tensor | None:
+    with safe_open(file, framework="pt") as weights:
+        stored = set(weights.keys())
+        return next((weights.get_tensor(name) for name in HEAD_NAMES if name in stored), None)

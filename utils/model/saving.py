@@ -54,10 +54,11 @@ def _umask() -> int:
 
 
 @contextmanager
-def atomic_folder(folder: Path):
+def atomic_folder(folder: Path, replaces=("model*.safetensors", "model*.safetensors.index.json")):
     """A scratch folder whose files move into ``folder`` one by one when the block ends well, and vanish otherwise.
 
-    Within one file system a move replaces a file in one step. The weights' index moves last.
+    Within one file system a move replaces a file in one step. The weights' index moves last; then files of an earlier
+    save that match ``replaces`` and are not of this one go.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
@@ -70,6 +71,11 @@ def atomic_folder(folder: Path):
                 target = folder / path.relative_to(scratch)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
+        kept = {path.name for path in files}
+        for pattern in replaces:  # a loader would prefer a whole file to shards, or an old index to new ones
+            for stale in folder.glob(pattern):
+                if stale.name not in kept:
+                    stale.unlink()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
