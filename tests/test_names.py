@@ -122,3 +122,52 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name_and_loads_nothing():
     fitting = {f"m.{name}": torch.full_like(value, 2) for name, value in model.state_dict().items()}
     load_state_dict_into_model(model, fitting, start_prefix="m.")
     assert all((value == 2).all() for value in model.state_dict().values())
+
+
+PUBLISHED_FLAGS = {
+    1: (
+        "data_path data_split sft_only_data_path data_output_path model_name_or_path "
+        "per_device_train_batch_size per_device_eval_batch_size max_seq_len learning_rate weight_decay "
+        "num_train_epochs gradient_accumulation_steps lr_scheduler_type num_warmup_steps output_dir seed "
+        "local_rank gradient_checkpointing dropout offload dtype zero_stage lora_dim lora_module_name "
+        "only_optimize_lora lora_learning_rate compute_fp32_loss enable_tensorboard tensorboard_path "
+        "add_eot_token eot_token print_loss"
+    ),
+    2: (
+        "data_path data_split data_output_path model_name_or_path num_padding_at_beginning "
+        "per_device_train_batch_size per_device_eval_batch_size max_seq_len learning_rate weight_decay "
+        "num_train_epochs gradient_accumulation_steps lr_scheduler_type num_warmup_steps output_dir seed "
+        "local_rank gradient_checkpointing dropout offload dtype zero_stage lora_dim lora_module_name "
+        "only_optimize_lora lora_learning_rate eval_interval eval_iters compute_fp32_loss enable_tensorboard "
+        "tensorboard_path add_eot_token"
+    ),
+    3: (
+        "data_path data_split data_output_path unsupervised_dataset_name unsupervised_dataset_config_name "
+        "unsup_coef actor_model_name_or_path critic_model_name_or_path num_padding_at_beginning "
+        "per_device_generation_batch_size per_device_training_batch_size generation_batches ppo_epochs "
+        "max_prompt_seq_len max_answer_seq_len actor_learning_rate critic_learning_rate actor_weight_decay "
+        "critic_weight_decay num_train_epochs lr_scheduler_type gradient_accumulation_steps num_warmup_steps "
+        "output_dir seed preprocessing_num_workers local_rank enable_hybrid_engine unpin_actor_parameters "
+        "release_inference_cache inference_tp_size tp_gather_partition_size offload dtype "
+        "offload_reference_model offload_reward_model actor_zero_stage critic_zero_stage "
+        "actor_gradient_checkpointing critic_gradient_checkpointing actor_dropout critic_dropout "
+        "actor_lora_dim actor_lora_module_name critic_lora_dim critic_lora_module_name only_optimize_lora "
+        "actor_lora_learning_rate critic_lora_learning_rate enable_ema enable_mixed_precision_lora "
+        "compute_fp32_loss enable_tensorboard tensorboard_path add_eot_token align_overflow print_answers "
+        "print_answers_interval enable_test_mode test_stop_step"
+    ),
+}
+
+
+@pytest.mark.parametrize("step", PUBLISHED_FLAGS)
+def test_every_published_flag_is_still_taken(step):
+    import importlib.util
+
+    from conftest import STEPS
+
+    spec = importlib.util.spec_from_file_location(f"flags_of_step{step}", STEPS[step])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    known = {option for action in module.build_parser()._actions for option in action.option_strings}
+    wanted = {f"--{name}" for name in PUBLISHED_FLAGS[step].split()} | {"--deepspeed", "--deepspeed_config"}
+    assert wanted <= known, sorted(wanted - known)

@@ -2,6 +2,7 @@
 """Data preparation, measured side by side: ours, the row-by-row way of the published scripts, and the bare tokenizer.
 
     python evaluation_scripts/benchmark/data.py --pairs DIR/train.jsonl --tokenizer FOLDER --rows 100000
+    python evaluation_scripts/benchmark/data.py --pairs DIR/train.jsonl --tokenizer FOLDER --train
 
 Each way runs in a process of its own, so that its peak memory is its own. The published way tokenises one row at a
 time, pads it to the maximum, keeps every row in a list and writes the list with torch.save.
@@ -77,9 +78,16 @@ def run_ours(args) -> dict:
     step, folder = STEPS[args.step], Path(args.work) / "cache"
     split = "1,0" if step == 1 else "0,1"
     train, _ = create_prompt_dataset(
-        0, [str(Path(args.file).parent)], split, folder, step, 1234, tokenizer, args.max_seq_len,
+        0,
+        [str(Path(args.file).parent)],
+        split,
+        folder,
+        step,
+        1234,
+        tokenizer,
+        args.max_seq_len,
         preprocessing_num_workers=args.workers,
-    )  # fmt: skip
+    )
     seconds = time.perf_counter() - start
     collator = (DataCollatorSFT if step == 1 else DataCollatorReward)(tokenizer.pad_token_id, args.max_seq_len)
     loader = make_loader(train, StepBatchSampler(train.lengths, 16, group_by_length=True), collator)
@@ -110,6 +118,73 @@ def run_bare(args) -> dict:
     return {"seconds": time.perf_counter() - start}
 
 
+def run_training(args) -> None:
+    """Tokens per second of SFT steps on a small Llama, by three ways to make batches of the same rows.
+
+    The ways take turns, so that a change in the machine's load meets all of them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from utils.data.batching import (
+        DataCollatorPacked,
+        DataCollatorSFT,
+        PackedDataset,
+        StepBatchSampler,
+        count_batch,
+        make_loader,
+    )
+    from utils.data.data_utils import create_prompt_dataset
+    from utils.model.inputs import sft_inputs
+    from utils.model.losses import causal_lm_loss_sum
+    from utils.utils import load_hf_tokenizer
+
+    tokenizer = load_hf_tokenizer(args.tokenizer)
+    rows, _ = create_prompt_dataset(
+        0, [args.pairs], None, Path(args.work) / "cache", 1, 1234, tokenizer, args.max_seq_len
+    )
+    pad, batch = tokenizer.pad_token_id, 8
+    packed = PackedDataset(rows, args.max_seq_len, 1234)
+    ways = {
+        "padded to the maximum": (rows, DataCollatorSFT(pad, args.max_seq_len, pad_to_max_length=True), False),
+        "grouped by length": (rows, DataCollatorSFT(pad, args.max_seq_len), True),
+        "packed": (packed, DataCollatorPacked(pad), False),
+    }
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8 * (-(-len(tokenizer) // 8)),
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        max_position_embeddings=args.max_seq_len,
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    loaders, counts = {}, {name: [0, 0.0] for name in ways}
+    for name, (dataset, collator, grouped) in ways.items():
+        sampler = StepBatchSampler(dataset.lengths, batch, seed=1, group_by_length=grouped)
+        loaders[name] = iter(make_loader(dataset, sampler, collator))
+    for step in range(args.steps + 1):
+        for name, loader in loaders.items():
+            data = next(loader)
+            start = time.perf_counter()
+            labels, tokens, _ = count_batch(data)
+            logits = model(**sft_inputs(model, data)).logits
+            (causal_lm_loss_sum(logits, data["labels"]) / labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step:  # the first one warms up
+                counts[name][0] += tokens
+                counts[name][1] += time.perf_counter() - start
+    print(f"{model.num_parameters() / 1e6:.0f} M Llama in bf16, {args.steps} steps of {batch} rows or blocks each\n")
+    slowest = None
+    for name, (tokens, seconds) in counts.items():
+        slowest = slowest or tokens / seconds
+        print(f"{name:24}{tokens / seconds:8.0f} real tokens/s {tokens / seconds / slowest:6.2f} x")
+
+
 WAYS = {"published": run_published, "ours": run_ours, "bare": run_bare}
 
 
@@ -132,6 +207,8 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="cores our way may use")
     parser.add_argument("--step", choices=STEPS, default="sft", help="rows of step 1 or pairs of step 2")
     parser.add_argument("--skip_published", action="store_true", help="for sizes the published way does not survive")
+    parser.add_argument("--train", action="store_true", help="measure training on three kinds of batches instead")
+    parser.add_argument("--steps", type=int, default=12, help="with --train: timed steps of each kind")
     parser.add_argument("--output", default=None, help="JSON file for the figures")
     for name in ("way", "file", "work"):
         parser.add_argument(f"--{name}", default=None, help=argparse.SUPPRESS)
@@ -142,6 +219,10 @@ def main():
 
     work = Path(tempfile.mkdtemp(prefix="data-benchmark-"))
     try:
+        if args.train:
+            args.work = work
+            run_training(args)
+            return
         folder = work / "pairs"
         folder.mkdir()
         args.file, args.work = folder / "train.jsonl", work
