@@ -210,3 +210,17 @@ def test_an_error_of_one_rank_alone_is_told(tmp_path):
     code, console = run_command([torchrun, "--standalone", "--nproc_per_node=2", script])
     assert code != 0
     assert "error: rank 1: only here" in console
+
+
+def test_a_failure_of_the_rank_that_prepares_the_data_reaches_the_other(good, tmp_path):
+    file = write_pairs(tmp_path / "late.jsonl", 300)
+    lines = file.read_text().splitlines()
+    lines[250] = '{"prompt": '  # found only when the row is read, by the first rank alone
+    file.write_text("\n".join(lines) + "\n")
+    settings = {flag: value for flag, value in good.items() if flag != "--max_train_samples"}
+    settings |= {"--data_path": file, "--data_split": "1,0,0"}
+    code, console = launch(1, _flags(settings), launcher="torchrun", ranks=2)
+    assert code != 0
+    assert "late.jsonl" in console
+    assert "line 251" in console
+    assert "Traceback" not in console.split("error: ")[0]
