@@ -16,35 +16,27 @@ set -- # what is sourced below must not take them for its own
 
 # shellcheck source=training_scripts/setup_env.sh
 . "$project/training_scripts/setup_env.sh"
-ranks="${RANKS:-$(python -c 'import os, torch; print(torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0))))')}"
+# shellcheck source=training_scripts/launch.sh
+. "$project/training_scripts/launch.sh"
 rows=$((ranks > 16 ? 1 : 16 / ranks)) # of a forward pass on each rank
 answers=$((2 * rows))
 mkdir -p "$output"
 
-step() { # step NAME SCRIPT FLAGS...: one step under the deepspeed launcher, its whole output in a log as well
-    local name="$1" script="$2"
-    shift 2
-    mkdir -p "$output/$name"
-    echo
-    echo "=== $name ($((SECONDS - started)) s so far) ==="
-    deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29517}" "$project/training/$script/main.py" \
-        --data_path local/demo --data_split 4,3,3 --data_output_path "$output/data" --dtype fp32 --seed "$seed" \
-        --output_dir "$output/$name" "$@" 2>&1 | grep --line-buffered -v -e '\[INFO\]' -e '\[WARNING\]' |
-        tee "$output/$name/training.log"
-}
+common=(--data_path local/demo --data_split "4,3,3" --data_output_path "$output/data" --dtype fp32 --seed "$seed")
 
 echo "=== base: a model from scratch ==="
 (cd "$project" && TQDM_DISABLE=1 python -m utils.demo.tiny_model --output "$output/base" --seed "$seed")
 
-step step1 step1_supervised_finetuning \
+step step1 step1_supervised_finetuning "${common[@]}" \
     --model_name_or_path "$output/base" --max_seq_len 48 --per_device_train_batch_size "$rows" \
-    --max_train_samples "${SFT_ROWS:-8000}" --learning_rate 2e-3 --num_train_epochs 2 --num_warmup_steps 20 --log_interval 100 --no-group_by_length
+    --max_train_samples "${SFT_ROWS:-8000}" --learning_rate 2e-3 --num_train_epochs 2 --num_warmup_steps 20 \
+    --no-group_by_length --log_interval 100
 
-step step2 step2_reward_model_finetuning \
+step step2 step2_reward_model_finetuning "${common[@]}" \
     --model_name_or_path "$output/step1" --max_seq_len 48 --per_device_train_batch_size "$rows" \
     --learning_rate 5e-4 --num_train_epochs 1 --num_warmup_steps 10 --max_train_samples "${PAIRS:-4000}" --log_interval 50
 
-step step3 step3_rlhf_finetuning \
+step step3 step3_rlhf_finetuning "${common[@]}" \
     --actor_model_name_or_path "$output/step1" --critic_model_name_or_path "$output/step2" \
     --max_prompt_seq_len 24 --max_answer_seq_len 40 --per_device_generation_batch_size $((2 * answers)) \
     --per_device_training_batch_size "$answers" --ppo_epochs 2 --actor_learning_rate 1e-4 --critic_learning_rate 3e-4 \
