@@ -29,7 +29,7 @@ from utils.data.encoding import (
     columns_of_step,
 )
 from utils.data.raw_datasets import DataError, PromptRawDataset, open_raw_dataset
-from utils.distributed import UserError, get_rank, once_per_node
+from utils.distributed import UserError, get_local_rank, once_per_node
 from utils.utils import print_rank_0, progress
 
 __all__ = [  # what other people's code imports from here, wherever it is written
@@ -225,7 +225,7 @@ def _prepare(
             indices = np.arange(len(rows))
         else:
             indices = get_raw_dataset_split_index(
-                get_rank(), output_path, raw_dataset.dataset_name_clean, seed, split, data_split, share, len(rows)
+                get_local_rank(), output_path, raw_dataset.dataset_name_clean, seed, split, data_split, share, len(rows)
             )
         create_dataset_split(raw_dataset, rows, indices[:limit], tokenizer, rules, file)
 
