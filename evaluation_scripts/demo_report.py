@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from training.step3_rlhf_finetuning.ppo_math import answer_mask, gather_log_probs
@@ -25,7 +24,7 @@ from utils.demo.judge import judge_rates
 from utils.demo.world import held_out_prompts
 from utils.metrics import read_rows
 from utils.model.inputs import model_inputs
-from utils.utils import load_hf_tokenizer, set_random_seed
+from utils.utils import load_hf_tokenizer, progress, set_random_seed
 
 RATES = ("manner", "right", "ended")
 
@@ -132,7 +131,7 @@ def main():
     prompts = held_out_prompts(args.prompts)
     reference = AutoModelForCausalLM.from_pretrained(folders["SFT"], dtype=torch.float32).eval()
     models = {}
-    for name, folder in tqdm(folders.items(), desc="judging"):
+    for name, folder in progress(folders.items(), "judging", len(folders)):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         set_random_seed(args.seed)
         batches = sample_answers(model, tokenizer, prompts, args.max_new_tokens, args.batch_size)
