@@ -305,3 +305,59 @@ def test_a_second_save_leaves_nothing_of_the_first_to_be_loaded(tmp_path, model_
         assert (tmp_path / "config.json").stat().st_mode & 0o044 == next(
             tmp_path.glob("model*.safetensors")
         ).stat().st_mode & 0o044
+
+
+def test_packing_trains_on_the_same_rows_with_fewer_batches(
+    run_step, model_folder, pairs_folder, cache_folder, tmp_path
+):
+    data = _data(pairs_folder, cache_folder)
+    for name, flags in (("rows", []), ("packed", ["--packing"])):
+        run_step(1, [*data, *ROWS, *flags, "--model_name_or_path", model_folder, "--output_dir", tmp_path / name])
+    rows, packed = (read_metrics(tmp_path / name) for name in ("rows", "packed"))
+    assert len(packed) < len(rows)
+    perplexities = [read_metrics(tmp_path / name, "eval")[0]["eval/perplexity"] for name in ("rows", "packed")]
+    assert perplexities[0] == pytest.approx(perplexities[1])
+    assert read_metrics(tmp_path / "packed", "eval")[-1]["eval/perplexity"] < perplexities[0]
+
+
+def test_packing_is_refused_where_positions_cannot_be_kept_apart(run_step, pairs_folder, cache_folder, tmp_path):
+    from utils.distributed import UserError
+
+    base = make_model(tmp_path / "base", "bloom")
+    with pytest.raises(UserError, match="--packing"):
+        run_step(1, [*_data(pairs_folder, cache_folder), *ROWS, "--packing", "--model_name_or_path", base])
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_step_3_learns_from_plain_text_too(sft, reward, run_step, pairs_folder, cache_folder, tmp_path, suffix):
+    lines = [f"the {color} house is {color}, thanks." for color in ("red", "green", "blue")] * 20
+    file = tmp_path / f"text.{suffix}"
+    file.write_text("".join((line if suffix == "txt" else json.dumps({"text": line})) + "\n" for line in lines))
+    arguments = _step3_arguments(sft, reward, pairs_folder, cache_folder, tmp_path / "out")
+    run_step(3, [*arguments, "--unsupervised_dataset_name", file, "--enable_test_mode", "--test_stop_step", 1])
+    assert read_metrics(tmp_path / "out")[0]["train/unsupervised_loss"] > 1
+
+
+def test_plain_text_becomes_blocks_joined_by_eos_and_bad_lines_are_named(model_folder, tmp_path):
+    from types import SimpleNamespace
+
+    from utils.data.data_utils import get_unsupervised_data
+    from utils.distributed import UserError
+    from utils.utils import load_hf_tokenizer
+
+    tokenizer = load_hf_tokenizer(model_folder)
+    file = tmp_path / "text.jsonl"
+    args = SimpleNamespace(
+        unsupervised_dataset_name=str(file),
+        unsupervised_dataset_config_name=None,
+        max_prompt_seq_len=4,
+        max_answer_seq_len=4,
+    )
+    file.write_text('{"text": "red green"}\n{"text": " "}\n{"text": "blue blue blue seven eight"}\n')
+    blocks = get_unsupervised_data(args, tokenizer)
+    texts = ["red green", "blue blue blue seven eight"]
+    stream = [i for t in texts for i in [*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]]
+    assert blocks == [stream[i : i + 8] for i in range(0, len(stream) // 8 * 8, 8)]
+    file.write_text('{"text": "red"}\n{"words": "blue"}\n')
+    with pytest.raises(UserError, match=r"text\.jsonl, line 2"):
+        get_unsupervised_data(args, tokenizer)
