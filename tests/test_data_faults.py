@@ -4,16 +4,16 @@ import json
 import os
 import random
 import signal
-import time
 
 import pytest
 from conftest import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from utils.data import data_utils
 from utils.data.batching import DataCollatorReward, DataCollatorSFT
 from utils.data.data_utils import create_prompt_dataset
-from utils.data.encoding import REWARD, SFT
+from utils.data.encoding import REWARD, SFT, RowEncoder
 from utils.distributed import UserError
 
 
@@ -49,25 +49,38 @@ def _cached_bytes(cache):
     return {file.name: file.read_bytes() for file in sorted(cache.rglob("*.arrow"))}
 
 
-def test_after_twenty_kills_a_normal_run_makes_the_cache_of_an_undisturbed_one(tmp_path):
+def _killed_at(event: int, work) -> None:
+    """Do the work, and kill this process when it reads, finishes or moves something for the ``event``-th time."""
+    seen = 0
+
+    def counting(function):
+        def counted(*args, **options):
+            nonlocal seen
+            seen += 1
+            if seen == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return counted
+
+    RowEncoder.read, RowEncoder.finish = counting(RowEncoder.read), counting(RowEncoder.finish)
+    os.replace = counting(os.replace)
+    work()
+
+
+def test_after_twenty_kills_a_normal_run_makes_the_cache_of_an_undisturbed_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_utils, "ROWS_PER_CHUNK", 100)
     tokenizer = make_tokenizer(tmp_path / "t")
     folder = _write_rows(tmp_path / "data")
     _prepare(folder, tmp_path / "calm", tokenizer)
-    start = time.perf_counter()
-    os.waitpid(_in_child(lambda: _prepare(folder, tmp_path / "timed", tokenizer)), 0)
-    seconds = time.perf_counter() - start
-    generator, killed = random.Random(0), 0
-    for _ in range(20):
-        child = _in_child(lambda: _prepare(folder, tmp_path / "troubled", tokenizer))
-        time.sleep(generator.uniform(0, 0.9 * seconds))
-        os.kill(child, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        if (tmp_path / "troubled").exists() and generator.random() < 0.5:
-            for file in (tmp_path / "troubled").rglob("*.arrow"):
-                file.unlink()  # a child may have been done before it was killed: let the next one work again
-    assert killed >= 10
-    _prepare(folder, tmp_path / "troubled", tokenizer)
-    assert _cached_bytes(tmp_path / "troubled") == _cached_bytes(tmp_path / "calm")
+    generator = random.Random(0)
+    for kill in range(20):
+        # Ten chunks are read and finished, then files are moved into place: each kill hits one of these moments.
+        event, cache = generator.randint(1, 24), tmp_path / f"troubled{kill}"
+        child = _in_child(lambda e=event, c=cache: _killed_at(e, lambda: _prepare(folder, c, tokenizer)))
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        _prepare(folder, cache, tokenizer)
+        assert _cached_bytes(cache) == _cached_bytes(tmp_path / "calm")
 
 
 def test_two_runs_at_once_share_one_cache(tmp_path):
