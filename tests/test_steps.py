@@ -2,10 +2,12 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch, make_model, read_metrics
+from conftest import STEPS, launch, make_model, read_metrics, run_command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -209,17 +211,26 @@ def test_ranks_sample_different_answers(sft, reward, pairs_folder, cache_folder,
     for name in ("train.jsonl", "eval.jsonl"):
         line = write_pairs(folder / name, 1).read_text()
         (folder / name).write_text(line * 24)
-    arguments = _step3_arguments(sft, reward, folder, cache_folder, tmp_path / "out")
-    code, console = launch(
-        3,
-        [*arguments, "--enable_test_mode", "--test_stop_step", 1, "--no-whiten_advantages"],
-        launcher="torchrun",
-        ranks=2,
+    script = tmp_path / "keep_samples.py"
+    script.write_text(
+        "import os, runpy, sys, torch\n"
+        f"sys.path.insert(0, {str(STEPS[3].parents[2])!r})\n"
+        "from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer as Trainer\n"
+        "generate = Trainer._generate_sequence\n"
+        "def keep(self, *inputs):\n"
+        "    sequences = generate(self, *inputs)\n"
+        f"    torch.save(sequences, {str(tmp_path)!r} + '/rank' + os.environ['RANK'])\n"
+        "    return sequences\n"
+        "Trainer._generate_sequence = keep\n"
+        f"runpy.run_path({str(STEPS[3])!r}, run_name='__main__')\n"
     )
+    arguments = _step3_arguments(sft, reward, folder, cache_folder, tmp_path / "out")
+    torchrun = Path(sys.executable).parent / "torchrun"
+    command = [torchrun, "--standalone", "--nproc_per_node=2", script, *arguments]
+    code, console = run_command([*command, "--enable_test_mode", "--test_stop_step", 1])
     assert code == 0, console
-    # Every row has one prompt; only the samples can differ.
-    answers = re.search(r"--- ans    --> step=0, (\[.*\])", console).group(1)
-    assert len(set(answers.split("', '"))) > 1
+    first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
+    assert first.shape != second.shape or not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])
