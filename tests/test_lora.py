@@ -7,7 +7,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from utils import arguments
 from utils.distributed import UserError
+from utils.model.model_utils import adapt_model, create_critic_model
 from utils.module.lora import (
     LinearLayer_LoRA,
     convert_linear_layer_to_lora,
@@ -18,6 +20,7 @@ from utils.module.lora import (
     match_lora_scope,
     only_optimize_lora_parameters,
 )
+from utils.utils import load_hf_tokenizer
 
 
 def _layer(dtype=torch.float32, transposed=False, trained=True):
@@ -87,6 +90,71 @@ def test_auto_adapts_the_blocks_of_each_family_and_never_the_head(tmp_path, fami
     convert_lora_to_linear_layer(model)
     assert not lora_layers(model)
     torch.testing.assert_close(model(ids).logits, adapted, atol=1e-5, rtol=1e-4)
+
+
+def test_all_linear_is_every_linear_layer_but_the_head(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, "opt"))  # linear layers outside the blocks too
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(match_lora_scope(model, "all-linear")) == linear - {"lm_head"}
+    assert "model.decoder.project_in" in set(match_lora_scope(model, "all-linear")) - set(
+        match_lora_scope(model, "auto")
+    )
+
+
+def test_all_linear_leaves_the_value_head_of_a_reward_model_alone(model_folder):
+    tokenizer = load_hf_tokenizer(model_folder)
+    model = create_critic_model(model_folder, tokenizer)
+    names = match_lora_scope(model, "all-linear")
+    assert len(names) == 2 * 7
+    assert "v_head" not in names
+
+
+def test_a_head_tied_to_the_embedding_is_refused(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, "gpt2"))
+    with pytest.raises(UserError, match=r"lm_head.*tied"):
+        convert_linear_layer_to_lora(model, "", 4)
+
+
+@pytest.mark.parametrize("scaling", [0.0, 1.0])
+def test_lora_of_rank_0_of_scaling_0_and_fresh_lora_are_no_lora(model_folder, scaling):
+    ids = torch.arange(12).view(2, 6)
+    plain = AutoModelForCausalLM.from_pretrained(model_folder)
+    before = plain(ids).logits
+    assert not lora_layers(convert_linear_layer_to_lora(plain, "auto", 0))
+    convert_linear_layer_to_lora(plain, "auto", 4, scaling)
+    if scaling == 0:
+        for _, layer in lora_layers(plain):
+            nn.init.normal_(layer.lora_left_weight)
+    assert torch.equal(plain(ids).logits, before)
+    for _, layer in lora_layers(plain):
+        layer.fuse_lora_weight()
+    assert torch.equal(plain(ids).logits, before)
+
+
+def test_dropout_acts_on_the_update_alone_and_only_while_training():
+    _, layer = _layer()
+    layer.lora_dropout.p = 0.5
+    x = torch.randn(64, 10)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    layer.lora_dropout.p = 1.0
+    assert torch.equal(layer(x), layer.base_product(x))
+
+
+def test_the_flags_reach_the_layers_of_the_model_they_name(model_folder):
+    parser = arguments.new_parser("")
+    arguments.add_lora_arguments(parser, "actor_")
+    arguments.add_lora_arguments(parser, "critic_")
+    flags = "--actor_lora_dim 4 --actor_lora_scaling 8 --actor_lora_dropout 0.25 --actor_lora_module_name q_proj"
+    args = parser.parse_args([*flags.split(), "--critic_lora_dim", "2"])
+    actor = adapt_model(AutoModelForCausalLM.from_pretrained(model_folder), args, "actor_")
+    [(name, layer), _] = lora_layers(actor)
+    assert name.endswith("q_proj")
+    assert (layer.lora_scaling, layer.lora_dropout.p) == (2.0, 0.25)
+    critic = adapt_model(create_critic_model(model_folder, load_hf_tokenizer(model_folder)), args, "critic_")
+    assert {(layer.lora_scaling, layer.lora_dropout.p) for _, layer in lora_layers(critic)} == {(0.5, 0.0)}
 
 
 def test_a_scope_that_matches_nothing_names_layers_that_exist(model_folder):

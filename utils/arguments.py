@@ -46,6 +46,13 @@ def _probability(text: str) -> float:
     return value
 
 
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def add_data_arguments(parser, step: int) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
@@ -206,7 +213,21 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
     add(
         f"--{prefix}lora_module_name",
         default="auto",
-        help="part of the names of layers to adapt, as in decoder.layers. (published); auto for all of the blocks",
+        help="part of the names of layers to adapt, as in decoder.layers. (published); auto for all linear layers of "
+        "the blocks; all-linear for every one but the output head",
+    )
+    add(
+        f"--{prefix}lora_scaling",
+        type=_above_zero,
+        default=1.0,
+        help=f"the update counts this / --{prefix}lora_dim: PEFT's lora_alpha; 1 as published, and twice the rank is "
+        "PEFT users' habit (with a learning rate to match)",
+    )
+    add(
+        f"--{prefix}lora_dropout",
+        type=_probability,
+        default=0.0,
+        help="dropout on the input of the LoRA factors while training; 0 to turn off",
     )
     add(f"--{prefix}lora_learning_rate", type=float, default=5e-4, help="learning rate of the LoRA factors")
     if prefix in ("", "actor_"):

@@ -14,8 +14,7 @@ from utils.ds_utils import (
     with_batch_sizes,
 )
 from utils.hybrid_engine import HybridEngine
-from utils.model.model_utils import adapt_model, create_critic_model, create_hf_model
-from utils.module.lora import convert_linear_layer_to_lora
+from utils.model.model_utils import adapt_model, add_lora_layers, create_critic_model, create_hf_model
 from utils.utils import get_optimizer_grouped_parameters, make_optimizer, moving_average, print_rank_0
 
 
@@ -106,7 +105,7 @@ class DeepSpeedRLHFEngine:
             model = create_hf_model(
                 AutoModelForCausalLM, path, self.tokenizer, config, **self._model_options(dtype="fp32")
             )
-            convert_linear_layer_to_lora(model, args.actor_lora_module_name, args.actor_lora_dim)
+            add_lora_layers(model, args, "actor_")
             engine = _frozen(model, config)
             moving_average(
                 self.actor, engine, beta=0.0, zero_stage=args.actor_zero_stage

@@ -177,6 +177,12 @@ def causal_lm_model_to_fp32_loss(model):
     return model
 
 
+def add_lora_layers(model, args, prefix: str = ""):
+    """The LoRA layers that a step's flags ask for; ``prefix`` as the flags are named. Rank 0 adds none."""
+    names = ("lora_module_name", "lora_dim", "lora_scaling", "lora_dropout")
+    return convert_linear_layer_to_lora(model, *(getattr(args, prefix + name) for name in names))
+
+
 def adapt_model(model, args, prefix: str = "", gradient_checkpointing: bool = False, keep_trainable=()):
     """Apply a step's LoRA and checkpointing flags to a fresh model and print what will train.
 
@@ -186,7 +192,7 @@ def adapt_model(model, args, prefix: str = "", gradient_checkpointing: bool = Fa
     """
     lora_dim = getattr(args, f"{prefix}lora_dim")
     if lora_dim > 0:
-        convert_linear_layer_to_lora(model, getattr(args, f"{prefix}lora_module_name"), lora_dim)
+        add_lora_layers(model, args, prefix)
         if args.only_optimize_lora:
             only_optimize_lora_parameters(model, keep_trainable)
     if gradient_checkpointing:

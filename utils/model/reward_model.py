@@ -116,6 +116,13 @@ class RewardModel(nn.Module):
     def enable_input_require_grads(self):
         self.rwtransformer.enable_input_require_grads()
 
+    def get_input_embeddings(self):
+        return self.rwtransformer.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        """The value head: it trains whole, and scopes of LoRA that mean all layers leave it out."""
+        return self.v_head
+
     def values(self, input_ids, attention_mask) -> torch.Tensor:
         """[batch, length] -> [batch, length] fp32. Values at pads mean nothing."""
         inputs = model_inputs(self.rwtransformer, input_ids, attention_mask)

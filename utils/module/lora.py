@@ -25,13 +25,24 @@ from transformers.pytorch_utils import Conv1D
 from utils.distributed import UserError
 
 
+def fold(weight, right, left, scaling: float, transposed: bool = False) -> torch.Tensor:
+    """weight + scaling * (right left)^T, in weight's dtype: the sum is taken in fp32, so that bf16 rounds once.
+
+    Args:
+        weight: [out, in], or [in, out] with ``transposed``.
+        right, left: [in, r] and [r, out].
+    """
+    update = right.float() @ left.float()
+    return (weight.float() + scaling * (update if transposed else update.T)).to(weight.dtype)
+
+
 class LinearLayer_LoRA(nn.Module):
     """A linear layer whose weight W is frozen and moves only through two thin matrices.
 
     Args:
         weight: W, [out, in], or [in, out] with ``transposed`` (GPT-2's Conv1D). It is kept, not copied.
         lora_dim: r, the rank; 1 or more.
-        lora_scaling: the update counts lora_scaling / lora_dim.
+        lora_scaling: the update counts lora_scaling / lora_dim; PEFT calls it lora_alpha. 0 leaves W alone.
         lora_droppout: dropout on the input of the thin branch while training.
         bias: [out] or None; kept, not copied.
     """
@@ -67,12 +78,11 @@ class LinearLayer_LoRA(nn.Module):
         return self._base_weight is not None
 
     def folded_weight(self) -> torch.Tensor:
-        """W + scaling * (R L)^T in W's layout and dtype; the sum is taken in fp32 so that bf16 rounds once."""
+        """W + scaling * (R L)^T in W's layout and dtype. Under ZeRO-3 the layer must be gathered."""
         if self.is_folded:
             return self.weight.detach()
-        update = self.lora_right_weight.detach().float() @ self.lora_left_weight.detach().float()
-        update = update if self.transposed else update.T
-        return (self.weight.detach().float() + self.lora_scaling * update).to(self.weight.dtype)
+        right, left = self.lora_right_weight.detach(), self.lora_left_weight.detach()
+        return fold(self.weight.detach(), right, left, self.lora_scaling, self.transposed)
 
     def fuse_lora_weight(self) -> None:
         """Fold the update into W. W itself is set aside, so that unfolding restores it bit for bit; twice is once."""
@@ -84,12 +94,17 @@ class LinearLayer_LoRA(nn.Module):
         if self.is_folded:
             self.weight.data, self._base_weight = self._base_weight, None
 
+    def base_product(self, x):
+        """x [.., in] -> [.., out] through W and the bias alone (W with the update in it while folded)."""
+        return F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)
+
+    def update_product(self, x):
+        """x [.., in] -> [.., out] through the two thin matrices."""
+        return (self.lora_dropout(x) @ self.lora_right_weight @ self.lora_left_weight) * self.lora_scaling
+
     def forward(self, x):
-        base = self.weight.T if self.transposed else self.weight
-        y = F.linear(x, base, self.bias)
-        if self.is_folded:
-            return y
-        return y + (self.lora_dropout(x) @ self.lora_right_weight @ self.lora_left_weight) * self.lora_scaling
+        y = self.base_product(x)
+        return y if self.is_folded else y + self.update_product(x)
 
     def extra_repr(self) -> str:
         in_features, lora_dim = self.lora_right_weight.shape
@@ -107,15 +122,20 @@ def _linear_layers(model) -> dict[str, nn.Module]:
 def match_lora_scope(model, part_module_name: str) -> list[str]:
     """The names of the linear layers a scope covers.
 
-    ``auto`` takes every linear layer of the numbered blocks, whatever the family calls them; anything else is a
-    substring of the layer's name, as in ``decoder.layers.``.
+    ``auto`` takes every linear layer of the numbered blocks, whatever the family calls them; ``all-linear`` every one
+    but the output head (a reward model's value head); anything else is a substring of the layer's name, as in
+    ``decoder.layers.``.
 
     Raises:
-        UserError: when nothing matches, with names of linear layers that exist.
+        UserError: when nothing matches, with names of linear layers that exist; when a matched layer's weight is also
+            the embedding: one of the two would move and the other not.
     """
-    names = list(_linear_layers(model))
+    layers = _linear_layers(model)
+    names, head = list(layers), model.get_output_embeddings()
     if part_module_name == "auto":
         matched = [name for name in names if re.search(r"\.\d+\.", name)]
+    elif part_module_name == "all-linear":
+        matched = [name for name in names if layers[name] is not head]
     else:
         matched = [name for name in names if part_module_name in name]
     if not matched:
@@ -124,7 +144,14 @@ def match_lora_scope(model, part_module_name: str) -> list[str]:
             f"the LoRA scope {part_module_name!r} matches no linear layer of {type(model).__name__}; "
             f"its linear layers are\n"
             f"  {shown}{' …' if len(names) > 12 else ''}\n"
-            "use a part of these names, or auto for all layers of the blocks"
+            "use a part of these names, auto for all layers of the blocks, or all-linear for all but the head"
+        )
+    embedding = model.get_input_embeddings()
+    tied = [name for name in matched if layers[name].weight is embedding.weight]
+    if tied:
+        raise UserError(
+            f"the LoRA scope {part_module_name!r} covers {tied[0]}, whose weight is the embedding's too (tied); "
+            "all-linear leaves it out"
         )
     return matched
 
