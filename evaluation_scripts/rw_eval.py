@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation_scripts.prompts import PAIRS, check_writable, read_rows, write_jsonl
-from utils.data.encoding import REWARD, RewardRows, TokenRules, encode_texts
+from utils.data.encoding import REWARD, RewardRows, TokenRules
 from utils.data.prompt_format import CHAT_TEMPLATE, format_answer, prompt_from_text
 from utils.distributed import UserError, run_main
 from utils.generation import (
@@ -82,14 +82,13 @@ def pair_texts(pair: dict, tokenizer, style: str) -> tuple[str, str, str]:
     return prompt, prompt + answers[0], prompt + answers[1]
 
 
-def encode_pair(pair: dict, tokenizer, style: str, max_seq_len: int) -> tuple[list[list[int]], bool]:
+def encode_pair(pair: dict, rows: RewardRows, style: str) -> tuple[list[list[int]], bool]:
     """Token ids of prompt + chosen and prompt + rejected, each with one EOS at its end, and whether they were cut.
 
     By the rules of training: both lose the same beginning of the prompt; what is still too long loses its end.
     """
-    rows = RewardRows(None, tokenizer, TokenRules(REWARD, max_seq_len, chat_template=style == CHAT_TEMPLATE))
-    prompt, *texts = pair_texts(pair, tokenizer, style)
-    pair_ids = rows.pair(prompt, texts, encode_texts(tokenizer, texts, rows.special_tokens))
+    prompt, *texts = pair_texts(pair, rows.tokenizer, style)
+    pair_ids = rows.pair(prompt, rows.encoder.encode(texts))
     return [pair_ids.chosen, pair_ids.rejected], pair_ids.was_cut
 
 
@@ -141,8 +140,10 @@ def score_pairs(model, tokenizer, pairs: list[dict], args) -> list[PairScore]:
     if limit < args.max_seq_len:
         warn(f"--max_seq_len {args.max_seq_len}: the model holds {limit} tokens, so {limit} it is")
     max_seq_len = min(limit, args.max_seq_len)
+    rules = TokenRules(REWARD, max_seq_len, chat_template=args.prompt_style == CHAT_TEMPLATE)
+    row_maker = RewardRows(None, tokenizer, rules)
     try:
-        encoded = [encode_pair(pair, tokenizer, args.prompt_style, max_seq_len) for pair in pairs]
+        encoded = [encode_pair(pair, row_maker, args.prompt_style) for pair in pairs]
     except ValueError as error:
         raise UserError(f"a prompt cannot be written in the style {args.prompt_style}: {error}") from error
     rows = [ids for both, _ in encoded for ids in both]

@@ -1,11 +1,16 @@
 """From rows to batches: the split rule, EOS and masks, truncation, the cache, the order of batches."""
 
+import functools
 import json
 from itertools import chain
 
 import numpy as np
 import pytest
 from conftest import make_tokenizer, write_pairs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from utils.data import batching, data_utils
 from utils.data.batching import (
@@ -27,7 +32,7 @@ from utils.data.data_utils import (
     get_shuffle_idx,
     split_boundaries,
 )
-from utils.data.encoding import REWARD, RLHF, SFT, RowEncoder, cut, moved_spans, prompt_tokens_to_drop
+from utils.data.encoding import REWARD, RLHF, SFT, RowEncoder, TextEncoder, cut, moved_spans, prompt_tokens_to_drop
 from utils.distributed import UserError
 from utils.utils import load_hf_tokenizer
 
@@ -420,3 +425,59 @@ def test_pads_are_no_tokens():
     ids, mask = pad_rows([[1, 2, 3], [4]], 0, to_length=5)
     assert ids.tolist() == [[1, 2, 3, 0, 0], [4, 0, 0, 0, 0]]
     assert mask.tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
+
+
+# ---------------------------------------------------------------- where an answer begins
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    return functools.cache(_byte_level)
+
+
+def _byte_level(trim_offsets, bos, normalizer=None, words=()):
+    """A byte-level tokenizer; ``words`` are added tokens that take the blanks before them along."""
+    backend = Tokenizer(models.BPE())
+    if normalizer:
+        backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=trim_offsets)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["</s>", "<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([" Human: über ärger Assistant: ja, 你好!\n\n", "  and   blanks"] * 9, trainer)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.add_tokens([AddedToken(word, lstrip=True) for word in words])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>" if bos else None)
+
+
+@pytest.mark.parametrize("bos", [True, False], ids=["bos", "no bos"])
+@given(text=st.text(max_size=30) | st.text(alphabet="a :\n你é</s>", max_size=30))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_answer_begins_at_the_token_that_holds_its_first_character(byte_level, bos, text):
+    # Offsets that keep their blanks are an outsider's answer; ours come from the bytes of the tokens.
+    [encoded] = TextEncoder(byte_level(True, bos)).encode([text])
+    reference = byte_level(False, bos).backend_tokenizer.encode(text)
+    for char in range(len(text)):
+        assert encoded.token_at(char) == min(reference.char_to_token(char), len(encoded.ids))
+    assert encoded.token_at(len(text)) == len(encoded.ids)
+    assert encoded.offsets is None, "byte counts were enough"
+
+
+def test_a_text_that_the_tokenizer_normalises_is_measured_by_offsets():
+    encoder = TextEncoder(_byte_level(True, True, normalizers.NFC()))
+    plain, composed = encoder.encode(["Human: \u00e9 ja", "Human: e\u0301 ja"])
+    assert plain.ids == composed.ids
+    assert plain.token_at(len("Human: \u00e9")) == composed.token_at(len("Human: e\u0301"))
+    assert plain.offsets is None and composed.offsets is not None
+
+
+def test_tokens_that_swallow_blanks_are_found_by_offsets():
+    encoder = TextEncoder(_byte_level(True, True, words=["<sep>"]))
+    [encoded] = encoder.encode(["Human  <sep>yes"])
+    start = encoded.token_at(len("Human  <sep>"))
+    assert "".join(encoder.tokenizer.convert_ids_to_tokens(encoded.ids[start:])) == "yes"
+    assert encoded.offsets is not None

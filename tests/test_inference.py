@@ -27,6 +27,7 @@ from evaluation_scripts import prompt_eval, rw_eval
 from evaluation_scripts.prompts import PROMPTS, read_prompts
 from inference import chatbot
 from utils.data import prompt_format as pf
+from utils.data.encoding import REWARD, RewardRows, TokenRules
 from utils.distributed import UserError
 from utils.generation import LanguageModel, find_stop_ids, generate_answers, load_language_model, up_to_stop
 
@@ -578,7 +579,8 @@ def reward_args(folders, *more):
 def encoded_pair(tokenizer, prompt, chosen, rejected, max_seq_len=512, style="plain"):
     """The two rows of a pair."""
     pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return rw_eval.encode_pair(pair, tokenizer, style, max_seq_len)[0]
+    rules = TokenRules(REWARD, max_seq_len, chat_template=style == "chat_template")
+    return rw_eval.encode_pair(pair, RewardRows(None, tokenizer, rules), style)[0]
 
 
 def test_scores_are_those_of_a_plain_forward_whatever_the_padding(reward):

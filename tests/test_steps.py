@@ -361,6 +361,8 @@ def test_plain_text_becomes_blocks_joined_by_eos_and_bad_lines_are_named(model_f
     args = SimpleNamespace(
         unsupervised_dataset_name=str(file),
         unsupervised_dataset_config_name=None,
+        data_output_path=str(tmp_path / "cache"),
+        rebuild_cache=False,
         max_prompt_seq_len=4,
         max_answer_seq_len=4,
     )
@@ -368,7 +370,7 @@ def test_plain_text_becomes_blocks_joined_by_eos_and_bad_lines_are_named(model_f
     blocks = get_unsupervised_data(args, tokenizer)
     texts = ["red green", "blue blue blue seven eight"]
     stream = [i for t in texts for i in [*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]]
-    assert blocks == [stream[i : i + 8] for i in range(0, len(stream) // 8 * 8, 8)]
+    assert [row["input_ids"] for row in blocks] == [stream[i : i + 8] for i in range(0, len(stream) // 8 * 8, 8)]
     file.write_text('{"text": "red"}\n{"words": "blue"}\n')
-    with pytest.raises(UserError, match=r"text\.jsonl, line 2"):
+    with pytest.raises(UserError, match=r"field 'text' is missing \(.*text\.jsonl, line 2\); not enough text"):
         get_unsupervised_data(args, tokenizer)

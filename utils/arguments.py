@@ -413,7 +413,7 @@ def add_rlhf_arguments(parser) -> None:
     add(
         "--unsupervised_dataset_name",
         default=None,
-        help=".txt or .jsonl file, or a hub dataset with a column text; None for off",
+        help="plain text: .txt files, any file or folder of rows with a field text, or a hub dataset; None for off",
     )
     add("--unsupervised_dataset_config_name", default=None, help="configuration of that hub dataset")
     add("--unsup_coef", type=float, default=27.8, help="weight of the language-model loss on that text")

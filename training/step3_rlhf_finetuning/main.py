@@ -84,9 +84,7 @@ def unsupervised_batches(args, tokenizer):
     while True:
         order = np.resize(generator.permutation(len(blocks)), -(-len(blocks) // per_pass) * per_pass)
         for rows in order.reshape(-1, per_pass):
-            yield collator(
-                [{"input_ids": blocks[i], "answer_spans": [], "answers_only": False} for i in rows[rank::world]]
-            )
+            yield collator([blocks[i] | {"answer_spans": [], "answers_only": False} for i in rows[rank::world]])
 
 
 def micro_batch_windows(experience: Experience, batch: "arguments.RLHFBatchSizes", generator, unsupervised):

@@ -10,8 +10,9 @@ ids of text, batching.py makes batches of ids.
 import hashlib
 import json
 import os
-from collections import Counter
+import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,13 @@ from utils.data.encoding import (
     SFT,
     PreparationCounts,
     RowEncoder,
+    TextEncoder,
     TokenRules,
+    block_batch,
     columns_of_step,
 )
-from utils.data.raw_datasets import DataError, PromptRawDataset, open_raw_dataset
+from utils.data.raw_datasets import DataError, PromptRawDataset, RowReport, SkipRow, open_raw_dataset, text
+from utils.data.readers import ConcatRows, Rows, TextFile, content_fingerprint, open_splits, splits_of_hub
 from utils.distributed import UserError, get_local_rank, once_per_node
 from utils.utils import print_rank_0, progress
 
@@ -46,7 +50,7 @@ __all__ = [  # what other people's code imports from here, wherever it is writte
     "get_unsupervised_data",
 ]
 
-CACHE_VERSION = 2  # part of every cache key: raise it when the rules change what is stored
+CACHE_VERSION = 3  # part of every cache key: raise it when the rules change what is stored
 ROWS_PER_CHUNK = 1000  # rows read, tokenised and written at a time: bounds the memory of preparation
 
 
@@ -154,51 +158,55 @@ class PromptDataset(Dataset):
 
 def _cache_key(raw_dataset, split, tokenizer, rules: TokenRules, data_split, seed, limit) -> str:
     """A name for exactly this content: the same key means the same file, a changed byte anywhere means another."""
+    parts = [raw_dataset.fingerprint(), raw_dataset.dataset_name, split, vars(rules), data_split, seed, limit]
+    return _key_of(tokenizer, *parts, tokenizer.chat_template if rules.chat_template else None)
+
+
+def _key_of(tokenizer, *parts) -> str:
     tokenizer_state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
-    parts = [
-        CACHE_VERSION,
-        raw_dataset.fingerprint(),
-        raw_dataset.dataset_name,
-        split,
-        vars(rules),
-        data_split,
-        seed,
-        limit,
-    ]
-    parts += [hashlib.sha256(tokenizer_state.encode()).hexdigest(), tokenizer.eos_token_id, tokenizer.bos_token_id]
-    parts += [tokenizer.chat_template if rules.chat_template else None]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    tokenizer_state = hashlib.sha256(tokenizer_state.encode()).hexdigest()
+    everything = [CACHE_VERSION, tokenizer_state, tokenizer.eos_token_id, tokenizer.bos_token_id, *parts]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+@contextmanager
+def _arrow_file(file: Path, schema: pa.Schema, counts: PreparationCounts):
+    """A writer of an Arrow file that appears, with its counts beside it, only when the block has ended well."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            yield writer
+        # The counts first: whoever finds the rows finds them too.
+        _write_text(file.with_suffix(".json"), json.dumps(vars(counts)))
+        os.replace(scratch, file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _print_counts(split: str, file: Path) -> None:
+    report = file.with_suffix(".json")
+    if report.exists():
+        print_rank_0(f"data ({split}): {PreparationCounts(**json.loads(report.read_text()))}")
 
 
 def create_dataset_split(raw_dataset, rows, indices, tokenizer, rules: TokenRules, file: Path) -> PreparationCounts:
     """Tokenise rows[indices] chunk by chunk into an Arrow file that appears only when it is complete."""
     encoder = RowEncoder(raw_dataset, tokenizer, rules)
     chunks = [indices[begin : begin + ROWS_PER_CHUNK] for begin in range(0, len(indices), ROWS_PER_CHUNK)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
     schema = pa.schema(columns_of_step(rules.train_phase))
-    try:
-        with (
-            pa.OSFile(str(scratch), "wb") as sink,
-            pa.ipc.new_file(sink, schema) as writer,
-            ThreadPoolExecutor(1) as pool,
-        ):
-            pending = None
-            for chunk in progress(chunks, f"tokenising {raw_dataset.dataset_name}"):
-                # While the tokenizer works on this chunk, without Python's lock, the last one is finished here.
-                following = pool.submit(encoder.tokenise, encoder.read(rows, chunk))
-                if pending is not None:
-                    writer.write_batch(encoder.finish(*pending.result()))
-                pending = following
+    with _arrow_file(file, schema, encoder.counts) as writer, ThreadPoolExecutor(1) as pool:
+        pending = None
+        for chunk in progress(chunks, f"tokenising {raw_dataset.dataset_name}"):
+            # While the tokenizer works on this chunk, without Python's lock, the last one is finished here.
+            following = pool.submit(encoder.tokenise, encoder.read(rows, chunk))
             if pending is not None:
                 writer.write_batch(encoder.finish(*pending.result()))
+            pending = following
+        if pending is not None:
+            writer.write_batch(encoder.finish(*pending.result()))
         encoder.report.raise_if_none(rows, NEEDED_TEXTS[rules.train_phase])
         encoder.counts.read = str(encoder.report)
-        # The counts first: whoever finds the rows finds them too.
-        _write_text(file.with_suffix(".json"), json.dumps(vars(encoder.counts)))
-        os.replace(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)
     return encoder.counts
 
 
@@ -230,12 +238,8 @@ def _prepare(
         create_dataset_split(raw_dataset, rows, indices[:limit], tokenizer, rules, file)
 
     once_per_node(file, build, rebuild)
-    dataset = PromptDataset.from_file(file, rules.train_phase)
-    report = file.with_suffix(".json")
-    if report.exists():
-        counts = PreparationCounts(**json.loads(report.read_text()))
-        print_rank_0(f"data ({split}): {counts}")
-    return dataset
+    _print_counts(split, file)
+    return PromptDataset.from_file(file, rules.train_phase)
 
 
 def create_dataset(
@@ -399,51 +403,57 @@ class MiniDataset:
         self.dataset = []
 
 
-def _unsupervised_texts(name: str, config_name: str | None):
-    """Texts of a .txt or .jsonl file (field ``text``), or of a hub dataset with a column ``text``."""
+def _unsupervised_rows(name: str, config_name: str | None) -> tuple[Rows, str]:
+    """(rows with a field ``text``, fingerprint of their content): lines of .txt files, any other file or folder of
+    rows, or a hub dataset."""
     path = Path(name)
-    if path.is_file():
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if path.suffix != ".jsonl":
-                    yield line
-                    continue
+    plain = [path] if path.is_file() and path.suffix == ".txt" else sorted(path.rglob("*.txt"))
+    if plain:
+        return ConcatRows([TextFile(file) for file in plain]), content_fingerprint(plain)
+    splits = open_splits(path, config_name) if path.exists() else splits_of_hub(name, config_name, [path])
+    splits.keep_columns(["text"])
+    return splits["train"], splits.fingerprint
+
+
+def _write_blocks(name: str, rows: Rows, tokenizer, block: int, file: Path) -> None:
+    """Texts joined by EOS and cut into blocks; a last one that is not full is left."""
+    encoder, report, counts = TextEncoder(tokenizer, special_tokens=False), RowReport(name), PreparationCounts()
+    stream = np.zeros(0, np.int32)
+    with _arrow_file(file, pa.schema({"input_ids": pa.list_(pa.int32())}), counts) as writer:
+        for begin in progress(range(0, len(rows), ROWS_PER_CHUNK), f"tokenising {name}"):
+            texts = []
+            for position in range(begin, min(begin + ROWS_PER_CHUNK, len(rows))):
+                reason = None
                 try:
-                    yield json.loads(line)["text"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise UserError(f"{path}, line {number}: expected a JSON object with a field text") from error
-        return
-    import datasets
+                    texts.append(text(rows[position], "text"))
+                except SkipRow as skip:
+                    reason = str(skip)
+                report.note(position, reason, rows)
+            parts = [np.array([*encoded.ids, tokenizer.eos_token_id], np.int32) for encoded in encoder.encode(texts)]
+            stream = np.concatenate([stream, *parts])
+            count = len(stream) // block
+            writer.write_batch(block_batch(stream[: count * block], block))
+            stream, counts.kept = stream[count * block :], counts.kept + count
+        report.raise_if_none(rows, ["text"])
+        counts.read = f"{report}; {counts.kept} blocks of {block} tokens"
+        if counts.kept == 0:
+            raise DataError(f"{report}; not enough text for one block of {block} tokens")
 
+
+def get_unsupervised_data(args, tokenizer) -> PromptDataset:
+    """Plain text for the ptx loss: rows of prompt + answer length, documents joined by EOS, from the cache or made now.
+
+    Raises:
+        UserError: no such text, or less of it than one row.
+    """
+    name, block = args.unsupervised_dataset_name, args.max_prompt_seq_len + args.max_answer_seq_len
     try:
-        rows = datasets.load_dataset(name, config_name, split="train")
-    except (OSError, ValueError, ConnectionError) as error:
-        raise UserError(
-            f"--unsupervised_dataset_name {name}: no such file, and not loadable from the hub: {error}"
-        ) from error
-    if "text" not in rows.column_names:
-        raise UserError(f"--unsupervised_dataset_name {name}: has no column text, only {', '.join(rows.column_names)}")
-    yield from (row["text"] for row in rows)
-
-
-def get_unsupervised_data(args, tokenizer) -> list[list[int]]:
-    """Plain text for the ptx loss, joined with EOS between documents and cut into blocks of prompt + answer length."""
-    block = args.max_prompt_seq_len + args.max_answer_seq_len
-    stream, blocks, seen = [], [], Counter()
-    for text in _unsupervised_texts(args.unsupervised_dataset_name, args.unsupervised_dataset_config_name):
-        if not text.strip():
-            continue
-        seen["texts"] += 1
-        stream += tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        whole = len(stream) // block * block
-        blocks += [stream[i : i + block] for i in range(0, whole, block)]
-        stream = stream[whole:]
-    if not blocks:
-        raise UserError(
-            f"--unsupervised_dataset_name {args.unsupervised_dataset_name}: less text than one block of {block} tokens"
-        )
-    print_rank_0(
-        f"data: {args.unsupervised_dataset_name} (unsupervised): "
-        f"{seen['texts']} texts, {len(blocks)} blocks of {block} tokens"
-    )
-    return blocks
+        rows, fingerprint = _unsupervised_rows(name, args.unsupervised_dataset_config_name)
+        key = _key_of(tokenizer, "unsupervised", fingerprint, block)
+        label = re.sub(r"[^\w.-]+", "_", Path(name).name)
+        file = Path(args.data_output_path) / "tokenised" / f"{label}_unsupervised_{key}.arrow"
+        once_per_node(file, lambda: _write_blocks(name, rows, tokenizer, block, file), args.rebuild_cache)
+    except DataError as error:
+        raise UserError(f"--unsupervised_dataset_name {error}") from error
+    _print_counts("unsupervised", file)
+    return PromptDataset.from_file(file, SFT)

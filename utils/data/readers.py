@@ -299,6 +299,19 @@ class JsonLinesFile(_FileRows):
         return parse_object(os.pread(descriptor, int(ends[position]) - start, start), lambda: self.where(position))
 
 
+class TextFile(JsonLinesFile):
+    """A row per line of plain text, in the field ``text``; blank lines do not count."""
+
+    def _peek_columns(self) -> list[str]:
+        return ["text"]
+
+    def _row(self, position: int) -> dict[str, Any]:
+        descriptor, starts, ends, _ = self._opened()
+        start = int(starts[position])
+        line = os.pread(descriptor, int(ends[position]) - start, start)
+        return {"text": _decode(line, lambda: self.where(position))}
+
+
 class JsonArrayFile(Rows):
     """A JSON array of objects. It has to be read whole: give large data as JSON lines."""
 
