@@ -22,9 +22,31 @@ STEPS = {
 }
 WORDS = ["red", "green", "blue", "seven", "eight", "please", "thanks", "cat", "dog", "house"]
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere")
 FAMILIES = {
-    "llama": dict(SMALL, model_type="llama"),
+    **{name: dict(SMALL, model_type=name) for name in LLAMA_LIKE},
+    "qwen3": dict(SMALL, model_type="qwen3", head_dim=8),
+    "gemma": dict(SMALL, model_type="gemma", head_dim=8),
+    # Caps and factors that small random logits feel.
+    "gemma2": dict(SMALL, model_type="gemma2", head_dim=8, final_logit_softcapping=0.5, sliding_window=16),
+    "gemma3_text": dict(SMALL, model_type="gemma3_text", head_dim=8, sliding_window=16),
+    "granite": dict(SMALL, model_type="granite", logits_scaling=0.3),
+    "cohere": dict(SMALL, model_type="cohere", logit_scale=2.0),
+    "phi": dict(SMALL, model_type="phi", num_key_value_heads=4),
     "gpt2": dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4),
+    "gptj": dict(model_type="gptj", n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+    "gpt_neo": dict(
+        model_type="gpt_neo",
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=8,
+    ),
+    "gpt_neox": dict(
+        model_type="gpt_neox", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    ),
+    # As OPT-350m: the embeddings are narrower than the blocks.
     "opt": dict(
         model_type="opt", hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16
     ),

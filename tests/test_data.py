@@ -406,7 +406,7 @@ def test_the_packed_loss_equals_the_unpacked_one(tmp_path, family, attention, ma
     from transformers import AutoModelForCausalLM
 
     from utils.model.inputs import sft_inputs
-    from utils.model.losses import causal_lm_loss_sum
+    from utils.model.losses import LabelLogProbs, causal_lm_loss_sum
 
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, family), attn_implementation=attention).eval()
     rows = _random_rows(12)
@@ -417,7 +417,7 @@ def test_the_packed_loss_equals_the_unpacked_one(tmp_path, family, attention, ma
     losses = []
     for batch in (plain, blocks):
         with torch.no_grad():
-            losses.append(causal_lm_loss_sum(model(**sft_inputs(model, batch)).logits, batch["labels"]).item())
+            losses.append(causal_lm_loss_sum(LabelLogProbs(model), sft_inputs(model, batch), batch["labels"]).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

@@ -27,10 +27,6 @@ def test_log_probs_of_bf16_logits_are_taken_in_fp32_across_chunks():
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
 
 
-def test_entropy_of_a_uniform_distribution_is_log_of_its_size():
-    assert ppo_math.entropy(torch.zeros(1, 2, 8)) == pytest.approx(torch.full((1, 2), math.log(8)))
-
-
 def test_the_first_eos_is_an_action_and_what_follows_is_not():
     eos, pad = 2, 0
     answers = torch.tensor([[5, 6, eos, pad], [5, 6, 7, 8], [eos, pad, pad, pad], [5, pad, 6, eos]])

@@ -132,7 +132,7 @@ def test_scoring_log_probs_equal_those_of_generation_on_left_padded_prompts(fold
     real = answer_mask(answers, trainer.tokenizer.eos_token_id)
     with torch.no_grad():
         scored, _ = trainer._answer_log_probs(
-            trainer.actor_model, output.sequences, torch.cat([mask, real], 1), answers.shape[1]
+            trainer.actor_label_log_probs, output.sequences, torch.cat([mask, real], 1), answers.shape[1]
         )
     torch.testing.assert_close(scored * real, generated * real, atol=1e-5, rtol=1e-5)
 
@@ -144,7 +144,7 @@ def test_left_pads_change_no_log_prob_and_no_value(folders):
     for length in (6, 13):
         ids, mask = pad_rows([row], trainer.tokenizer.pad_token_id, side="left", to_length=length)
         with torch.no_grad():
-            log_probs, _ = trainer._answer_log_probs(trainer.actor_model, ids, mask, width)
+            log_probs, _ = trainer._answer_log_probs(trainer.actor_label_log_probs, ids, mask, width)
             seen.append((log_probs, trainer._answer_values(ids, mask, width)))
     torch.testing.assert_close(seen[0], seen[1], atol=1e-5, rtol=1e-5)
 
@@ -294,7 +294,7 @@ def test_rounds_of_different_widths_become_one_experience(folders):
     part = both[0:4]
     with torch.no_grad():
         again, _ = trainer._answer_log_probs(
-            trainer.actor_model, part.input_ids, part.attention_mask, part.answer_width
+            trainer.actor_label_log_probs, part.input_ids, part.attention_mask, part.answer_width
         )
     torch.testing.assert_close(again * part.answer_mask, part.log_probs * part.answer_mask, atol=1e-5, rtol=1e-5)
 

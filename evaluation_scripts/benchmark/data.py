@@ -136,7 +136,7 @@ def run_training(args) -> None:
     )
     from utils.data.data_utils import create_prompt_dataset
     from utils.model.inputs import sft_inputs
-    from utils.model.losses import causal_lm_loss_sum
+    from utils.model.losses import LabelLogProbs, causal_lm_loss_sum
     from utils.utils import load_hf_tokenizer
 
     tokenizer = load_hf_tokenizer(args.tokenizer)
@@ -161,6 +161,7 @@ def run_training(args) -> None:
         tie_word_embeddings=True,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    label_log_probs = LabelLogProbs(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     loaders, counts = {}, {name: [0, 0.0] for name in ways}
     for name, (dataset, collator, grouped) in ways.items():
@@ -171,8 +172,7 @@ def run_training(args) -> None:
             data = next(loader)
             start = time.perf_counter()
             labels, tokens, _ = count_batch(data)
-            logits = model(**sft_inputs(model, data)).logits
-            (causal_lm_loss_sum(logits, data["labels"]) / labels).backward()
+            (causal_lm_loss_sum(label_log_probs, sft_inputs(model, data), data["labels"]) / labels).backward()
             optimizer.step()
             optimizer.zero_grad()
             if step:  # the first one warms up

@@ -42,7 +42,7 @@ from utils.distributed import (
 from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, initialize, merge_config_file, with_batch_sizes
 from utils.metrics import make_writer
 from utils.model.inputs import forward_accepts, sft_inputs
-from utils.model.losses import causal_lm_loss_sum, label_count
+from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.model_utils import adapt_model, create_hf_model
 from utils.perf import Stopwatch, print_throughput
 from utils.utils import (
@@ -77,16 +77,14 @@ def build_parser():
 
 
 @torch.no_grad()
-def evaluate(engine, loader, device) -> tuple[float, float]:
+def evaluate(engine, label_log_probs, loader, device) -> tuple[float, float]:
     """(perplexity, mean loss per token) over all evaluation tokens of all ranks."""
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in progress(loader, "evaluating"):
         batch = to_device(batch, device)
-        logits = engine(**sft_inputs(engine.module, batch)).logits
-        total += torch.stack(
-            [causal_lm_loss_sum(logits, batch["labels"]).double(), total.new_tensor(label_count(batch["labels"]))]
-        )
+        loss_sum = causal_lm_loss_sum(label_log_probs, sft_inputs(engine.module, batch), batch["labels"])
+        total += torch.stack([loss_sum.double(), total.new_tensor(label_count(batch["labels"]))])
     engine.train()
     loss_sum, tokens = all_reduce_sum(total.float()).tolist()
     loss = loss_sum / max(tokens, 1)
@@ -154,11 +152,12 @@ def main():
         args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.num_train_epochs * steps_per_epoch
     )
     engine = initialize(model, ds_config, optimizer, scheduler)
+    label_log_probs = LabelLogProbs(engine)
     writer = make_writer(args)
 
     def evaluate_and_report(epoch: int) -> None:
         print_rank_0(f"***** Evaluating perplexity, Epoch {epoch}/{args.num_train_epochs} *****")
-        perplexity, loss = evaluate(engine, eval_loader, device)
+        perplexity, loss = evaluate(engine, label_log_probs, eval_loader, device)
         print_rank_0(f"ppl: {perplexity}, loss: {loss}")
         writer.write(engine.global_steps, {"perplexity": perplexity, "loss": loss}, "eval")
 
@@ -179,8 +178,8 @@ def main():
                 is_last = i == len(window) - 1
                 engine.set_gradient_accumulation_boundary(is_last)
                 batch = to_device(batch, device)
-                logits = engine(**sft_inputs(engine.module, batch)).logits
-                loss = causal_lm_loss_sum(logits, batch["labels"].view(logits.shape[:2])) / max(learned, 1)
+                loss_sum = causal_lm_loss_sum(label_log_probs, sft_inputs(engine.module, batch), batch["labels"])
+                loss = loss_sum / max(learned, 1)
                 # DeepSpeed takes the mean of the ranks' gradients; the loss is already a share of the global mean.
                 engine.backward(loss * get_world_size(), scale_wrt_gas=False)
                 step_loss += loss.detach()

@@ -12,50 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+
+from utils.model.losses import gather_log_probs as gather_log_probs  # the published place of the name
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # a sum over ranks; the identity for one process
-POSITIONS_PER_CHUNK = 1024  # rows of logits [., V] upcast to fp32 at a time
 
 
 def _this_process_only(values: torch.Tensor) -> torch.Tensor:
     return values
-
-
-def _chunk_log_probs(logits, labels, temperature):
-    return -F.cross_entropy(logits.float() / temperature, labels, reduction="none")
-
-
-def gather_log_probs(logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """log p(label) under softmax(logits / temperature).
-
-    Args:
-        logits: [B, A, V] in any dtype, those that predict ``labels``; labels: [B, A].
-
-    Returns:
-        [B, A] fp32. Logits are upcast chunk by chunk, so no whole fp32 copy ever exists.
-    """
-    parts = []
-    flat_logits, flat_labels = logits.flatten(0, 1), labels.flatten()
-    for part, wanted in zip(
-        flat_logits.split(POSITIONS_PER_CHUNK), flat_labels.split(POSITIONS_PER_CHUNK), strict=True
-    ):
-        if part.requires_grad:  # recomputed in the backward pass: autograd would keep every chunk in fp32
-            parts.append(checkpoint(_chunk_log_probs, part, wanted, temperature, use_reentrant=False))
-        else:
-            parts.append(_chunk_log_probs(part, wanted, temperature))
-    return torch.cat(parts).view(labels.shape)
-
-
-@torch.no_grad()
-def entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Entropy in nats of softmax(logits / temperature): [B, A, V] -> [B, A] fp32."""
-    parts = []
-    for part in logits.flatten(0, 1).split(POSITIONS_PER_CHUNK):
-        log_probs = F.log_softmax(part.float() / temperature, dim=-1)
-        parts.append(-(log_probs.exp() * log_probs).sum(-1))
-    return torch.cat(parts).view(logits.shape[:2])
 
 
 def answer_mask(answer_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:

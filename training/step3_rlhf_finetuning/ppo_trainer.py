@@ -11,8 +11,8 @@ from training.step3_rlhf_finetuning import ppo_math
 from training.step3_rlhf_finetuning.experience import Experience
 from training.step3_rlhf_finetuning.ppo_math import gather_log_probs
 from utils.distributed import UserError, all_reduce_sum, get_world_size
-from utils.model.inputs import embedding_rows, forward_accepts, model_inputs
-from utils.model.losses import causal_lm_loss_sum, label_count
+from utils.model.inputs import embedding_rows, model_inputs
+from utils.model.losses import IGNORE_INDEX, LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.reward_model import end_scores
 from utils.utils import print_rank_0, take_step, to_device
 
@@ -35,6 +35,8 @@ class DeepSpeedPPOTrainer:
         self.tokenizer = rlhf_engine.tokenizer
         self.actor_model, self.critic_model = rlhf_engine.actor, rlhf_engine.critic
         self.ref_model, self.reward_model = rlhf_engine.ref, rlhf_engine.reward
+        self.actor_label_log_probs = LabelLogProbs(self.actor_model)
+        self.ref_label_log_probs = LabelLogProbs(self.ref_model)
         self.kl_controller = ppo_math.AdaptiveKLController(args.kl_ctl, args.kl_target, args.kl_horizon)
         self.generate_time = 0.0
         self.generated_steps = 0
@@ -65,8 +67,8 @@ class DeepSpeedPPOTrainer:
         attention_mask = torch.cat([mask, real], dim=1)
         width = answers.shape[1]
         with torch.no_grad():
-            log_probs = self._answer_log_probs(self.actor_model, input_ids, attention_mask, width)[0]
-            ref_log_probs = self._answer_log_probs(self.ref_model, input_ids, attention_mask, width)[0]
+            log_probs, _ = self._answer_log_probs(self.actor_label_log_probs, input_ids, attention_mask, width)
+            ref_log_probs, _ = self._answer_log_probs(self.ref_label_log_probs, input_ids, attention_mask, width)
             values = self._answer_values(input_ids, attention_mask, width)
             reward_values = self.reward_model(input_ids=input_ids, attention_mask=attention_mask, values_only=True)
         ended = (answers == self.tokenizer.eos_token_id).any(dim=1)
@@ -140,16 +142,20 @@ class DeepSpeedPPOTrainer:
             scores = scores - self.args.missing_eos_penalty * (~ended).float()
         return scores
 
-    def _answer_log_probs(self, engine, input_ids, attention_mask, width, with_entropy=False):
-        """Log-probs [B, A] of the last ``width`` tokens, and their entropy [B, A] or None; logits only where needed."""
-        model = engine.module
-        inputs = model_inputs(model, input_ids, attention_mask)
-        if forward_accepts(model, "logits_to_keep"):
-            inputs["logits_to_keep"] = width + 1
-        logits = engine(**inputs).logits[:, -width - 1 : -1, : len(self.tokenizer)]
-        temperature = self.args.temperature if self.args.do_sample and self.args.temperature > 0 else 1.0
-        log_probs = gather_log_probs(logits, input_ids[:, -width:], temperature)
-        return log_probs, ppo_math.entropy(logits.detach(), temperature) if with_entropy else None
+    def _answer_log_probs(self, label_log_probs: LabelLogProbs, input_ids, attention_mask, width, with_entropy=False):
+        """Log-probs [B, A] of the last ``width`` tokens, 0 at pads; and their entropies [B, A], or None."""
+        real = attention_mask[:, -width:].bool()
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        labels[:, -width:] = input_ids[:, -width:].masked_fill(~real, IGNORE_INDEX)
+        scores = label_log_probs(
+            model_inputs(label_log_probs.model, input_ids, attention_mask),
+            labels,
+            temperature=self.args.temperature if self.args.do_sample and self.args.temperature > 0 else 1.0,
+            vocabulary=len(self.tokenizer),  # rows of the embedding beyond the tokenizer are never sampled
+            with_entropy=with_entropy,
+        )
+        zeros = torch.zeros(real.shape, device=real.device)
+        return tuple(None if part is None else zeros.masked_scatter(real, part) for part in scores)
 
     def _answer_values(self, input_ids, attention_mask, width) -> torch.Tensor:
         """[B, A]: the critic's value of the state before each answer token."""
@@ -242,7 +248,7 @@ class DeepSpeedPPOTrainer:
             mask, width = batch.answer_mask, batch.answer_width
 
             log_probs, entropies = self._answer_log_probs(
-                self.actor_model, batch.input_ids, batch.attention_mask, width, with_entropy=True
+                self.actor_label_log_probs, batch.input_ids, batch.attention_mask, width, with_entropy=True
             )
             policy = self.actor_loss_fn(log_probs, batch.log_probs, batch.advantages, mask)
             actor_loss = policy.loss / tokens
@@ -302,7 +308,7 @@ class DeepSpeedPPOTrainerUnsupervised(DeepSpeedPPOTrainer):
     def _unsupervised_backward(self, micro: MicroBatch, tokens: float, is_last: bool) -> torch.Tensor:
         engine = self.actor_model
         batch = to_device(micro.unsupervised, micro.experience.input_ids.device)
-        logits = engine(**model_inputs(engine.module, batch["input_ids"], batch["attention_mask"])).logits
-        loss = causal_lm_loss_sum(logits, batch["labels"]) / tokens
+        inputs = model_inputs(engine.module, batch["input_ids"], batch["attention_mask"])
+        loss = causal_lm_loss_sum(self.actor_label_log_probs, inputs, batch["labels"]) / tokens
         self._backward(engine, self.args.unsup_coef * loss, is_last)
         return loss

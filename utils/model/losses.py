@@ -1,33 +1,200 @@
-"""Token losses, always in fp32 whatever the model's dtype."""
+"""Log-probabilities and losses of tokens, always in fp32 whatever the model's dtype.
+
+Logits are the largest tensor of training: [batch, length, vocabulary]. Here they never exist whole, in any dtype. Only
+positions with a label are looked at, chunk by chunk, and the backward pass recomputes a chunk instead of keeping it.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from utils.model.inputs import embedding_rows, model_inputs
+from utils.utils import unwrap
+
 IGNORE_INDEX = -100
-TOKENS_PER_CHUNK = 2048  # rows of logits upcast at a time
+CHUNK_BYTES = 2**27  # of fp32 logits at a time; a backward pass holds about three times that
+
+Logits = Callable[[torch.Tensor], torch.Tensor]  # [positions, hidden] -> [positions, vocabulary]
 
 
-def _chunk_loss(logits, labels):
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+def _score(hidden, labels, to_logits: Logits, temperature: float, with_entropy: bool) -> torch.Tensor:
+    """[positions, hidden] and [positions] labels -> [positions, 1 or 2] fp32: log p(label), and the entropy."""
+    logits = to_logits(hidden).float() / temperature
+    log_probs = -F.cross_entropy(logits, labels, reduction="none")
+    if not with_entropy:
+        return log_probs.unsqueeze(1)
+    with torch.no_grad():
+        all_log_probs = logits.log_softmax(dim=-1)
+        entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
+    return torch.stack([log_probs, entropy], dim=1)
 
 
-def causal_lm_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The sum of -log p(label) over all labels that are not -100, each predicted from the position before.
+def _score_in_chunks(hidden, labels, to_logits: Logits, vocabulary: int, temperature=1.0, with_entropy=False):
+    """As ``_score``, over chunks that are recomputed in the backward pass."""
+    positions = max(1, CHUNK_BYTES // (4 * vocabulary))
+    parts = []
+    for part, wanted in zip(hidden.split(positions), labels.split(positions), strict=True):
+        arguments = part, wanted, to_logits, temperature, with_entropy
+        parts.append(
+            checkpoint(_score, *arguments, use_reentrant=False) if torch.is_grad_enabled() else _score(*arguments)
+        )
+    return torch.cat(parts)
+
+
+def gather_log_probs(logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """log p(label) under softmax(logits / temperature), for logits that are there already.
 
     Args:
-        logits: [batch, length, vocabulary] in any dtype; labels: [batch, length].
+        logits: [B, A, V] in any dtype, those that predict ``labels``; labels: [B, A].
 
-    The logits are upcast in chunks that are recomputed in the backward pass, so no whole fp32 copy ever exists.
+    Returns:
+        [B, A] fp32. Logits are upcast chunk by chunk, so no whole fp32 copy ever exists.
     """
-    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    total = logits.new_zeros((), dtype=torch.float32)
-    for part, wanted in zip(logits.split(TOKENS_PER_CHUNK), labels.split(TOKENS_PER_CHUNK), strict=True):
-        if part.requires_grad:
-            total = total + checkpoint(_chunk_loss, part, wanted, use_reentrant=False)
+    scores = _score_in_chunks(logits.flatten(0, 1), labels.flatten(), nn.Identity(), logits.shape[-1], temperature)
+    return scores.view(labels.shape)
+
+
+@contextmanager
+def _forward_replaced(module, forward):
+    """While open, ``module(...)`` runs ``forward``, between the same hooks (ZeRO-3's, say) as ever."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
         else:
-            total = total + _chunk_loss(part, wanted)
-    return total
+            module.forward = own
+
+
+@contextmanager
+def _outputs_kept(module):
+    """Yields a list to which every call of ``module`` adds its output, as its hooks have left it."""
+    kept = []
+    handle = module.register_forward_hook(lambda _module, _arguments, output: kept.append(output))
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _logits_replaced(model, replacement):
+    """While open, ``model(...)`` puts out ``replacement(logits)``; DeepSpeed's hooks, which come later, see that."""
+
+    def replace(_model, _arguments, output):
+        output.logits = replacement(output.logits)
+
+    handle = model.register_forward_hook(replace, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _after_head(model, head) -> Logits | None:
+    """What the family's forward does to the head's output: nothing, a factor (Cohere, Granite), a soft cap (Gemma 2).
+
+    Found by letting the head put out known numbers x and looking at what comes out of the model: x, s x, or
+    c tanh(s x / c). None if it is something else, or if the model does not call its head.
+    """
+    if head is None:
+        return None
+    probe = torch.linspace(-200, 200, embedding_rows(model), device=model.device)
+    probe[0], probe[1] = 1e-3, 1e6
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    was_training = model.training
+    model.eval()
+    with _forward_replaced(head, lambda hidden: probe.expand(*hidden.shape[:-1], -1).clone()):
+        logits = model(**model_inputs(model, ids, torch.ones_like(ids))).logits[0, -1].float()
+    model.train(was_training)
+    if logits.shape != probe.shape:
+        return None
+    scale, limit = (logits[0] / probe[0]).item(), logits[1].item()
+    capped = abs(limit) < 0.5 * abs(scale * probe[1].item())
+
+    def after(x):
+        x = x if abs(scale - 1) < 1e-5 else x * scale
+        return limit * torch.tanh(x / limit) if capped else x
+
+    return after if torch.allclose(after(probe), logits, rtol=1e-3, atol=1e-6) else None
+
+
+class LabelLogProbs:
+    """log p(label) from a causal language model, at the positions that have a label.
+
+    The model runs as its family wrote it, inside its engine; for the time of a call its head puts out scores of labels
+    instead of logits. So ZeRO-3 gathers the head's weights once per pass as ever, and LoRA on the head counts. A family
+    that does something unknown to its logits has them computed whole, and upcast in chunks.
+
+    Args:
+        engine: a DeepSpeed engine around a causal language model, or such a model. Under ZeRO-3 all ranks must make
+            one together, because the model is run once.
+    """
+
+    def __init__(self, engine):
+        self.engine, self.model = engine, unwrap(engine)
+        # Read once: ZeRO-3 takes a weight that is touched inside the head's forward for one the head needs.
+        self.rows = embedding_rows(self.model)
+        self.head = self.model.get_output_embeddings()
+        self.after_head = _after_head(self.model, self.head)
+
+    def __call__(self, inputs: dict, labels, temperature: float = 1.0, vocabulary=None, with_entropy: bool = False):
+        """Run the model and score the labels.
+
+        Args:
+            inputs: keyword arguments of the model's forward.
+            labels: in the shape of input_ids; each is predicted from the position before, -100 is none.
+            vocabulary: how many entries, from the first on, have a probability; None for all.
+
+        Returns:
+            log-probs of the labels that are not -100, row by row, fp32; and as many entropies in nats of the
+            distributions that gave them, or None.
+        """
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        wanted = targets != IGNORE_INDEX
+
+        def scores(states, to_logits):
+            states = states[:, -targets.shape[1] :]  # a soft prompt stands in front of the tokens and has no labels
+            return _score_in_chunks(
+                states[wanted],
+                targets[wanted],
+                lambda part: to_logits(part)[..., :vocabulary],
+                self.rows,
+                temperature,
+                with_entropy,
+            ).unsqueeze(0)
+
+        if self.after_head is None:
+            with _logits_replaced(self.model, lambda logits: scores(logits, nn.Identity())):
+                output = self.engine(**inputs)
+        else:
+            head_forward, after_head = self.head.forward, self.after_head
+
+            def scoring_head(states):
+                return scores(states, lambda part: after_head(head_forward(part).float()))
+
+            with (
+                _forward_replaced(self.head, scoring_head),
+                _outputs_kept(self.head) as kept,
+                # The family has scaled the scores as if they were logits: take them as the head put them out.
+                _logits_replaced(self.model, lambda _: kept.pop()),
+            ):
+                output = self.engine(**inputs)
+        result = output.logits[0]
+        return result[:, 0], result[:, 1].detach() if with_entropy else None
+
+
+def causal_lm_loss_sum(label_log_probs: LabelLogProbs, inputs: dict, labels: torch.Tensor) -> torch.Tensor:
+    """The sum of -log p(label) over all labels that are not -100, each predicted from the position before."""
+    log_probs, _ = label_log_probs(inputs, labels.view_as(inputs["input_ids"]))
+    return -log_probs.sum()
 
 
 def label_count(labels: torch.Tensor) -> int:
