@@ -1,6 +1,7 @@
 """Tiny tokenizers, models and data made in the test process; nothing is downloaded and nothing needs a GPU."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -181,6 +182,25 @@ def run_step(monkeypatch):
         module.main()
 
     return run
+
+
+def slow_pair_loss(chosen_values, rejected_values, chosen, rejected, kind, margin, center_coef):
+    """The reward model's loss of one pair, token by token in Python numbers: an independent reference.
+
+    *_values: of each answer's own tokens, without padding; chosen, rejected: their ids.
+    """
+    if chosen == rejected:
+        return 0.0
+    longest, both = max(len(chosen), len(rejected)), min(len(chosen), len(rejected))
+    start = next((i for i in range(both) if chosen[i] != rejected[i]), both)
+    terms = []
+    for i in range(start, longest):
+        chosen_value = chosen_values[min(i, len(chosen) - 1)]  # the shorter answer keeps its end score
+        rejected_value = rejected_values[min(i, len(rejected) - 1)]
+        terms.append(math.log1p(math.exp(-(chosen_value - rejected_value - margin))))
+    if kind == "end_token":
+        terms = terms[-1:]  # there both stand at their ends
+    return sum(terms) / len(terms) + center_coef * (chosen_values[-1] + rejected_values[-1]) ** 2
 
 
 def read_metrics(folder: Path, prefix: str = "train") -> list[dict]:

@@ -2,14 +2,18 @@
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import STEPS, launch, make_model, read_metrics, run_command
+from conftest import STEPS, launch, make_model, read_metrics, run_command, slow_pair_loss, write_pairs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from utils.data.data_utils import create_prompt_dataset
+from utils.utils import load_hf_tokenizer
 
 COMMON = ["--data_split", "1,1,1", "--dtype", "fp32", "--max_train_samples", "16", "--max_eval_samples", "8"]
 ROWS = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--max_seq_len", "48"]
@@ -137,7 +141,65 @@ def test_step_2_prints_its_lines_and_its_model_scores_in_plain_transformers(rewa
     model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert model.config.num_labels == 1
-    assert model.config.reward_score_std > 0
+
+
+def _plain_values(folder, rows):
+    """fp32 values at every token of rows of ids, one row at a time, by plain transformers."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden = [model.base_model(torch.tensor([row])).last_hidden_state[0] for row in rows]
+        return [model.score(states).flatten().tolist() for states in hidden]
+
+
+def _held_out_pairs(folder, pairs_folder, cache_folder):
+    """Chosen and rejected ids of the rows that step 2 evaluates on under COMMON and ROWS."""
+    tokenizer, limits = load_hf_tokenizer(folder), dict(max_train_samples=16, max_eval_samples=8)
+    place = (0, [str(pairs_folder)], "1,1,1", str(cache_folder))
+    _, rows = create_prompt_dataset(*place, 2, 1234, tokenizer, 48, **limits)
+    return [row["chosen_ids"] for row in rows], [row["rejected_ids"] for row in rows]
+
+
+def test_step_2_saves_mean_and_std_of_its_held_out_scores_over_all_ranks(reward, pairs_folder, cache_folder):
+    folder, _ = reward
+    chosen, rejected = _held_out_pairs(folder, pairs_folder, cache_folder)
+    assert len(chosen) % 2 == 1, "one of the two ranks should have a filler"
+    scores = [values[-1] for values in _plain_values(folder, chosen + rejected)]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["reward_score_mean"] == pytest.approx(statistics.fmean(scores), abs=1e-5)
+    assert config["reward_score_std"] == pytest.approx(statistics.pstdev(scores), rel=1e-4)
+    last = read_metrics(folder, "eval")[-1]
+    won = sum(c > r for c, r in zip(scores[: len(chosen)], scores[len(chosen) :], strict=True))
+    assert last["eval/accuracy"] == pytest.approx(won / len(chosen))
+    assert last["eval/pairs"] == len(chosen)
+
+
+@pytest.mark.parametrize("kind", ["per_token", "end_token"])
+def test_the_loss_flags_of_step_2_are_those_of_the_formula(
+    reward, run_step, pairs_folder, cache_folder, tmp_path, kind
+):
+    arguments = [*_data(pairs_folder, cache_folder), *ROWS, "--model_name_or_path", reward[0], "--dropout", 0]
+    flags = ["--rm_loss", kind, "--rm_margin", 0.5, "--rm_center_coef", 0.1]
+    run_step(2, [*arguments, *flags, "--output_dir", tmp_path])
+    chosen, rejected = _held_out_pairs(reward[0], pairs_folder, cache_folder)
+    values = _plain_values(reward[0], chosen), _plain_values(reward[0], rejected)
+    expected = [slow_pair_loss(*pair, kind, 0.5, 0.1) for pair in zip(*values, chosen, rejected, strict=True)]
+    # Before the first step the model is the one it started from, trained head included.
+    assert read_metrics(tmp_path, "eval")[0]["eval/loss"] == pytest.approx(statistics.fmean(expected), rel=1e-4)
+
+
+def test_step_2_counts_identical_pairs_aloud(run_step, model_folder, cache_folder, tmp_path, capsys):
+    for split in ("train", "eval"):
+        write_pairs(tmp_path / f"{split}.jsonl", 6)
+        row = {"prompt": " Human: hi Assistant:", "chosen": " same.", "rejected": " same."}
+        with open(tmp_path / f"{split}.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+    arguments = ["--data_path", tmp_path, "--data_output_path", cache_folder, "--data_split", "0,1,0"]
+    run_step(2, [*arguments, "--dtype", "fp32", "--model_name_or_path", model_folder, "--max_seq_len", 48])
+    console = capsys.readouterr().out
+    for split in ("train", "eval"):
+        assert re.search(rf"^data \({split}\): .*1 pairs dropped, their answers being identical", console, re.M), (
+            console
+        )
 
 
 @pytest.mark.parametrize(("launcher", "ranks", "stage"), [("deepspeed", 2, 3), ("python", 1, 0)])

@@ -31,6 +31,7 @@ from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_wo
 from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, initialize, merge_config_file, with_batch_sizes
 from utils.metrics import make_writer
 from utils.model.model_utils import adapt_model, create_critic_model
+from utils.model.reward_model import pair_accuracy
 from utils.perf import Stopwatch, print_throughput
 from utils.utils import (
     get_optimizer_grouped_parameters,
@@ -59,6 +60,19 @@ def build_parser():
         help="compare the pair at every token from where it differs (published), or at its ends (InstructGPT)",
     )
     group.add_argument(
+        "--rm_margin",
+        type=arguments.non_negative_float,
+        default=0.0,
+        help="margin subtracted from chosen - rejected inside the sigmoid, in units of the score (Llama 2); 0 for off",
+    )
+    group.add_argument(
+        "--rm_center_coef",
+        type=arguments.non_negative_float,
+        default=0.0,
+        help="weight of (chosen + rejected end score)^2 in the loss, which keeps the scores around 0, as in 0.01; "
+        "0 for off",
+    )
+    group.add_argument(
         "--eval_interval", type=int, default=0, help="evaluate every so many optimizer steps; 0 after epochs only"
     )
     group.add_argument("--eval_iters", type=int, default=100, help="evaluation batches per rank; 0 for all")
@@ -67,24 +81,27 @@ def build_parser():
 
 @torch.no_grad()
 def evaluate(engine, loader, device, iterations: int) -> dict[str, float]:
-    """Accuracy, mean chosen and rejected score, and mean and std of all scores, over all ranks' pairs."""
+    """Means over all ranks' pairs: loss, accuracy (a tie is half right), scores; mean and std of all their scores."""
     engine.eval()
-    sums = torch.zeros(6, device=device)  # pairs, right ones, chosen, rejected, all scores, their squares
+    # pairs, loss, right ones, chosen, rejected, all scores, their squares; fp64, since the std is a small difference
+    sums = torch.zeros(7, device=device, dtype=torch.float64)
     total = min(len(loader), iterations or len(loader))
     for i, batch in enumerate(progress(loader, "evaluating", total)):
         if i == total:
             break
         batch = to_device(batch, device)
-        outputs, weights = engine(**batch), batch["pair_weights"]
-        chosen, rejected = outputs["chosen_mean_scores"].float(), outputs["rejected_mean_scores"].float()
-        rows = [weights, (chosen > rejected) * weights, chosen * weights, rejected * weights]
+        outputs, weights = engine(**batch), batch["pair_weights"].double()
+        chosen, rejected = outputs["chosen_mean_scores"].double(), outputs["rejected_mean_scores"].double()
+        rows = [weights, pair_accuracy(chosen, rejected) * weights, chosen * weights, rejected * weights]
         rows += [(chosen + rejected) * weights, (chosen**2 + rejected**2) * weights]
-        sums += torch.stack([row.sum() for row in rows])
+        pairs, *others = [row.sum() for row in rows]
+        sums += torch.stack([pairs, outputs["loss"].double(), *others])
     engine.train()
-    pairs, right, chosen, rejected, scores, squares = all_reduce_sum(sums).tolist()
+    pairs, loss, right, chosen, rejected, scores, squares = all_reduce_sum(sums).tolist()
     pairs = max(pairs, 1)
     mean = scores / (2 * pairs)
     return {
+        "loss": loss / pairs,
         "accuracy": right / pairs,
         "chosen_score": chosen / pairs,
         "rejected_score": rejected / pairs,
@@ -140,6 +157,8 @@ def main():
         attn_implementation=args.attn_implementation,
         trust_remote_code=args.trust_remote_code,
         rm_loss=args.rm_loss,
+        rm_margin=args.rm_margin,
+        rm_center_coef=args.rm_center_coef,
     )
     adapt_model(model, args, gradient_checkpointing=args.gradient_checkpointing, keep_trainable=["v_head.weight"])
     groups = get_optimizer_grouped_parameters(model, args.weight_decay, args.lora_learning_rate)
@@ -186,8 +205,9 @@ def main():
                 loss = outputs["loss"] / pairs
                 # DeepSpeed takes the mean of the ranks' gradients; the loss is already a share of the global mean.
                 engine.backward(loss * get_world_size(), scale_wrt_gas=False)
-                margin = (outputs["chosen_mean_scores"] - outputs["rejected_mean_scores"]).detach() * weights
-                sums += torch.stack([loss.detach(), (margin > 0).sum() / pairs, margin.sum() / pairs])
+                chosen, rejected = outputs["chosen_mean_scores"].detach(), outputs["rejected_mean_scores"].detach()
+                right, margin = pair_accuracy(chosen, rejected) * weights, (chosen - rejected) * weights
+                sums += torch.stack([loss.detach(), right.sum() / pairs, margin.sum() / pairs])
                 if is_last:
                     mean_loss, accuracy, mean_margin = all_reduce_sum(sums).tolist()
                     if not math.isfinite(mean_loss):

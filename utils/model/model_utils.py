@@ -137,6 +137,8 @@ def create_critic_model(
     attn_implementation=None,
     trust_remote_code=False,
     rm_loss="per_token",
+    rm_margin=0.0,
+    rm_center_coef=0.0,
 ):
     """A decoder with a value head: a fresh head for step 2, the trained one for step 3 (``rlhf_training``).
 
@@ -160,7 +162,16 @@ def create_critic_model(
             f"{model_name_or_path!r} holds no reward model: there is no score.weight among its weights. "
             "Train one with step 2 and give its output folder."
         )
-    return RewardModel(base, tokenizer, num_padding_at_beginning, compute_fp32_loss, rm_loss=rm_loss, value_head=head)
+    return RewardModel(
+        base,
+        tokenizer,
+        num_padding_at_beginning,
+        compute_fp32_loss,
+        rm_loss=rm_loss,
+        rm_margin=rm_margin,
+        rm_center_coef=rm_center_coef,
+        value_head=head,
+    )
 
 
 def causal_lm_model_to_fp32_loss(model):

@@ -43,13 +43,24 @@ def end_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tens
 
 
 def pairwise_loss(
-    chosen_values, rejected_values, chosen_ids, rejected_ids, chosen_mask, rejected_mask, kind="per_token"
+    chosen_values,
+    rejected_values,
+    chosen_ids,
+    rejected_ids,
+    chosen_mask,
+    rejected_mask,
+    kind="per_token",
+    margin=0.0,
+    center_coef=0.0,
 ):
-    """-log sigmoid(chosen - rejected), one number per pair.
+    """-log sigmoid(chosen - rejected - margin) + center_coef * (chosen_end + rejected_end)^2, one number per pair.
 
     ``end_token`` compares the two end scores (InstructGPT, https://arxiv.org/abs/2203.02155, eq. 1). ``per_token``
     is the mean over the positions from the first token in which the two differ to the end of the longer one; the
-    shorter one keeps its end score there, so that no pad is ever looked at.
+    shorter one keeps its end score there, so that no pad is ever looked at. The margin is that of Llama 2
+    (https://arxiv.org/abs/2307.09288, eq. 2), one number for all pairs. The loss knows differences only, so that all
+    scores could drift together; the penalty on the end scores' sum keeps their mean near 0 (Eisenstein et al., 2023,
+    https://arxiv.org/abs/2312.09244, section 3).
 
     Args:
         *_values: [pairs, length] fp32; *_ids, *_mask: [pairs, length], right-padded.
@@ -58,19 +69,26 @@ def pairwise_loss(
         [pairs]; exactly 0 with no gradient where the two sequences are identical.
     """
     chosen_end, rejected_end = end_indices(chosen_mask), end_indices(rejected_mask)
+    chosen_score, rejected_score = end_scores(chosen_values, chosen_mask), end_scores(rejected_values, rejected_mask)
     differs = (chosen_ids != rejected_ids) | (chosen_mask != rejected_mask)
-    different_pair = differs.any(dim=1)
     if kind == "end_token":
-        margin = end_scores(chosen_values, chosen_mask) - end_scores(rejected_values, rejected_mask)
-        return torch.where(different_pair, -F.logsigmoid(margin), margin.new_zeros(()))
-    positions = torch.arange(chosen_ids.shape[1], device=chosen_ids.device).expand_as(chosen_ids)
-    chosen_at = chosen_values.gather(1, torch.minimum(positions, chosen_end.unsqueeze(1)))
-    rejected_at = rejected_values.gather(1, torch.minimum(positions, rejected_end.unsqueeze(1)))
-    first_difference = differs.long().argmax(dim=1, keepdim=True)
-    last = torch.maximum(chosen_end, rejected_end).unsqueeze(1)
-    counted = ((positions >= first_difference) & (positions <= last) & different_pair.unsqueeze(1)).float()
-    loss = -F.logsigmoid(chosen_at - rejected_at)
-    return (loss * counted).sum(1) / counted.sum(1).clamp(min=1)
+        loss = -F.logsigmoid(chosen_score - rejected_score - margin)
+    else:
+        positions = torch.arange(chosen_ids.shape[1], device=chosen_ids.device).expand_as(chosen_ids)
+        chosen_at = chosen_values.gather(1, torch.minimum(positions, chosen_end.unsqueeze(1)))
+        rejected_at = rejected_values.gather(1, torch.minimum(positions, rejected_end.unsqueeze(1)))
+        first_difference = differs.long().argmax(dim=1, keepdim=True)
+        last = torch.maximum(chosen_end, rejected_end).unsqueeze(1)
+        counted = ((positions >= first_difference) & (positions <= last)).float()
+        loss = (-F.logsigmoid(chosen_at - rejected_at - margin) * counted).sum(1) / counted.sum(1)
+    loss = loss + center_coef * (chosen_score + rejected_score) ** 2
+    return torch.where(differs.any(dim=1), loss, loss.new_zeros(()))
+
+
+def pair_accuracy(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
+    """[pairs] -> [pairs]: 1 where the chosen answer scores higher, 0 where it scores lower, one half for a tie."""
+    margin = chosen_scores - rejected_scores
+    return torch.heaviside(margin, margin.new_tensor(0.5))
 
 
 class RewardModel(nn.Module):
@@ -80,7 +98,7 @@ class RewardModel(nn.Module):
         base_model: the decoder without its language-model head, as AutoModel makes it.
         num_padding_at_beginning: accepted for old command lines and ignored: masks tell where a row ends.
         compute_fp32_loss: values and loss are always fp32 here; accepted for old callers.
-        rm_loss: "per_token" or "end_token", see ``pairwise_loss``.
+        rm_loss: "per_token" or "end_token"; rm_margin, rm_center_coef: 0 to turn off; see ``pairwise_loss``.
         value_head: weights [1, hidden] of a trained head; None for a fresh one.
     """
 
@@ -91,13 +109,15 @@ class RewardModel(nn.Module):
         num_padding_at_beginning=0,
         compute_fp32_loss=False,
         rm_loss="per_token",
+        rm_margin=0.0,
+        rm_center_coef=0.0,
         value_head=None,
     ):
         super().__init__()
         self.config = base_model.config
         self.rwtransformer = base_model
         self.PAD_ID = tokenizer.pad_token_id
-        self.rm_loss = rm_loss
+        self.rm_loss, self.rm_margin, self.rm_center_coef = rm_loss, rm_margin, rm_center_coef
         # OPT-350m's blocks are wider than what its decoder puts out.
         hidden_size = getattr(self.config, "word_embed_proj_dim", None) or self.config.get_text_config().hidden_size
         self.v_head = ValueHead(hidden_size, base_model.dtype)  # ZeRO-3 wants one dtype; its master copy is fp32
@@ -151,6 +171,8 @@ class RewardModel(nn.Module):
             attention_mask[:pairs],
             attention_mask[pairs:],
             kind=self.rm_loss,
+            margin=self.rm_margin,
+            center_coef=self.rm_center_coef,
         )
         scores = end_scores(values, attention_mask)
         return {
