@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import subprocess
 import sys
@@ -23,11 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from evaluation_scripts import prompt_eval, rw_eval
+from evaluation_scripts import prompt_eval
 from evaluation_scripts.prompts import PROMPTS, read_prompts
 from inference import chatbot
 from utils.data import prompt_format as pf
-from utils.data.encoding import REWARD, RewardRows, TokenRules
 from utils.distributed import UserError
 from utils.generation import LanguageModel, find_stop_ids, generate_answers, load_language_model, up_to_stop
 
@@ -562,116 +560,6 @@ def test_a_row_without_a_prompt_is_named(tmp_path):
     path.write_text('{"prompt": "a"}\n{"question": "b"}\n')
     with pytest.raises(UserError, match=r"line 2.*'prompt'"):
         read_prompts(str(path))
-
-
-# ---------------------------------------------------------------- reward scores
-
-
-@pytest.fixture(scope="module")
-def reward(folders):
-    return rw_eval.load_reward_model(folders["reward"], reward_args(folders))
-
-
-def reward_args(folders, *more):
-    return rw_eval.parse_args(["--model_name_or_path", folders["reward"], "--device", "cpu", *more])
-
-
-def encoded_pair(tokenizer, prompt, chosen, rejected, max_seq_len=512, style="plain"):
-    """The two rows of a pair."""
-    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    rules = TokenRules(REWARD, max_seq_len, chat_template=style == "chat_template")
-    return rw_eval.encode_pair(pair, RewardRows(None, tokenizer, rules), style)[0]
-
-
-def test_scores_are_those_of_a_plain_forward_whatever_the_padding(reward):
-    tokenizer, model = reward
-    texts = ["short", "a somewhat longer prompt", "the longest of the three prompts, by far"]
-    rows = [encoded_pair(tokenizer, text, "yes", "no")[0] for text in texts]
-    with torch.no_grad():
-        direct = [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
-    assert len(set(direct)) == 3
-    assert rw_eval.score_rows(model, rows, 1) == pytest.approx(direct, abs=1e-5)
-    assert rw_eval.score_rows(model, rows, 3, pad_id=PAD) == pytest.approx(direct, abs=1e-5)
-    assert rw_eval.score_rows(model, rows, 3, pad_id=77) == pytest.approx(direct, abs=1e-5)
-
-
-def test_scored_answers_end_with_one_eos_and_begin_with_one_blank(reward):
-    tokenizer, _ = reward
-    for ids in encoded_pair(tokenizer, "q", "fine", "  fine\n"):
-        assert ids.count(EOS) == 1 and ids[-1] == EOS
-        assert tokenizer.decode(ids[1:-1]) == " Human: q Assistant: fine"
-
-
-def test_a_row_in_the_datasets_form_is_scored_as_it_stands(reward):
-    tokenizer, _ = reward
-    prompt = "\n\nHuman: q\n\nAssistant:"
-    chosen, _ = encoded_pair(tokenizer, prompt, " a \n", " b")
-    assert tokenizer.decode(chosen[1:-1]) == prompt + " a \n"
-
-
-def test_a_chat_template_brings_its_own_bos_and_no_second_one():
-    templated = make_tokenizer()
-    templated.chat_template = CHAT_TEMPLATE
-    chosen, _ = encoded_pair(templated, "q", "a", "b", style="chat_template")
-    assert templated.decode(chosen) == "<s><user>q</s><assistant>a</s>"
-
-
-def test_too_long_a_pair_loses_the_beginning_of_its_prompt(folders, reward, capsys):
-    tokenizer, model = reward
-    pair = {"prompt": "x" * 100, "chosen": "good", "rejected": "bad"}
-    chosen, rejected = encoded_pair(tokenizer, **pair, max_seq_len=40)
-    assert len(chosen) == 40
-    prompt_end = "x" * 22 + " Assistant:"  # of both, so that they stay comparable
-    assert [tokenizer.decode(ids[1:]) for ids in (chosen, rejected)] == [
-        prompt_end + " good</s>",
-        prompt_end + " bad</s>",
-    ]
-    [score] = rw_eval.score_pairs(model, tokenizer, [pair], reward_args(folders, "--max_seq_len", "40"))
-    expected = rw_eval.score_rows(model, [chosen, rejected], 1)
-    assert [score.chosen, score.rejected] == pytest.approx(expected, abs=1e-5)
-    assert "1 of 1 pairs are longer than 40 tokens" in capsys.readouterr().err
-
-
-def test_pairs_of_a_file_are_scored_and_written(folders, tmp_path, capsys):
-    pairs = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"\n\nHuman: {i}\n\nAssistant:", "chosen": " yes", "rejected": " no"} for i in range(5)]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    output = tmp_path / "scores.jsonl"
-    flags = ["--pairs_file", str(pairs), "--output", str(output), "--num_padding_at_beginning", "1"]
-    rw_eval.main(["--model_name_or_path", folders["reward"], "--device", "cpu", *flags])
-    printed = capsys.readouterr()
-    assert printed.err.count("--num_padding_at_beginning has no effect") == 1
-    written = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
-    correct = sum(row["chosen_score"] > row["rejected_score"] for row in written)
-    assert f"({correct} of 5 pairs" in printed.out
-    assert "95 % interval" in printed.out and "chosen scores: mean" in printed.out
-
-
-def test_a_language_model_is_no_reward_model_and_its_missing_head_is_named(folders):
-    with pytest.raises(UserError, match=r"lacks weights.*score\.weight"):
-        rw_eval.main(["--model_name_or_path", folders["trained"], "--device", "cpu"])
-
-
-def test_a_pair_without_a_rejected_answer_is_named(folders, tmp_path):
-    path = tmp_path / "pairs.json"
-    path.write_text(json.dumps([{"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p", "chosen": "c"}]))
-    with pytest.raises(UserError, match=r"row 2.*'rejected'"):
-        rw_eval.main(["--model_name_or_path", folders["reward"], "--pairs_file", str(path)])
-
-
-def test_scores_that_are_no_numbers_are_an_error(folders, reward, monkeypatch):
-    tokenizer, model = reward
-    monkeypatch.setattr(rw_eval, "score_rows", lambda *args: [0.0, math.nan])
-    with pytest.raises(UserError, match="pair 1 has the score nan"):
-        pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
-        rw_eval.score_pairs(model, tokenizer, [pair], reward_args(folders))
-
-
-def test_the_wilson_interval_has_its_known_values():
-    assert rw_eval.wilson_interval(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
-    assert rw_eval.wilson_interval(0, 10) == pytest.approx((0.0, 0.278), abs=1e-3)
-    assert rw_eval.wilson_interval(10, 10)[1] == 1.0
 
 
 @pytest.mark.parametrize("script", ["run_prompt.sh", "run_rw_eval.sh"])
