@@ -203,18 +203,18 @@ class _FixedScores:
 
 
 def test_an_evaluation_leaves_fillers_out_and_counts_a_tie_half():
-    first = dict(chosen=[1001.0, 1002.0], rejected=[1000.0, 1003.0], pair_weights=[1.0, 1.0])
-    second = dict(chosen=[1004.0, 7.0], rejected=[1004.0, -9.0], pair_weights=[1.0, 0.0])
+    first = dict(chosen=[30001.0, 30002.0], rejected=[30000.0, 30003.0], pair_weights=[1.0, 1.0])
+    second = dict(chosen=[30004.0, 7.0], rejected=[30004.0, -9.0], pair_weights=[1.0, 0.0])
     batches = [{name: torch.tensor(values) for name, values in batch.items()} for batch in (first, second)]
-    scores = [1001.0, 1002.0, 1004.0, 1000.0, 1003.0, 1004.0]
+    scores = [30001.0, 30002.0, 30004.0, 30000.0, 30003.0, 30004.0]
     expected = {
         "loss": (1 + 2 + 1) / 3,
         "accuracy": (1 + 0 + 0.5) / 3,
-        "chosen_score": 3007 / 3,
-        "rejected_score": 3007 / 3,
+        "chosen_score": 90007 / 3,
+        "rejected_score": 90007 / 3,
         "score_mean": statistics.fmean(scores),
         "score_std": statistics.pstdev(scores),  # in fp32 sums of squares of this size would lose it
         "pairs": 3,
     }
-    assert evaluate(_FixedScores(), batches, "cpu", 0) == pytest.approx(expected, rel=1e-9)
+    assert evaluate(_FixedScores(), batches, "cpu", 0) == pytest.approx(expected, rel=1e-6)
     assert evaluate(_FixedScores(), batches, "cpu", 1)["pairs"] == 2
