@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Scores of a reward model for pairs of answers.
-#   bash run_rw_eval.sh REWARD_MODEL [flags of rw_eval.py, e.g. --pairs_file pairs.jsonl]
+#   bash run_rw_eval.sh REWARD_MODEL [flags of rw_eval.py, e.g. --data_path pairs.jsonl]
 set -euo pipefail
 
 if [ "$#" -lt 1 ]; then

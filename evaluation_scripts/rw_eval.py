@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation_scripts.prompts import PAIRS, check_writable, write_jsonl
 from utils.data.batching import pad_rows
 from utils.data.encoding import REWARD, RewardRows, TokenRules
-from utils.data.prompt_format import CHAT_TEMPLATE, format_answer, prompt_from_text
+from utils.data.prompt_format import CHAT_TEMPLATE, PLAIN, format_answer, is_formatted, prompt_from_text
 from utils.data.raw_datasets import EVAL_SPLITS, RowReport, SkipRow, text
 from utils.data.readers import DataError, Rows, no_such_columns, open_splits
 from utils.distributed import UserError, run_main
@@ -85,7 +85,9 @@ def parse_args(argv=None):
     )
     ours.add_argument("--show", type=int, default=20, help="rows in the printed table; 0 for no table (20)")
     ours.add_argument("--output", metavar="JSONL", help="write every row with its scores to this file (default: none)")
-    add_loading_arguments(parser)
+    add_loading_arguments(
+        parser, None, "default: rows of --data_path as they stand, as step 2 trains on them, and built-in pairs plain"
+    )
     return parser.parse_args(argv)
 
 
@@ -127,6 +129,12 @@ def read_records(args) -> list[Record]:
         raise UserError(str(error)) from error
     if report.skipped:
         warn(str(report))
+    bare = sum(not is_formatted(record["prompt"]) for record in records)
+    if bare and args.prompt_style is None:
+        warn(
+            f"{bare} of {len(records)} prompts are no ' Human: ... Assistant:' text; they are scored as they stand, as "
+            "step 2 trains on them. --prompt_style plain, hh or chat_template writes them in a form"
+        )
     return records
 
 
@@ -135,18 +143,19 @@ def answers_of(record: Record) -> tuple[str, ...]:
     return PAIR if "chosen" in record else SINGLE
 
 
-def record_texts(record: Record, tokenizer, style: str) -> tuple[str, list[str]]:
-    """The prompt, and the prompt with each of its answers, as training writes them."""
-    prompt = prompt_from_text(record["prompt"], style, tokenizer)
-    answers = [record[name] for name in answers_of(record)]
-    # A row in the form of the datasets was trained on as it stands, blanks at the end included.
-    as_trained = prompt == record["prompt"] and all(answer.startswith(" ") for answer in answers)
-    if not as_trained:
-        answers = [format_answer(answer, style) for answer in answers]
+def record_texts(record: Record, tokenizer, style: str | None) -> tuple[str, list[str]]:
+    """The prompt, and the prompt with each of its answers; style None leaves both as they stand."""
+    prompt, answers = record["prompt"], [record[name] for name in answers_of(record)]
+    if style is not None:
+        prompt = prompt_from_text(prompt, style, tokenizer)
+        # A row in the form of the datasets was trained on as it stands, blanks at the end included.
+        as_trained = prompt == record["prompt"] and all(answer.startswith(" ") for answer in answers)
+        if not as_trained:
+            answers = [format_answer(answer, style) for answer in answers]
     return prompt, [prompt + answer for answer in answers]
 
 
-def encode_record(record: Record, rows: RewardRows, style: str) -> tuple[list[list[int]], bool]:
+def encode_record(record: Record, rows: RewardRows, style: str | None) -> tuple[list[list[int]], bool]:
     """Token ids of the prompt with each of its answers, each with one EOS at its end, and whether they were cut.
 
     By the rules of training: both lose the same beginning of the prompt; what is still too long loses its end.
@@ -208,12 +217,13 @@ def score_records(judge: Judge, records: list[Record], args) -> list[tuple[float
     if limit < args.max_seq_len:
         warn(f"--max_seq_len {args.max_seq_len}: the model holds {limit} tokens, so {limit} it is")
     max_seq_len = min(limit, args.max_seq_len)
-    rules = TokenRules(REWARD, max_seq_len, chat_template=args.prompt_style == CHAT_TEMPLATE)
+    style = args.prompt_style or (PLAIN if args.data_path is None else None)
+    rules = TokenRules(REWARD, max_seq_len, chat_template=style == CHAT_TEMPLATE)
     row_maker = RewardRows(None, judge.tokenizer, rules)
     try:
-        encoded = [encode_record(record, row_maker, args.prompt_style) for record in records]
+        encoded = [encode_record(record, row_maker, style) for record in records]
     except ValueError as error:
-        raise UserError(f"a prompt cannot be written in the style {args.prompt_style}: {error}") from error
+        raise UserError(f"a prompt cannot be written in the style {style}: {error}") from error
     rows = [ids for answers, _ in encoded for ids in answers]
     check_known_ids(judge, rows)
     num_cut = sum(was_cut for _, was_cut in encoded)

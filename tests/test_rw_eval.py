@@ -83,6 +83,23 @@ def test_a_row_in_the_datasets_form_is_scored_as_it_stands(judge):
     assert judge.tokenizer.decode(chosen[1:-1]) == DATASET_FORM["prompt"] + " a \n"
 
 
+def test_rows_of_a_file_stand_as_they_are_unless_a_style_is_asked_for(folder, judge, tmp_path, capsys, monkeypatch):
+    path = write_rows(tmp_path / "pairs.jsonl", [pair("a question ", "yes", "no ")])
+    seen = []
+    monkeypatch.setattr(rw_eval, "score_rows", lambda model, rows, size: seen.extend(rows) or [0.0] * len(rows))
+
+    def texts(*flags):
+        seen.clear()
+        evaluate(folder, "--data_path", path, *flags)
+        return [judge.tokenizer.decode(ids, skip_special_tokens=True) for ids in seen]
+
+    assert texts() == ["a question yes", "a question no "]
+    assert "scored as they stand" in capsys.readouterr().err
+    assert texts("--prompt_style", "plain") == [f" Human: a question Assistant: {word}" for word in ("yes", "no")]
+    assert texts("--prompt_style", "hh") == [f"\n\nHuman: a question\n\nAssistant: {word}" for word in ("yes", "no")]
+    assert "scored as they stand" not in capsys.readouterr().err
+
+
 def test_a_single_answer_has_the_score_it_has_in_a_pair(folder, judge):
     pairs = [DATASET_FORM, pair("x" * 300)]  # the second one is cut
     singles = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in pairs]
@@ -168,10 +185,11 @@ def test_single_answers_of_a_folder_s_split_by_their_columns(folder, judge, tmp_
     evaluate(folder, "--data_path", tmp_path, *columns, "--output", output)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["test 0", "test 1", "test 2"]
-    direct = rw_eval.score_rows(judge.model, [encoded(judge.tokenizer, row)[0] for row in rows], 1)
+    direct = rw_eval.score_rows(judge.model, [encoded(judge.tokenizer, row, style=None)[0] for row in rows], 1)
     assert [row["score"] for row in rows] == pytest.approx(direct, abs=1e-5)
-    printed = capsys.readouterr().out
-    assert "accuracy" not in printed and "all scores mean" in printed
+    printed = capsys.readouterr()
+    assert "accuracy" not in printed.out and "all scores mean" in printed.out
+    assert "3 of 3 prompts are no ' Human: ... Assistant:' text; they are scored as they stand" in printed.err
     evaluate(folder, "--data_path", tmp_path, *columns, "--split", "train", "--output", output)
     assert "train 0" in output.read_text() and "test 0" not in output.read_text()
     with pytest.raises(UserError, match=r"split 'dev', found only: test, train"):

@@ -12,6 +12,7 @@ from conftest import STEPS, launch, make_model, read_metrics, run_command, slow_
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from evaluation_scripts import rw_eval
 from utils.data.data_utils import create_prompt_dataset
 from utils.utils import load_hf_tokenizer
 
@@ -185,6 +186,23 @@ def test_the_loss_flags_of_step_2_are_those_of_the_formula(
     expected = [slow_pair_loss(*pair, kind, 0.5, 0.1) for pair in zip(*values, chosen, rejected, strict=True)]
     # Before the first step the model is the one it started from, trained head included.
     assert read_metrics(tmp_path, "eval")[0]["eval/loss"] == pytest.approx(statistics.fmean(expected), rel=1e-4)
+
+
+def test_rw_eval_finds_the_figures_of_step_2_on_the_same_pairs(
+    run_step, model_folder, pairs_folder, cache_folder, tmp_path, capsys
+):
+    data = ["--data_path", pairs_folder, "--data_output_path", cache_folder, "--data_split", "0,1,0", "--dtype", "fp32"]
+    run_step(2, [*data, "--model_name_or_path", model_folder, "--max_seq_len", 48, "--output_dir", tmp_path / "out"])
+    last = read_metrics(tmp_path / "out", "eval")[-1]
+    capsys.readouterr()
+    flags = ["--data_path", str(pairs_folder), "--max_seq_len", "48", "--output", str(tmp_path / "scores.jsonl")]
+    rw_eval.main(["--model_name_or_path", str(tmp_path / "out"), "--device", "cpu", *flags])
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert len(rows) == last["eval/pairs"] == 20
+    for name, figure in (("correct", "accuracy"), ("chosen_score", "chosen_score"), ("rejected_score",) * 2):
+        assert statistics.fmean(row[name] for row in rows) == pytest.approx(last[f"eval/{figure}"], abs=1e-5)
+    _, scores, saved = capsys.readouterr().out.rstrip().rsplit("\n", 2)
+    assert scores.split()[2:] == saved.split()[1:5]  # mean and std over the same pairs, as they were saved
 
 
 def test_step_2_counts_identical_pairs_aloud(run_step, model_folder, cache_folder, tmp_path, capsys):

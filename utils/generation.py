@@ -44,15 +44,15 @@ class Answer:
     ended: bool  # by a stop id; otherwise cut off at max_new_tokens
 
 
-def add_loading_arguments(parser):
-    """The flags that say how a saved model is loaded and asked."""
+def add_loading_arguments(parser, style: str | None = PLAIN, style_help: str = "default: plain"):
+    """The flags that say how a saved model is loaded and asked; ``style`` is the default of --prompt_style."""
     group = parser.add_argument_group("loading")
     group.add_argument(
         "--prompt_style",
         choices=STYLES,
-        default=PLAIN,
-        help="how a conversation is written as text: plain (' Human: ... Assistant:', the default), hh (the same on "
-        "paragraphs of their own, as in rm-static) or the tokenizer's chat_template",
+        default=style,
+        help="how a conversation is written as text: plain (' Human: ... Assistant:'), hh (the same on paragraphs of "
+        f"their own, as in rm-static) or the tokenizer's chat_template; {style_help}",
     )
     group.add_argument(
         "--dtype",
