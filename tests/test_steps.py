@@ -205,6 +205,20 @@ def test_rw_eval_finds_the_figures_of_step_2_on_the_same_pairs(
     assert scores.split()[2:] == saved.split()[1:5]  # mean and std over the same pairs, as they were saved
 
 
+def test_the_readme_s_lines_of_plain_transformers_give_the_scores_of_rw_eval(reward, tmp_path):
+    readme = STEPS[2].with_name("README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", readme, re.S)[1].replace('"OUT"', repr(str(reward[0])))
+    names = {}
+    exec(code, names)
+    rows = [re.fullmatch("(?P<prompt>.*Assistant:)(?P<answer>.*)", text).groupdict() for text in names["texts"]]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = ["--data_path", str(tmp_path / "rows.json"), "--output", str(tmp_path / "scores.jsonl")]
+    rw_eval.main(["--model_name_or_path", str(reward[0]), "--device", "cpu", *flags])
+    ours = [json.loads(line)["score"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert names["scores"].tolist() == pytest.approx(ours, abs=1e-5)
+    assert abs(ours[0] - ours[1]) > 1e-4
+
+
 def test_step_2_counts_identical_pairs_aloud(run_step, model_folder, cache_folder, tmp_path, capsys):
     for split in ("train", "eval"):
         write_pairs(tmp_path / f"{split}.jsonl", 6)
