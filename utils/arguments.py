@@ -335,7 +335,14 @@ def add_rlhf_arguments(parser) -> None:
     add = parser.add_argument_group("models").add_argument
     add("--actor_model_name_or_path", required=True, help="the model of step 1: actor and reference start from it")
     add(
-        "--critic_model_name_or_path", required=True, help="the reward model of step 2: reward and critic start from it"
+        "--critic_model_name_or_path",
+        default=None,
+        help="the reward model of step 2: reward and critic start from it; only --reward_model_weight 0 does without",
+    )
+    add(
+        "--separate_ref",
+        action="store_true",
+        help="a reference of its own even under --only_optimize_lora, where the actor without its adapters is one",
     )
     add("--actor_dropout", type=_probability, default=None, help="dropout of the actor; None for 0, as PPO wants")
     add("--critic_dropout", type=_probability, default=None, help="dropout of the critic; None for 0")
@@ -343,7 +350,13 @@ def add_rlhf_arguments(parser) -> None:
 
     group = parser.add_argument_group("batches and optimisation")
     add = group.add_argument
-    add("--per_device_generation_batch_size", type=_positive, default=16, help="prompts answered at a time per device")
+    add("--per_device_generation_batch_size", type=_positive, default=16, help="answers sampled at a time per device")
+    add(
+        "--num_generations_per_prompt",
+        type=_positive,
+        default=1,
+        help="answers to each prompt; the generation batch holds this many fewer prompts. rloo and grpo need 2 or more",
+    )
     add(
         "--per_device_training_batch_size",
         type=_positive,
@@ -409,10 +422,33 @@ def add_rlhf_arguments(parser) -> None:
     add("--gamma", type=_probability, default=1.0, help="discount per token; 1 for none")
     add("--lam", type=_probability, default=0.95, help="GAE's lambda: 0 trusts the critic, 1 the rewards")
     add(
-        "--whiten_advantages", action=on_off, default=True, help="mean 0, std 1 over all ranks (published scripts: off)"
+        "--advantage_estimator",
+        choices=["gae", "rloo", "grpo"],
+        default="gae",
+        help="gae: PPO with a critic. Without one, an answer against the others to its prompt: rloo, less their mean "
+        "reward; grpo, less the group's mean and over its std, the KL penalty (k3) in the loss",
+    )
+    add(
+        "--whiten_advantages",
+        action=on_off,
+        default=None,
+        help="mean 0, std 1 over all ranks; None for on with gae (published scripts: off), off with rloo and grpo",
     )
     add("--cliprange", type=float, default=0.2, help="the policy's ratio is clipped to 1 plus or minus this")
     add("--cliprange_value", type=float, default=0.2, help="the value is clipped to the old one plus or minus this")
+    add(
+        "--reward_function",
+        nargs="+",
+        default=[],
+        metavar="FILE.py:NAME[:WEIGHT]",
+        help="functions of (prompts, answers) that give each answer a score, added to the reward model's; none for off",
+    )
+    add(
+        "--reward_model_weight",
+        type=float,
+        default=1.0,
+        help="how much the reward model's score counts beside --reward_function; 0 to do without the model",
+    )
     add("--enable_ema", action="store_true", help="keep an fp32 moving average of the actor and save it too")
     add("--ema_decay", type=_probability, default=0.992, help="how much of the average stays at each applied step")
 
@@ -477,6 +513,13 @@ def add_rlhf_arguments(parser) -> None:
     add = parser.add_argument_group("looking in and testing").add_argument
     add("--print_answers", action="store_true", help="print prompts and sampled answers of rank 0")
     add("--print_answers_interval", type=_positive, default=1, help="steps between printed answers")
+    add(
+        "--sample_interval",
+        type=_not_negative,
+        default=10,
+        help="steps between tables of sampled answers (prompt, answer, score, KL), also in samples.jsonl; 0 for none",
+    )
+    add("--samples_shown", type=_positive, default=4, help="answers in such a table")
     add("--enable_test_mode", action="store_true", help="stop after --test_stop_step steps and save")
     add("--test_stop_step", type=_not_negative, default=0, help="steps of test mode")
 
@@ -485,10 +528,15 @@ def add_rlhf_arguments(parser) -> None:
 class RLHFBatchSizes:
     """The batch arithmetic of step 3, per device."""
 
-    generation_batch: int  # prompts answered at a time
+    generation_batch: int  # answers sampled at a time
     rounds: int  # rounds of generation before each update
     micro_batch: int  # answers per forward pass of an update
     accumulation: int  # forward passes per optimizer step
+    answers_per_prompt: int = 1
+
+    @property
+    def prompts_per_round(self) -> int:
+        return self.generation_batch // self.answers_per_prompt
 
     @property
     def rows_per_update(self) -> int:
@@ -500,10 +548,11 @@ class RLHFBatchSizes:
         return self.rows_per_update // (self.micro_batch * self.accumulation)
 
     def explain(self) -> str:
+        prompts = f", {self.answers_per_prompt} to each prompt" if self.answers_per_prompt > 1 else ""
         return (
-            f"batch per device: {self.rounds} x {self.generation_batch} answers generated = {self.rows_per_update} per "
-            f"update = {self.steps_per_pass} optimizer steps x {self.accumulation} forward passes "
-            f"x {self.micro_batch} answers"
+            f"batch per device: {self.rounds} x {self.generation_batch} answers generated{prompts} "
+            f"= {self.rows_per_update} per update = {self.steps_per_pass} optimizer steps "
+            f"x {self.accumulation} forward passes x {self.micro_batch} answers"
         )
 
 
@@ -546,8 +595,8 @@ def check_rlhf(args) -> RLHFBatchSizes:
         raise UserError(
             "--inference_tp_size above 1 is not available: each rank generates with the whole gathered model"
         )
-    if args.align_overflow:
-        raise UserError("--align_overflow is not available: use --dtype bf16, which does not overflow, instead of fp16")
+    if args.align_overflow and args.dtype == "fp32":
+        raise UserError("--align_overflow: fp32 gradients do not overflow, and no step is skipped for it")
     if args.enable_mixed_precision_lora:
         if get_accelerator().device_name() != "cuda":
             raise UserError("--enable_mixed_precision_lora: ZeRO++'s quantised gathers need CUDA")
@@ -561,4 +610,49 @@ def check_rlhf(args) -> RLHFBatchSizes:
         raise UserError(f"--temperature {args.temperature}: must be 0 or more")
     if args.enable_test_mode and args.test_stop_step < 1:
         raise UserError("--enable_test_mode needs --test_stop_step 1 or more")
-    return RLHFBatchSizes(generation, rounds, micro, accumulation)
+    _check_rewards(args)
+    return RLHFBatchSizes(generation, rounds, micro, accumulation, args.num_generations_per_prompt)
+
+
+def _check_rewards(args) -> None:
+    """What scores an answer, what an advantage is, and which models that takes; settles the flags that depend on it."""
+    estimator, answers = args.advantage_estimator, args.num_generations_per_prompt
+    if args.per_device_generation_batch_size % answers:
+        raise UserError(
+            f"--per_device_generation_batch_size {args.per_device_generation_batch_size} answers do not divide into "
+            f"--num_generations_per_prompt {answers}"
+        )
+    if args.whiten_advantages is None:
+        args.whiten_advantages = estimator == "gae"
+    if estimator != "gae":
+        if answers < 2:
+            raise UserError(
+                f"--advantage_estimator {estimator} compares the answers to one prompt: --num_generations_per_prompt "
+                "must be 2 or more"
+            )
+        if args.critic_lora_dim or args.align_overflow:
+            raise UserError(
+                f"--advantage_estimator {estimator} has no critic: leave out --critic_lora_dim, --align_overflow"
+            )
+    if args.reward_model_weight == 0:
+        if not args.reward_function:
+            raise UserError("--reward_model_weight 0 leaves nothing that scores: give a --reward_function")
+        if args.normalize_reward:
+            raise UserError(
+                "--normalize_reward scales the reward model's scores, which --reward_model_weight 0 leaves out"
+            )
+    needs_model = args.reward_model_weight != 0 or estimator == "gae"
+    if needs_model and args.critic_model_name_or_path is None:
+        raise UserError(
+            "--critic_model_name_or_path is needed: the reward model and, with gae, the critic start from it. "
+            "--reward_model_weight 0 with --advantage_estimator rloo or grpo does without"
+        )
+    if not needs_model:
+        args.critic_model_name_or_path = None
+    if not (args.only_optimize_lora and args.actor_lora_dim):
+        args.separate_ref = True
+    elif args.offload_reference_model and not args.separate_ref:
+        raise UserError(
+            "--offload_reference_model: under --only_optimize_lora the actor without its adapters is the reference; "
+            "add --separate_ref for one of its own"
+        )

@@ -1,4 +1,5 @@
-"""What a run writes down: one JSON object per line in metrics.jsonl, and the same numbers to TensorBoard."""
+"""What a run writes down: one JSON object per line in metrics.jsonl, and the same numbers to TensorBoard; rollouts for
+a person to read in samples.jsonl."""
 
 import json
 import math
@@ -13,12 +14,13 @@ class MetricsWriter:
     """Writes rows to ``folder/metrics.jsonl`` and, if asked, scalars to TensorBoard; each row is flushed as written."""
 
     def __init__(self, folder: str | Path | None, tensorboard_path: str | Path | None = None):
-        self._file = None
-        self._tensorboard = None
+        self._file, self._samples, self._tensorboard = None, None, None
         self._start = time.time()
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self._file = (Path(folder) / "metrics.jsonl").open("w", encoding="utf-8")
+            self._samples = Path(folder) / "samples.jsonl"
+            self._samples.unlink(missing_ok=True)
         if tensorboard_path is not None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -40,6 +42,12 @@ class MetricsWriter:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
 
+    def write_samples(self, step: int, samples: list[dict]) -> None:
+        """Rows of texts and figures, each with its step, to samples.jsonl."""
+        if self._samples is not None:
+            with self._samples.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in samples)
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
@@ -51,6 +59,9 @@ class NullWriter:
     """The twin for the other ranks: takes everything, does nothing."""
 
     def write(self, step: int, values: dict, prefix: str = "train") -> None:
+        pass
+
+    def write_samples(self, step: int, samples: list[dict]) -> None:
         pass
 
     def close(self) -> None:

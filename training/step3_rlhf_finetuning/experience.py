@@ -18,9 +18,10 @@ class Experience:
     answer_mask: torch.Tensor  # [B, A] answer tokens that train: 1 up to and with the first EOS
     log_probs: torch.Tensor  # [B, A] of the policy that sampled
     ref_log_probs: torch.Tensor  # [B, A] of the reference
-    values: torch.Tensor  # [B, A] of the state before each answer token
-    scores: torch.Tensor  # [B] of the reward model, for whole answers, after the missing-EOS penalty
+    scores: torch.Tensor  # [B] of whole answers: reward model and reward functions, after the missing-EOS penalty
     ended: torch.Tensor  # [B] 1 where an EOS came
+    score_parts: torch.Tensor  # [B, n] what the reward model and each reward function gave, unweighted
+    values: torch.Tensor | None = None  # [B, A] of the state before each answer token; None without a critic
     rewards: torch.Tensor | None = None  # [B, A] KL penalty and score, filled in by compute_rewards
     advantages: torch.Tensor | None = None  # [B, A]
     returns: torch.Tensor | None = None  # [B, A]
@@ -28,6 +29,11 @@ class Experience:
     @property
     def answer_width(self) -> int:
         return self.answer_mask.shape[1]
+
+    @property
+    def usable(self) -> torch.Tensor:
+        """[B] bool: answers that train."""
+        return self.answer_mask.any(dim=1)
 
     @property
     def prompt_width(self) -> int:
@@ -51,7 +57,7 @@ class Experience:
 
         def widen(part: Experience, name: str):
             value = getattr(part, name)
-            if value is None or value.dim() == 1:
+            if value is None or value.dim() == 1 or name == "score_parts":
                 return value
             right = answer_width - part.answer_width
             left = prompt_width - part.prompt_width if name in ("input_ids", "attention_mask") else 0

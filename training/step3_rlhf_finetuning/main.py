@@ -25,7 +25,9 @@ from training.step3_rlhf_finetuning.ppo_trainer import (
     DeepSpeedPPOTrainerUnsupervised,
     MicroBatch,
 )
+from training.step3_rlhf_finetuning.reward_functions import load_reward_functions
 from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
+from training.step3_rlhf_finetuning.samples import sample_rows, sample_table
 from utils import arguments
 from utils.data.batching import (
     DataCollatorRLHF,
@@ -105,6 +107,7 @@ def main():
     batch = arguments.check_rlhf(args)
     agree(lambda: arguments.check_output_dir(args.output_dir if get_rank() == 0 else None))
     arguments.warn_num_padding(args)
+    reward_functions = load_reward_functions(args.reward_function)
     set_random_seed(args.seed)
     print_rank_0(batch.explain())
 
@@ -114,11 +117,10 @@ def main():
         add_special_tokens=args.end_of_conversation_token,
         trust_remote_code=args.trust_remote_code,
     )
-    check_tokenizers(args, tokenizer)
+    if args.critic_model_name_or_path is not None:
+        check_tokenizers(args, tokenizer)
     prompts, _ = datasets_of_step(args, tokenizer, RLHF, args.max_prompt_seq_len)
-    sampler = StepBatchSampler(
-        prompts.lengths, args.per_device_generation_batch_size, batch.rounds, seed=args.seed, drop_last=True
-    )
+    sampler = StepBatchSampler(prompts.lengths, batch.prompts_per_round, batch.rounds, seed=args.seed, drop_last=True)
     loader = make_loader(
         prompts, sampler, DataCollatorRLHF(tokenizer.pad_token_id, args.max_prompt_seq_len, args.pad_to_max_length)
     )
@@ -136,7 +138,7 @@ def main():
         args.actor_model_name_or_path, args.critic_model_name_or_path, tokenizer, args, optimizer_steps
     )
     trainer_class = DeepSpeedPPOTrainerUnsupervised if unsupervised else DeepSpeedPPOTrainer
-    trainer = trainer_class(rlhf_engine, args)
+    trainer = trainer_class(rlhf_engine, args, reward_functions)
     writer = make_writer(args)
     set_random_seed(args.seed + 1000 * get_rank())  # from here on ranks sample different answers
     shuffler = np.random.default_rng([args.seed, get_rank()])
@@ -153,7 +155,11 @@ def main():
             watch, times, rounds = Stopwatch(), StepTimes(), []
             for _ in range(batch.rounds):
                 prompt_batch = to_device(next(batches), device)
-                experience = trainer.generate_experience(prompt_batch["prompt"], prompt_batch["prompt_att_mask"], step)
+                prompt, prompt_mask = (
+                    prompt_batch[name].repeat_interleave(args.num_generations_per_prompt, dim=0)
+                    for name in ("prompt", "prompt_att_mask")
+                )
+                experience = trainer.generate_experience(prompt, prompt_mask, step)
                 rounds.append(experience)
                 times.generate += trainer.generate_time
                 times.generated_positions += trainer.generated_steps
@@ -196,7 +202,8 @@ def main():
     if args.output_dir is not None:
         print_rank_0("saving model ...")
         save_hf_format(rlhf_engine.actor, tokenizer, args, sub_folder="actor")
-        save_hf_format(rlhf_engine.critic, tokenizer, args, sub_folder="critic")
+        if rlhf_engine.critic is not None:
+            save_hf_format(rlhf_engine.critic, tokenizer, args, sub_folder="critic")
         if args.enable_ema:
             save_hf_format(rlhf_engine.actor_ema, tokenizer, args, sub_folder="actor_ema")
     writer.close()
@@ -269,12 +276,15 @@ class Reporter:
         )
         if not losses:
             print_rank_0(f"step {step}: no usable answer in the whole batch, no update")
+        if self.args.sample_interval and step % self.args.sample_interval == 0:
+            samples = sample_rows(experience, self.trainer.tokenizer, self.args.samples_shown)
+            print_rank_0(sample_table(samples))
+            self.writer.write_samples(step, samples)
         print_rank_0("-" * 85)
         run = {
             "updates": len(losses),
             "skipped_updates": self.trainer.skipped_updates,
-            "actor_lr": self.engine.actor.get_lr()[0],
-            "critic_lr": self.engine.critic.get_lr()[0],
+            **{f"{name}_lr": engine.get_lr()[0] for name, engine in self.engine.trained_engines().items()},
             "seconds": times.total,
             "generate_seconds": times.generate,
             "training_seconds": times.training,

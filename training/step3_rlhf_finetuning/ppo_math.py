@@ -5,6 +5,7 @@ real answer tokens, the first EOS included, and 0 after it. All in fp32.
 
 Sources: PPO, Schulman et al. 2017, https://arxiv.org/abs/1707.06347. GAE, Schulman et al. 2015, https://arxiv.org/abs/1506.02438.
 RLHF, Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, and Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
+RLOO, Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740. GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300.
 KL estimators, http://joschu.net/blog/kl-approx.html. Details, Huang et al. 2024, https://arxiv.org/abs/2403.17031.
 """
 
@@ -101,6 +102,35 @@ def get_advantages_and_returns(
     return advantages, (advantages + values) * mask
 
 
+def group_advantages(
+    rewards: torch.Tensor, usable: torch.Tensor, group_size: int, kind: str, eps: float = 1e-4
+) -> torch.Tensor:
+    """How much better an answer is than the other answers to its prompt; no critic is needed.
+
+    ``rloo``: the reward minus the mean reward of the others (Ahmadian et al. 2024, eq. 8).
+    ``grpo``: the reward minus the group's mean, over its standard deviation (Shao et al. 2024, section 4.1.2).
+
+    Args:
+        rewards: [B], of whole answers; each ``group_size`` rows in a row answer one prompt.
+        usable: [B] bool; the other rows are no part of their group.
+
+    Returns:
+        [B]; 0 for rows that are not usable or have no other to be compared with.
+    """
+    value, counted = rewards.view(-1, group_size), usable.view(-1, group_size).to(rewards.dtype)
+    n = counted.sum(1, keepdim=True)
+    total = (value * counted).sum(1, keepdim=True)
+    if kind == "rloo":
+        advantage = value - (total - value) / (n - 1).clamp(min=1)
+    elif kind == "grpo":
+        centred = (value - total / n.clamp(min=1)) * counted
+        std = ((centred**2).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+        advantage = centred / (std + eps)
+    else:
+        raise ValueError(f"unknown group advantage {kind!r}: rloo or grpo")
+    return (advantage * counted * (n > 1)).flatten()
+
+
 @dataclass
 class PolicyLoss:
     """Sums over real tokens, to be divided by the token count of the whole mini-batch."""
@@ -130,6 +160,7 @@ class ValueLoss:
 
     loss: torch.Tensor  # scalar with gradient
     clipped: torch.Tensor  # tokens whose gradient the clip stopped
+    value: torch.Tensor  # the values themselves
 
 
 def value_loss_sum(values, old_values, returns, mask, cliprange_value: float) -> ValueLoss:
@@ -138,7 +169,7 @@ def value_loss_sum(values, old_values, returns, mask, cliprange_value: float) ->
     unclipped = (values - returns) ** 2
     clipped = (clipped_values - returns) ** 2
     stopped = ((clipped > unclipped) * mask).sum().detach()
-    return ValueLoss(0.5 * (torch.maximum(unclipped, clipped) * mask).sum(), stopped)
+    return ValueLoss(0.5 * (torch.maximum(unclipped, clipped) * mask).sum(), stopped, (values * mask).sum().detach())
 
 
 def explained_variance(values, returns, mask, reduce: Reduce = _this_process_only) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +11,30 @@ from transformers import GenerationConfig
 from training.step3_rlhf_finetuning import ppo_math
 from training.step3_rlhf_finetuning.experience import Experience
 from training.step3_rlhf_finetuning.ppo_math import gather_log_probs
-from utils.distributed import UserError, all_reduce_sum, get_world_size
+from training.step3_rlhf_finetuning.reward_functions import RewardFunction
+from utils.distributed import UserError, agree, all_reduce_sum, get_world_size
 from utils.model.inputs import embedding_rows, model_inputs
 from utils.model.losses import IGNORE_INDEX, LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.reward_model import end_scores
 from utils.utils import print_rank_0, take_step, to_device
 
 __all__ = ["DeepSpeedPPOTrainer", "DeepSpeedPPOTrainerUnsupervised", "gather_log_probs"]
+
+
+def align_overflow(*engines) -> None:
+    """fp16: when the gradients of one engine overflowed, the coming step of every one is skipped, its loss scale
+    lowered alike, so that actor and critic have always taken the same number of steps. Collective."""
+    overflowed = any([engine.optimizer.has_overflow() for engine in engines])  # a list: each is a collective
+
+    def answer_once(optimizer):
+        def has_overflow(*_args, **_kwargs) -> bool:
+            del optimizer.has_overflow  # back to the class's own
+            return overflowed
+
+        optimizer.has_overflow = has_overflow
+
+    for engine in engines:
+        answer_once(engine.optimizer)
 
 
 @dataclass
@@ -30,20 +48,21 @@ class MicroBatch:
 class DeepSpeedPPOTrainer:
     """Holds no state of its own beside counters: models live in the engine, settings in the arguments."""
 
-    def __init__(self, rlhf_engine, args):
-        self.rlhf_engine, self.args = rlhf_engine, args
+    def __init__(self, rlhf_engine, args, reward_functions: Sequence[RewardFunction] = ()):
+        self.rlhf_engine, self.args, self.reward_functions = rlhf_engine, args, list(reward_functions)
         self.tokenizer = rlhf_engine.tokenizer
         self.actor_model, self.critic_model = rlhf_engine.actor, rlhf_engine.critic
-        self.ref_model, self.reward_model = rlhf_engine.ref, rlhf_engine.reward
-        self.actor_label_log_probs = LabelLogProbs(self.actor_model)
-        self.ref_label_log_probs = LabelLogProbs(self.ref_model)
+        self.reward_model = rlhf_engine.reward
+        self.actor_label_log_probs = self.ref_label_log_probs = LabelLogProbs(self.actor_model)
+        if rlhf_engine.ref is not None:
+            self.ref_label_log_probs = LabelLogProbs(rlhf_engine.ref)
         self.kl_controller = ppo_math.AdaptiveKLController(args.kl_ctl, args.kl_target, args.kl_horizon)
         self.generate_time = 0.0
         self.generated_steps = 0
         self.skipped_updates = 0
-        config = self.reward_model.module.config
         self.reward_scale = None
         if args.normalize_reward:
+            config = self.reward_model.module.config
             mean, std = getattr(config, "reward_score_mean", None), getattr(config, "reward_score_std", None)
             if not std:
                 raise UserError(
@@ -68,16 +87,19 @@ class DeepSpeedPPOTrainer:
         width = answers.shape[1]
         with torch.no_grad():
             log_probs, _ = self._answer_log_probs(self.actor_label_log_probs, input_ids, attention_mask, width)
-            ref_log_probs, _ = self._answer_log_probs(self.ref_label_log_probs, input_ids, attention_mask, width)
-            values = self._answer_values(input_ids, attention_mask, width)
-            reward_values = self.reward_model(input_ids=input_ids, attention_mask=attention_mask, values_only=True)
+            with self.rlhf_engine.reference_weights():
+                ref_log_probs, _ = self._answer_log_probs(self.ref_label_log_probs, input_ids, attention_mask, width)
+            values = self._answer_values(input_ids, attention_mask, width) if self.critic_model is not None else None
+            score_parts = self._score_parts(input_ids, attention_mask, prompts.shape[1])
         ended = (answers == self.tokenizer.eos_token_id).any(dim=1)
-        scores = self._final_scores(end_scores(reward_values, attention_mask), ended)
+        scores = self._final_scores(score_parts, ended)
         self.train()
         # An answer that is nothing but EOS says nothing the reward model was trained to judge.
         usable = (torch.isfinite(scores) & (real.sum(1) > ended.long())).unsqueeze(1)
         trains = real * usable
-        log_probs, ref_log_probs, values = (x.masked_fill(trains == 0, 0.0) for x in (log_probs, ref_log_probs, values))
+        log_probs, ref_log_probs, values = (
+            None if x is None else x.masked_fill(trains == 0, 0.0) for x in (log_probs, ref_log_probs, values)
+        )
         return Experience(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -87,6 +109,7 @@ class DeepSpeedPPOTrainer:
             values=values,
             scores=torch.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=0.0),
             ended=ended.long(),
+            score_parts=score_parts,
         )
 
     def _generate_sequence(self, prompts, mask, step) -> torch.Tensor:
@@ -133,11 +156,42 @@ class DeepSpeedPPOTrainer:
         print_rank_0(f"--- prompt --> step={step}, {questions}")
         print_rank_0(f"--- ans    --> step={step}, {answers}")
 
-    def _final_scores(self, scores, ended) -> torch.Tensor:
-        scores = scores.float()
-        if self.reward_scale is not None:
-            mean, std = self.reward_scale
-            scores = (scores - mean) / std
+    @property
+    def score_names(self) -> list[str]:
+        """What the columns of Experience.score_parts are."""
+        return ["reward_model"] * (self.reward_model is not None) + [
+            function.name for function in self.reward_functions
+        ]
+
+    def _score_parts(self, input_ids, attention_mask, prompt_width) -> torch.Tensor:
+        """[B, n]: what the reward model, if there is one, and each reward function give to the answers."""
+        parts = []
+        if self.reward_model is not None:
+            values = self.reward_model(input_ids=input_ids, attention_mask=attention_mask, values_only=True)
+            parts.append(end_scores(values, attention_mask).float())
+        if self.reward_functions:
+            real = attention_mask.bool()
+            rows = zip(input_ids, real, strict=True)
+            halves = [(ids[:prompt_width][m[:prompt_width]], ids[prompt_width:][m[prompt_width:]]) for ids, m in rows]
+            prompts, answers = (
+                self.tokenizer.batch_decode(list(part), skip_special_tokens=True) for part in zip(*halves, strict=True)
+            )
+            scores = []
+            # A function that fails on one rank must not leave the others waiting.
+            agree(lambda: scores.extend(function(prompts, answers) for function in self.reward_functions))
+            parts += [torch.tensor(row, dtype=torch.float32, device=input_ids.device) for row in scores]
+        return torch.stack(parts, dim=1)
+
+    def _final_scores(self, score_parts, ended) -> torch.Tensor:
+        """[B, n], [B] bool -> [B]: the weighted sum, the reward model's share scaled, a missing EOS paid for."""
+        parts = list(score_parts.float().unbind(1))
+        weights = [function.weight for function in self.reward_functions]
+        if self.reward_model is not None:
+            weights.insert(0, self.args.reward_model_weight)
+            if self.reward_scale is not None:
+                mean, std = self.reward_scale
+                parts[0] = (parts[0] - mean) / std
+        scores = sum(weight * part for weight, part in zip(weights, parts, strict=True))
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * (~ended).float()
         return scores
@@ -165,18 +219,31 @@ class DeepSpeedPPOTrainer:
     # ------------------------------------------------------------ rewards and advantages
 
     def compute_rewards(self, experience: Experience) -> Experience:
-        """Fill in rewards: the KL penalty per token and the score at the answer's end."""
+        """Fill in rewards: the KL penalty per token and the score at the answer's end.
+
+        GRPO's rewards are the scores alone: its KL penalty is a term of the loss.
+        """
         kl = ppo_math.kl_per_token(experience.log_probs, experience.ref_log_probs, self.args.kl_estimator)
+        kl_ctl = 0.0 if self.args.advantage_estimator == "grpo" else self.kl_controller.value
         experience.rewards = ppo_math.place_rewards(
-            experience.scores, kl, experience.answer_mask, self.kl_controller.value, self.args.clip_reward_value
+            experience.scores, kl, experience.answer_mask, kl_ctl, self.args.clip_reward_value
         )
         return experience
 
     def get_advantages_and_returns(self, experience: Experience) -> Experience:
-        """Fill in advantages and returns, once per experience; advantages whitened over all rows of all ranks."""
-        advantages, experience.returns = ppo_math.get_advantages_and_returns(
-            experience.values, experience.rewards, experience.answer_mask, self.args.gamma, self.args.lam
-        )
+        """Fill in advantages, and returns for the critic, once per experience; whitened over all rows of all ranks."""
+        if self.args.advantage_estimator == "gae":
+            advantages, experience.returns = ppo_math.get_advantages_and_returns(
+                experience.values, experience.rewards, experience.answer_mask, self.args.gamma, self.args.lam
+            )
+        else:
+            whole = ppo_math.group_advantages(
+                experience.rewards.sum(1),
+                experience.usable,
+                self.args.num_generations_per_prompt,
+                self.args.advantage_estimator,
+            )
+            advantages = whole.unsqueeze(1) * experience.answer_mask
         if self.args.whiten_advantages:
             advantages = ppo_math.masked_whiten(advantages, experience.answer_mask, all_reduce_sum)
         experience.advantages = advantages
@@ -185,7 +252,7 @@ class DeepSpeedPPOTrainer:
     def experience_metrics(self, experience: Experience) -> dict[str, float]:
         """What the rollouts were like, over all ranks."""
         mask, scores = experience.answer_mask, experience.scores
-        used = mask.any(dim=1).float()
+        used = experience.usable.float()
         difference = experience.log_probs - experience.ref_log_probs
         sums = [
             torch.tensor(float(len(experience)), device=scores.device),
@@ -199,11 +266,16 @@ class DeepSpeedPPOTrainer:
             experience.rewards.sum(),
             (ppo_math.kl_per_token(experience.log_probs, experience.ref_log_probs, "k3") * mask).sum(),
         ]
-        rows, used_rows, score, squares, kl, tokens, length, ended, reward, k3 = all_reduce_sum(
-            torch.stack(sums)
+        parts = (torch.nan_to_num(experience.score_parts) * used.unsqueeze(1)).sum(0)
+        rows, used_rows, score, squares, kl, tokens, length, ended, reward, k3, *parts = all_reduce_sum(
+            torch.cat([torch.stack(sums), parts])
         ).tolist()
-        explained = ppo_math.explained_variance(experience.values, experience.returns, mask, all_reduce_sum).item()
         n = max(used_rows, 1)
+        more = {f"score/{name}": part / n for name, part in zip(self.score_names, parts, strict=True)}
+        if experience.values is not None:
+            more["explained_variance"] = ppo_math.explained_variance(
+                experience.values, experience.returns, mask, all_reduce_sum
+            ).item()
         return {
             "score": score / n,
             "score_std": math.sqrt(max(squares / n - (score / n) ** 2, 0)),
@@ -216,7 +288,7 @@ class DeepSpeedPPOTrainer:
             "eos_rate": ended / n,
             "used_answers": used_rows,
             "unused_answers": rows - used_rows,
-            "explained_variance": explained,
+            **more,
         }
 
     # ------------------------------------------------------------ updates
@@ -241,7 +313,7 @@ class DeepSpeedPPOTrainer:
         if tokens == 0:
             self.skipped_updates += 1
             return None
-        sums = torch.zeros(9, device=device)
+        sums = torch.zeros(10, device=device)
         for i, micro in enumerate(window):
             is_last = i == len(window) - 1
             batch = micro.experience
@@ -251,36 +323,50 @@ class DeepSpeedPPOTrainer:
                 self.actor_label_log_probs, batch.input_ids, batch.attention_mask, width, with_entropy=True
             )
             policy = self.actor_loss_fn(log_probs, batch.log_probs, batch.advantages, mask)
-            actor_loss = policy.loss / tokens
+            kl_loss = self._kl_loss_sum(log_probs, batch)
+            actor_loss = (policy.loss + kl_loss) / tokens
             self._backward(self.actor_model, actor_loss, is_last and not unsupervised_tokens)
             unsupervised_loss = self._unsupervised_backward(micro, unsupervised_tokens, is_last)
+            value = self._critic_backward(batch, tokens, is_last) if self.critic_model is not None else None
 
-            values = self._answer_values(batch.input_ids, batch.attention_mask, width)
-            value = self.critic_loss_fn(values, batch.values, batch.returns, mask)
-            critic_loss = value.loss / tokens
-            self._backward(self.critic_model, critic_loss, is_last)
-
-            parts = [actor_loss, critic_loss, unsupervised_loss, policy.clipped, policy.approx_kl, policy.ratio]
-            parts += [(entropies * mask).sum(), value.clipped, (values * mask).sum()]
-            scale = [1, 1, 1] + [1 / tokens] * 6
-            sums += torch.stack([part.detach().float() * s for part, s in zip(parts, scale, strict=True)])
+            parts = [actor_loss, unsupervised_loss, policy.clipped / tokens, policy.approx_kl / tokens]
+            parts += [policy.ratio / tokens, (entropies * mask).sum() / tokens, kl_loss / tokens]
+            if value is not None:
+                parts += [value.loss / tokens, value.clipped / tokens, value.value / tokens]
+            sums[: len(parts)] += torch.stack([part.detach().float() for part in parts])
             if is_last:
-                names = ["actor_loss", "critic_loss", "unsupervised_loss", "clip_fraction", "approx_kl", "ratio"]
-                names += ["entropy", "value_clip_fraction", "value"]
-                metrics = dict(zip(names, all_reduce_sum(sums).tolist(), strict=True))
-                bad = [name for name in names[:3] if not math.isfinite(metrics[name])]
+                names = ["actor_loss", "unsupervised_loss", "clip_fraction", "approx_kl", "ratio", "entropy", "kl_loss"]
+                names += ["critic_loss", "value_clip_fraction", "value"] * (value is not None)
+                metrics = dict(zip(names, all_reduce_sum(sums).tolist(), strict=False))
+                losses = ("actor_loss", "critic_loss", "unsupervised_loss")
+                bad = [name for name in losses if not math.isfinite(metrics.get(name, 0.0))]
                 if bad:
                     raise UserError(f"{' and '.join(bad)} not finite: no update was made from this batch")
-            actor_norm, critic_norm = take_step(self.actor_model), take_step(self.critic_model)
-        metrics["actor_grad_norm"], metrics["critic_grad_norm"] = actor_norm, critic_norm
-        metrics["actor_step_applied"] = self.actor_model.was_step_applied()
-        return metrics
+            if is_last and self.args.align_overflow:
+                align_overflow(self.actor_model, self.critic_model)
+            norms = {
+                f"{name}_grad_norm": take_step(engine) for name, engine in self.rlhf_engine.trained_engines().items()
+            }
+        return metrics | norms | {"actor_step_applied": self.actor_model.was_step_applied()}
 
     @staticmethod
     def _backward(engine, loss, is_boundary: bool) -> None:
         # DeepSpeed takes the mean of the ranks' gradients; the loss is already a share of the global mean.
         engine.set_gradient_accumulation_boundary(is_boundary)
         engine.backward(loss * get_world_size(), scale_wrt_gas=False)
+
+    def _kl_loss_sum(self, log_probs, batch: Experience) -> torch.Tensor:
+        """GRPO's penalty, a sum over real tokens: kl_ctl times the k3 estimate of KL(policy || reference)."""
+        if self.args.advantage_estimator != "grpo":
+            return log_probs.new_zeros(())
+        kl = ppo_math.kl_per_token(log_probs, batch.ref_log_probs, "k3")
+        return self.kl_controller.value * (kl * batch.answer_mask).sum()
+
+    def _critic_backward(self, batch: Experience, tokens: float, is_last: bool) -> ppo_math.ValueLoss:
+        values = self._answer_values(batch.input_ids, batch.attention_mask, batch.answer_width)
+        value = self.critic_loss_fn(values, batch.values, batch.returns, batch.answer_mask)
+        self._backward(self.critic_model, value.loss / tokens, is_last)
+        return value
 
     def _unsupervised_tokens(self, micro: MicroBatch) -> int:
         return 0
@@ -289,14 +375,12 @@ class DeepSpeedPPOTrainer:
         return torch.zeros((), device=micro.experience.input_ids.device)
 
     def train(self) -> None:
-        self.actor_model.train()
-        self.critic_model.train()
+        for engine in self.rlhf_engine.trained_engines().values():
+            engine.train()
 
     def eval(self) -> None:
-        self.actor_model.eval()
-        self.critic_model.eval()
-        self.ref_model.eval()
-        self.reward_model.eval()
+        for engine in self.rlhf_engine.trained_engines().values():  # the frozen ones never leave it
+            engine.eval()
 
 
 class DeepSpeedPPOTrainerUnsupervised(DeepSpeedPPOTrainer):

@@ -1,8 +1,10 @@
 """The models of PPO, each in a DeepSpeed engine of its own: actor, reference, EMA of the actor, critic, reward."""
 
 import time
+from contextlib import contextmanager, nullcontext
 
-import torch
+import psutil
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from utils.ds_utils import (
@@ -15,6 +17,7 @@ from utils.ds_utils import (
 )
 from utils.hybrid_engine import HybridEngine
 from utils.model.model_utils import adapt_model, add_lora_layers, create_critic_model, create_hf_model
+from utils.module.lora import lora_disabled
 from utils.utils import get_optimizer_grouped_parameters, make_optimizer, moving_average, print_rank_0
 
 
@@ -28,10 +31,10 @@ class DeepSpeedRLHFEngine:
 
     Attributes:
         actor: the policy, trained. generator: its HybridEngine.
-        ref: the policy as it was at the start, frozen.
+        ref: the policy as it was at the start, frozen; None where that is the actor with its adapters off.
         actor_ema: fp32 exponential moving average of the actor, or None.
-        critic: a RewardModel that predicts the return, trained; starts from the reward model.
-        reward: the reward model, frozen.
+        critic: a RewardModel that predicts the return, trained; starts from the reward model. None without GAE.
+        reward: the reward model, frozen; None where only reward functions score.
     """
 
     def __init__(self, actor_model_name_or_path, critic_model_name_or_path, tokenizer, args, num_total_iters):
@@ -40,10 +43,18 @@ class DeepSpeedRLHFEngine:
         self.generator = HybridEngine(
             self.actor, args.enable_hybrid_engine, not args.unpin_actor_parameters, args.release_inference_cache
         )
-        self.ref = self._init_ref(actor_model_name_or_path)
+        self.ref = self._init_ref(actor_model_name_or_path) if args.separate_ref else None
         self.actor_ema = self._init_ema(actor_model_name_or_path) if args.enable_ema else None
-        self.critic = self._init_critic(critic_model_name_or_path)
-        self.reward = self._init_reward(critic_model_name_or_path)
+        self.critic = self._init_critic(critic_model_name_or_path) if args.advantage_estimator == "gae" else None
+        self.reward = self._init_reward(critic_model_name_or_path) if args.reward_model_weight else None
+
+    def reference_weights(self):
+        """While open, the actor is the reference if that has no engine of its own."""
+        return lora_disabled(self.actor.module) if self.ref is None else nullcontext()
+
+    def trained_engines(self) -> dict:
+        """Name -> engine, of those with an optimizer."""
+        return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic})
 
     def _model_options(self, dropout=None, dtype=None) -> dict:
         args = self.args
@@ -137,18 +148,18 @@ def _frozen(model, config):
     return engine
 
 
-class _announced:
-    """Prints how long an engine took to build, and what the accelerator holds then."""
+@contextmanager
+def _announced(name: str):
+    """Prints how long an engine took to build, and what it added to the memory of this rank."""
+    start, host, device = time.perf_counter(), _host_memory(), get_accelerator().memory_allocated()
+    yield
+    seconds, grown = time.perf_counter() - start, _host_memory() - host
+    memory = f"{grown / 2**30:+.2f} GiB of host memory"
+    if get_accelerator().device_name() != "cpu":
+        now = get_accelerator().memory_allocated()
+        memory += f", {(now - device) / 2**30:+.2f} GiB on the device ({now / 2**30:.2f} in all)"
+    print_rank_0(f"{name} model ready in {seconds:.1f}s: {memory}")
 
-    def __init__(self, name: str):
-        self.name = name
 
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-    def __exit__(self, error_type, *_):
-        if error_type is None:
-            memory = (
-                f", {torch.cuda.memory_allocated() / 2**30:.2f} GiB on the GPU" if torch.cuda.is_available() else ""
-            )
-            print_rank_0(f"{self.name} model ready in {time.perf_counter() - self.start:.1f}s{memory}")
+def _host_memory() -> int:
+    return psutil.Process().memory_info().rss

@@ -16,6 +16,7 @@ Folded, the layer is the plain matrix W + scaling/r * (R L)^T: one product inste
 
 import math
 import re
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,7 @@ class LinearLayer_LoRA(nn.Module):
         self.lora_scaling = lora_scaling / lora_dim
         self.lora_dropout = nn.Dropout(lora_droppout)
         self._base_weight = None  # W while it is folded
+        self.is_disabled = False  # W alone, see lora_disabled
         self.reset_parameters()
         self.weight.requires_grad = False
 
@@ -104,11 +106,24 @@ class LinearLayer_LoRA(nn.Module):
 
     def forward(self, x):
         y = self.base_product(x)
-        return y if self.is_folded else y + self.update_product(x)
+        return y if self.is_folded or self.is_disabled else y + self.update_product(x)
 
     def extra_repr(self) -> str:
         in_features, lora_dim = self.lora_right_weight.shape
         return f"in={in_features}, out={self.lora_left_weight.shape[1]}, r={lora_dim}, folded={self.is_folded}"
+
+
+@contextmanager
+def lora_disabled(model):
+    """While open, the LoRA layers of a model are their frozen matrices alone: the model it was before LoRA."""
+    layers = [layer for _, layer in lora_layers(model)]
+    try:
+        for layer in layers:
+            layer.is_disabled = True
+        yield model
+    finally:
+        for layer in layers:
+            layer.is_disabled = False
 
 
 def lora_layers(model) -> list[tuple[str, LinearLayer_LoRA]]:

@@ -1,0 +1,301 @@
+"""Rewards beyond the reward model, advantages without a critic, the reference without a copy, aligned overflow."""
+
+import json
+import statistics
+
+import pytest
+import torch
+from conftest import read_metrics
+from test_rlhf import PROMPTS, _experience, _trainer, _window, folders  # noqa: F401
+
+from training.step3_rlhf_finetuning import ppo_math
+from training.step3_rlhf_finetuning.ppo_trainer import align_overflow
+from training.step3_rlhf_finetuning.reward_functions import load_reward_functions
+from training.step3_rlhf_finetuning.samples import sample_rows, sample_table
+from utils.distributed import UserError
+
+# ---------------------------------------------------------------- advantages of a group, by hand
+
+
+def test_rloo_is_the_reward_less_the_mean_of_the_others():
+    rewards = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
+    advantages = ppo_math.group_advantages(rewards, torch.ones(6, dtype=torch.bool), 3, "rloo")
+    torch.testing.assert_close(advantages, torch.tensor([1 - 4.0, 2 - 3.5, 6 - 1.5, 0, 0, 0]))
+
+
+def test_grpo_is_the_reward_less_the_mean_over_the_unbiased_std():
+    rewards = [1.0, 2.0, 6.0, 5.0, 5.0, 5.0]
+    advantages = ppo_math.group_advantages(torch.tensor(rewards), torch.ones(6, dtype=torch.bool), 3, "grpo")
+    std = statistics.stdev(rewards[:3]) + 1e-4
+    torch.testing.assert_close(advantages, torch.tensor([-2 / std, -1 / std, 3 / std, 0, 0, 0]))
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_rows_that_do_not_count_are_no_part_of_their_group_and_one_alone_learns_nothing(kind):
+    rewards = torch.tensor([1.0, 100.0, 3.0, 7.0, 100.0, 100.0])
+    usable = torch.tensor([True, False, True, True, False, False])
+    advantages = ppo_math.group_advantages(rewards, usable, 3, kind)
+    alone = ppo_math.group_advantages(torch.tensor([1.0, 3.0]), torch.ones(2, dtype=torch.bool), 2, kind)
+    torch.testing.assert_close(advantages, torch.tensor([alone[0], 0, alone[1], 0, 0, 0]))
+
+
+# ---------------------------------------------------------------- in the trainer
+
+GROUPS = ("--num_generations_per_prompt", "2")
+REPEATED = [row for row in PROMPTS[:2] for _ in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_without_a_critic_every_token_of_an_answer_has_its_answers_advantage(folders, kind):  # noqa: F811
+    trainer = _trainer(folders, *GROUPS, "--advantage_estimator", kind)
+    assert trainer.critic_model is None and list(trainer.rlhf_engine.trained_engines()) == ["actor"]
+    experience = _experience(trainer, rows=REPEATED)
+    assert experience.values is None and experience.returns is None
+    kl = (experience.log_probs - experience.ref_log_probs) * experience.answer_mask
+    rewards = experience.scores.clamp(-5, 5) - (0.1 * kl.sum(1) if kind == "rloo" else 0)
+    for first, second in ((0, 1), (2, 3)):
+        gap = (rewards[first] - rewards[second]).item()
+        expected = gap if kind == "rloo" else gap / 2 / (abs(gap) / 2**0.5 + 1e-4)
+        for row, sign in ((first, 1), (second, -1)):
+            told = experience.advantages[row][experience.answer_mask[row].bool()]
+            torch.testing.assert_close(told, torch.full_like(told, sign * expected), rtol=1e-4, atol=1e-6)
+    metrics = trainer.train_rlhf(_window(experience))
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-5)
+    assert not [name for name in metrics if "critic" in name or "value" in name]
+    assert "explained_variance" not in trainer.experience_metrics(experience)
+
+
+def test_grpos_kl_penalty_is_a_term_of_the_loss(folders):  # noqa: F811
+    trainer = _trainer(folders, *GROUPS, "--advantage_estimator", "grpo", "--kl_ctl", "2.0")
+    experience = _experience(trainer, rows=REPEATED)
+    experience.ref_log_probs -= 0.3 * experience.answer_mask  # a reference that the policy has left
+    metrics = trainer.train_rlhf(_window(experience, 2))
+    tokens = experience.answer_mask.sum().item()
+    k3 = torch.expm1(torch.tensor(-0.3)).item() + 0.3
+    assert metrics["kl_loss"] == pytest.approx(2.0 * k3, rel=1e-4)
+    policy = -(experience.advantages * experience.answer_mask).sum().item() / tokens
+    assert metrics["actor_loss"] == pytest.approx(policy + 2.0 * k3, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_updates_without_a_critic_do_not_depend_on_how_the_rows_are_cut(folders, kind):  # noqa: F811
+    weights = []
+    for size in (4, 1):
+        trainer = _trainer(folders, *GROUPS, "--advantage_estimator", kind, "--actor_learning_rate", "1e-3")
+        trainer.train_rlhf(_window(_experience(trainer, rows=REPEATED), size))
+        weights.append([p.detach().clone() for p in trainer.actor_model.module.parameters()])
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-5)
+
+
+# ---------------------------------------------------------------- reward functions
+
+REWARDS = """
+import math
+def length(prompts, answers): return [len(answer) / 10 for answer in answers]
+def asks(prompts, answers): return [float(len(prompt)) for prompt in prompts]
+def half_nan(prompts, answers): return [math.nan if i % 2 else 1.0 for i in range(len(answers))]
+def infinite(prompts, answers): return [math.inf] * len(answers)
+def broken(prompts, answers): return answers[10_000]
+def too_few(prompts, answers): return [1.0]
+def words(prompts, answers): return ["good"] * len(answers)
+number = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rewards") / "rewards.py"
+    file.write_text(REWARDS)
+    return file
+
+
+def test_reward_functions_join_the_reward_models_score_with_their_weights(folders, rewards):  # noqa: F811
+    trainer = _trainer(folders, "--reward_model_weight", "0.5", "--missing_eos_penalty", "3")
+    plain = _experience(trainer)
+    trainer.reward_functions = load_reward_functions([f"{rewards}:length:2", f"{rewards}:asks:-0.1"])
+    experience = _experience(trainer)
+    assert torch.equal(experience.input_ids, plain.input_ids)
+    model, length, asks = experience.score_parts.unbind(1)
+    torch.testing.assert_close(model, plain.score_parts[:, 0])
+    tokenizer = trainer.tokenizer
+    answers = [row["answer"] for row in sample_rows(experience, tokenizer, 9)]
+    assert length.tolist() == pytest.approx([len(answer) / 10 for answer in answers])
+    prompts = [len(tokenizer.decode(row, skip_special_tokens=True)) for row in PROMPTS]
+    assert asks.tolist() == pytest.approx(prompts)
+    expected = 0.5 * model + 2 * length - 0.1 * asks - 3 * (1 - experience.ended)
+    usable = experience.usable
+    torch.testing.assert_close(experience.scores[usable], expected[usable])
+    metrics = trainer.experience_metrics(experience)
+    assert metrics["score/length"] == pytest.approx(length[usable].mean().item(), rel=1e-5)
+    assert metrics["score/reward_model"] == pytest.approx(model[usable].mean().item(), rel=1e-5)
+
+
+def test_scores_that_are_not_finite_take_their_answers_out_and_are_counted(folders, rewards):  # noqa: F811
+    trainer = _trainer(folders)
+    before = trainer.experience_metrics(_experience(trainer))
+    trainer.reward_functions = load_reward_functions([f"{rewards}:half_nan"])
+    experience = _experience(trainer)
+    metrics = trainer.experience_metrics(experience)
+    assert metrics["unused_answers"] == before["unused_answers"] + 2
+    assert not experience.usable[1] and torch.isfinite(experience.advantages).all()
+    assert trainer.train_rlhf(_window(experience))["actor_step_applied"]
+    trainer.reward_functions = load_reward_functions([f"{rewards}:infinite"])
+    assert trainer.train_rlhf(_window(_experience(trainer))) is None and trainer.skipped_updates == 1
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("broken", "broken raised IndexError"),
+        ("too_few", "too_few gave 1 scores for 4 answers"),
+        ("words", "words gave 'good'"),
+    ],
+)
+def test_a_function_that_fails_is_named(folders, rewards, name, message):  # noqa: F811
+    trainer = _trainer(folders)
+    trainer.reward_functions = load_reward_functions([f"{rewards}:{name}"])
+    with pytest.raises(UserError, match=message):
+        _experience(trainer)
+
+
+@pytest.mark.parametrize(
+    "named, message",
+    [
+        ("rewards", "expected FILE.py:NAME"),
+        ("{file}:", "expected FILE.py:NAME"),
+        ("missing.py:f", "no file missing.py"),
+        ("{file}:nothing", "no function nothing, only .*length"),
+        ("{file}:number", "no function number"),
+        ("{file}:length:much", "weight 'much' is no number"),
+        ("{file}:length:nan", "weight 'nan' is no number"),
+        ("{bad}:f", "cannot be run: SyntaxError"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_at_the_start(rewards, named, message, tmp_path):
+    (tmp_path / "bad.py").write_text("def f(:")
+    with pytest.raises(UserError, match=message):
+        load_reward_functions([named.format(file=rewards, bad=tmp_path / "bad.py")])
+
+
+def test_two_functions_of_one_name_are_refused(rewards):
+    with pytest.raises(UserError, match="one name"):
+        load_reward_functions([f"{rewards}:length", f"{rewards}:length:2"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--advantage_estimator", "rloo"], "--num_generations_per_prompt must be 2 or more"),
+        (["--num_generations_per_prompt", "3"], "do not divide into --num_generations_per_prompt 3"),
+        (["--reward_model_weight", "0"], "leaves nothing that scores"),
+        (["--reward_model_weight", "0", "--reward_function", "x.py:f", "--normalize_reward"], "--normalize_reward"),
+        ([*GROUPS, "--advantage_estimator", "grpo", "--critic_lora_dim", "2"], "has no critic"),
+        (["--only_optimize_lora", "--actor_lora_dim", "2", "--offload_reference_model"], "add --separate_ref"),
+        (["--align_overflow"], "fp32 gradients do not overflow"),
+    ],
+)
+def test_senseless_combinations_are_refused(folders, flags, message):  # noqa: F811
+    with pytest.raises(UserError, match=message):
+        _trainer(folders, *flags)
+
+
+# ---------------------------------------------------------------- the reference without a copy
+
+
+def test_the_actor_without_its_adapters_is_the_reference_before_and_after_updates(folders):  # noqa: F811
+    lora = ("--only_optimize_lora", "--actor_lora_dim", "4", "--actor_lora_learning_rate", "1e-2")
+    shared, separate = _trainer(folders, *lora), _trainer(folders, *lora, "--separate_ref")
+    assert shared.rlhf_engine.ref is None and separate.rlhf_engine.ref is not None
+    for _ in range(2):
+        ours, theirs = _experience(shared), _experience(separate)
+        torch.testing.assert_close(ours.ref_log_probs, theirs.ref_log_probs, atol=1e-5, rtol=1e-5)
+        for trainer, experience in ((shared, ours), (separate, theirs)):
+            trainer.train_rlhf(_window(experience))
+    assert (ours.log_probs - ours.ref_log_probs).abs().max() > 1e-4, "the adapters count again afterwards"
+
+
+# ---------------------------------------------------------------- overflow
+
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+@pytest.mark.parametrize("broken", ["actor", "critic", "neither"])
+def test_actor_and_critic_skip_together_when_one_overflows(folders, broken, stage):  # noqa: F811
+    trainer = _trainer(
+        folders,
+        *("--dtype", "bf16", "--actor_zero_stage", stage, "--critic_zero_stage", stage),
+        "--align_overflow",
+        *("--actor_learning_rate", "1e-2", "--critic_learning_rate", "1e-2"),
+    )
+    experience = _experience(trainer)
+    engines = trainer.rlhf_engine.trained_engines()
+    if broken != "neither":  # a gradient that is too large in an otherwise finite step
+        last = [p for p in engines[broken].module.parameters() if p.requires_grad][-1]
+        last.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: [p.detach().clone() for p in e.module.parameters()] for name, e in engines.items()}
+    metrics = trainer.train_rlhf(_window(experience))
+    for name, engine in engines.items():
+        moved = any(not torch.equal(a, b) for a, b in zip(before[name], engine.module.parameters(), strict=True))
+        assert moved == (broken == "neither"), name
+        assert "has_overflow" not in vars(engine.optimizer)
+    assert metrics["actor_step_applied"] == (broken == "neither")
+
+
+def test_align_overflow_asks_every_engine_even_when_the_first_says_yes():
+    class Optimizer:
+        asked = 0
+
+        def has_overflow(self, *_):
+            self.asked += 1
+            return self.overflows
+
+    engines = [type("Engine", (), {"optimizer": Optimizer()})() for _ in range(2)]
+    engines[0].optimizer.overflows, engines[1].optimizer.overflows = True, False
+    align_overflow(*engines)
+    assert [engine.optimizer.asked for engine in engines] == [1, 1], "each question is a collective"
+    assert [engine.optimizer.has_overflow() for engine in engines] == [True, True]
+    assert [engine.optimizer.has_overflow() for engine in engines] == [True, False]
+
+
+# ---------------------------------------------------------------- samples
+
+
+def test_samples_are_a_table_for_a_person_and_whole_rows_in_a_file(folders):  # noqa: F811
+    trainer = _trainer(folders)
+    experience = _experience(trainer)
+    rows = sample_rows(experience, trainer.tokenizer, 3)
+    assert len(rows) == 3
+    kl = ((experience.log_probs - experience.ref_log_probs) * experience.answer_mask).sum(1)
+    assert [row["kl"] for row in rows] == pytest.approx(kl[:3].tolist())
+    assert [row["prompt"] for row in rows] == trainer.tokenizer.batch_decode(PROMPTS[:3], skip_special_tokens=True)
+    long = {
+        "prompt": "p" * 300,
+        "answer": "a\nb " * 90,
+        "score": 1,
+        "kl": 0.5,
+        "tokens": 9,
+        "ended": True,
+        "trained": True,
+    }
+    lines = sample_table([*rows, long]).splitlines()
+    assert len(lines) == 5 and all(len(line) <= 100 for line in lines)
+    assert "…ppp" in lines[-1] and "a b a b" in lines[-1]
+
+
+def test_step_3_without_critic_or_reward_model(run_step, model_folder, pairs_folder, cache_folder, rewards, tmp_path):
+    run_step(
+        3,
+        [
+            *("--actor_model_name_or_path", model_folder, "--data_path", pairs_folder),
+            *("--data_output_path", cache_folder, "--output_dir", tmp_path, "--dtype", "fp32"),
+            *("--per_device_generation_batch_size", 4, "--per_device_training_batch_size", 4),
+            *("--max_prompt_seq_len", 24, "--max_answer_seq_len", 8, *GROUPS, "--advantage_estimator", "rloo"),
+            *("--reward_function", f"{rewards}:length", "--reward_model_weight", 0, "--sample_interval", 1),
+            *("--enable_test_mode", "--test_stop_step", 2),
+        ],
+    )
+    rows = read_metrics(tmp_path)
+    assert len(rows) == 2 and all(row["train/score"] == pytest.approx(row["train/score/length"]) for row in rows)
+    assert (tmp_path / "actor/model.safetensors").exists() and not (tmp_path / "critic").exists()
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in samples} == {0, 1} and {"prompt", "answer", "score", "kl"} <= set(samples[0])
+    assert samples[0]["prompt"] == samples[1]["prompt"] != samples[2]["prompt"], "two answers to each prompt"

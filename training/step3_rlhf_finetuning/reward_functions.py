@@ -1,0 +1,89 @@
+"""Rewards beyond the reward model: Python functions of the user's own that score answers.
+
+def polite(prompts: list[str], answers: list[str]) -> list[float]:
+    return [float("please" in answer) for answer in answers]
+
+--reward_function rewards.py:polite rewards.py:short:0.5
+"""
+
+import importlib.util
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.distributed import UserError
+
+
+@dataclass
+class RewardFunction:
+    """A function that scores a batch of answers, and how much its scores weigh.
+
+    Attributes:
+        name: as metrics call it.
+        score: (prompts, answers), lists of n texts without special tokens -> n numbers.
+    """
+
+    name: str
+    score: Callable[[list[str], list[str]], list[float]]
+    weight: float = 1.0
+
+    def __call__(self, prompts: list[str], answers: list[str]) -> list[float]:
+        """n scores, unweighted.
+
+        Raises:
+            UserError: the function failed, or gave anything but n numbers. Numbers that are not finite pass: the
+                trainer leaves such answers out and counts them.
+        """
+        try:
+            scores = list(self.score(prompts, answers))
+        except Exception as error:  # whatever the user's code raises must reach all ranks as an error that names it
+            raise UserError(f"--reward_function {self.name} raised {type(error).__name__}: {error}") from error
+        wrong = next((score for score in scores if not isinstance(score, numbers.Real) or isinstance(score, str)), None)
+        if wrong is not None:
+            raise UserError(f"--reward_function {self.name} gave {wrong!r} among its scores; expected numbers")
+        if len(scores) != len(answers):
+            raise UserError(f"--reward_function {self.name} gave {len(scores)} scores for {len(answers)} answers")
+        return [float(score) for score in scores]
+
+
+def load_reward_functions(named: list[str]) -> list[RewardFunction]:
+    """The functions of ``FILE.py:NAME`` or ``FILE.py:NAME:WEIGHT``.
+
+    Raises:
+        UserError: no such file or function, a file that cannot be run, a weight that is no number, a name used twice.
+    """
+    functions = []
+    for text in named:
+        file, colon, rest = text.partition(".py:")
+        name, _, weight = rest.partition(":")
+        if not colon or not name:
+            raise UserError(f"--reward_function {text}: expected FILE.py:NAME or FILE.py:NAME:WEIGHT")
+        try:
+            value = float(weight) if weight else 1.0
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(f"--reward_function {text}: the weight {weight!r} is no number")
+        functions.append(RewardFunction(name, _load_function(Path(f"{file}.py"), name), value))
+    names = [function.name for function in functions]
+    if len(set(names)) < len(names):
+        raise UserError(f"--reward_function: two functions have one name ({', '.join(names)}); metrics need one each")
+    return functions
+
+
+def _load_function(file: Path, name: str) -> Callable:
+    if not file.is_file():
+        raise UserError(f"--reward_function: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(f"reward_functions_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--reward_function: {file} cannot be run: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"--reward_function: {file} has no function {name}, only {', '.join(found) or 'none'}")
+    return function
