@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import SchedulerType
+from transformers.utils import is_flash_attn_2_available
 
 from utils.distributed import UserError, deepspeed, get_accelerator
 
@@ -135,7 +136,7 @@ def add_dtype_argument(parser) -> None:
         "--attn_implementation",
         choices=["sdpa", "eager", "flash_attention_2"],
         default=None,
-        help="attention kernels; None for the model's default",
+        help="attention kernels; flash_attention_2 wants the package flash-attn; None for the model's default",
     )
     parser.add_argument(
         "--deepspeed_config_overrides",
@@ -270,6 +271,14 @@ def resolve_common(args) -> None:
         raise UserError(f"--dtype fp16: {accelerator.device_name()} does not support it; use bf16 or fp32")
     if args.dtype == "bf16" and not accelerator.is_bf16_supported():
         raise UserError(f"--dtype bf16: {accelerator.device_name()} does not support it; use fp16 or fp32")
+    if args.attn_implementation == "flash_attention_2":
+        if not is_flash_attn_2_available():
+            raise UserError(
+                "--attn_implementation flash_attention_2 needs a GPU and flash-attn (pip install flash-attn); "
+                "sdpa needs neither"
+            )
+        if args.dtype == "fp32":
+            raise UserError("--attn_implementation flash_attention_2 computes in fp16 or bf16, not in --dtype fp32")
     args.deepspeed_config_overrides = args.deepspeed_config_overrides or args.deepspeed_config
     args.end_of_conversation_token = args.eot_token if args.add_eot_token else None
     if args.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:

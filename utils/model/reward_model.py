@@ -115,6 +115,11 @@ class RewardModel(nn.Module):
     ):
         super().__init__()
         self.config = base_model.config
+        family = type(self.config)
+        if family not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise UserError(
+                f"transformers has no sequence-classification model for {family.__name__} to save the reward model as"
+            )
         self.rwtransformer = base_model
         self.PAD_ID = tokenizer.pad_token_id
         self.rm_loss, self.rm_margin, self.rm_center_coef = rm_loss, rm_margin, rm_center_coef
@@ -197,11 +202,6 @@ class RewardModel(nn.Module):
         Returns:
             (an empty model of that class, the state dict under that class's names); the dict may be empty.
         """
-        family = type(self.config)
-        if family not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            raise UserError(
-                f"transformers has no sequence-classification model for {family.__name__} to save the reward model as"
-            )
         self.config.num_labels = 1
         with torch.device("meta"):
             target = AutoModelForSequenceClassification.from_config(self.config, dtype=self.rwtransformer.dtype)
