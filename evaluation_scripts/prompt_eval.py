@@ -21,6 +21,7 @@ from evaluation_scripts.prompts import PROMPTS, check_writable, read_prompts, wr
 from utils.data.prompt_format import cut_at_next_human, encode_prompt, prompt_from_text
 from utils.distributed import UserError, run_main
 from utils.generation import (
+    add_base_model_argument,
     add_loading_arguments,
     check_model_folder,
     choosing_settings,
@@ -87,6 +88,7 @@ def parse_args(argv=None):
         action="store_true",
         help="cut an answer where the model goes on to write the human's next turn (off: show what it wrote)",
     )
+    add_base_model_argument(parser)
     add_loading_arguments(parser)
     args = parser.parse_args(argv)
     check_args(args, parser)
@@ -276,7 +278,7 @@ def main(argv=None):
     models = model_titles(args)
     prompts = read_prompts(args.prompts_file) if args.prompts_file else PROMPTS[args.language]
     for _, path in models:
-        check_model_folder(path)
+        check_model_folder(path, allow_soft_prompt=True)
     for path in (args.output, args.jsonl):
         check_writable(path)
 

@@ -21,6 +21,7 @@ from utils.data.prompt_format import PLAIN, cut_at_next_human, encode_prompt, fo
 from utils.distributed import UserError, run_main
 from utils.generation import (
     LanguageModel,
+    add_base_model_argument,
     add_loading_arguments,
     check_ids,
     choosing_settings,
@@ -57,6 +58,7 @@ def parse_args(argv=None):
     choice.add_argument("--top_p", type=float, default=0.9, help="likeliest tokens of this total share (0.9; 1: off)")
     choice.add_argument("--top_k", type=int, default=0, help="so many of the likeliest tokens (default 0: off)")
     choice.add_argument("--seed", type=int, default=None, help="makes answers repeatable (default: not)")
+    add_base_model_argument(parser)
     add_loading_arguments(parser)
     return parser.parse_args(argv)
 

@@ -11,6 +11,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from utils.distributed import UserError, deepspeed, get_accelerator
 
+SOFT_PROMPT_LEARNING_RATES = {"prompt_tuning": 1e-2, "p_tuning": 1e-3}
+
 
 def cache_folder() -> str:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -246,6 +248,60 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
         )
 
 
+def add_soft_prompt_arguments(parser) -> None:
+    """A trained prompt in front of a frozen model (step 1)."""
+    add = parser.add_argument_group("soft prompt (needs the package peft)").add_argument
+    add(
+        "--soft_prompt",
+        choices=list(SOFT_PROMPT_LEARNING_RATES),
+        default=None,
+        help="freeze the model and train virtual tokens before every row, alone or through a small network; None: off",
+    )
+    add("--num_virtual_tokens", type=_positive, default=20, help="virtual tokens of the soft prompt")
+    add(
+        "--soft_prompt_init_text",
+        default=None,
+        help="prompt_tuning: text whose embeddings the virtual tokens start from; None for random tokens",
+    )
+    add(
+        "--soft_prompt_hidden_size",
+        type=_positive,
+        default=None,
+        help="p_tuning: width of its network; None for the width of the embedding",
+    )
+    add(
+        "--soft_prompt_learning_rate",
+        type=float,
+        default=None,
+        help="peak learning rate of the soft prompt; None for "
+        + ", ".join(f"{rate:g} ({kind})" for kind, rate in SOFT_PROMPT_LEARNING_RATES.items()),
+    )
+
+
+def check_soft_prompt(args) -> None:
+    """Refuse combinations with --soft_prompt that cannot work; fill in its learning rate."""
+    if args.soft_prompt is None:
+        if args.soft_prompt_init_text is not None:
+            raise UserError("--soft_prompt_init_text does nothing without --soft_prompt prompt_tuning")
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("--soft_prompt needs the package peft: pip install peft")
+    if args.lora_dim > 0:
+        raise UserError(
+            "--soft_prompt freezes the whole model, and --lora_dim would train layers of it: give one of both"
+        )
+    if args.packing:
+        raise UserError(
+            "--soft_prompt with --packing: a soft prompt stands before a row, and a block holds many; leave one"
+        )
+    if args.soft_prompt == "p_tuning" and args.soft_prompt_init_text is not None:
+        raise UserError("--soft_prompt_init_text is for prompt_tuning: a network makes the virtual tokens of p_tuning")
+    if args.soft_prompt == "prompt_tuning" and args.soft_prompt_hidden_size is not None:
+        raise UserError("--soft_prompt_hidden_size is for p_tuning: prompt_tuning has no network")
+    if args.soft_prompt_learning_rate is None:
+        args.soft_prompt_learning_rate = SOFT_PROMPT_LEARNING_RATES[args.soft_prompt]
+
+
 def add_run_arguments(parser, step: int) -> None:
     group = parser.add_argument_group("run")
     add = group.add_argument
@@ -299,8 +355,17 @@ def check_output_dir(output_dir: str | None) -> None:
         raise UserError(f"--output_dir {output_dir}: cannot be written: {error.strerror}") from error
 
 
+def check_models(args, *names: str) -> None:
+    """Refuse folders that hold adapters without their model."""
+    from utils.model.soft_prompt import check_whole_model
+
+    for name in names:
+        check_whole_model(getattr(args, name), f"--{name}")
+
+
 def check_supervised(args) -> None:
     """Refuse combinations of step 1 and 2 that cannot work, before anything is loaded."""
+    check_models(args, "model_name_or_path")
     if args.only_optimize_lora and args.lora_dim == 0:
         raise UserError("--only_optimize_lora trains nothing without --lora_dim; give it a rank, as in --lora_dim 16")
     if args.offload and args.zero_stage == 0:
@@ -567,6 +632,7 @@ class RLHFBatchSizes:
 
 def check_rlhf(args) -> RLHFBatchSizes:
     """Refuse combinations of step 3 that cannot work, with the arithmetic, before anything is loaded."""
+    check_models(args, "actor_model_name_or_path", "critic_model_name_or_path")
     generation, micro = args.per_device_generation_batch_size, args.per_device_training_batch_size
     accumulation, rounds = args.gradient_accumulation_steps, args.generation_batches
     if (generation * rounds) % micro:

@@ -15,6 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from utils.data.prompt_format import PLAIN, STYLES, end_of_turn_id, format_prompt, truncate_left
 from utils.distributed import UserError
+from utils.model.model_utils import grow_embedding
+from utils.model.soft_prompt import SoftPromptModel, base_of_soft_prompt, load_soft_prompt, soft_prompt_config
 from utils.utils import load_hf_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"  # what --add_eot_token stands for in all three training steps
@@ -26,7 +28,7 @@ class LanguageModel:
     """A causal language model with all that is needed to ask it something."""
 
     name: str
-    model: PreTrainedModel
+    model: PreTrainedModel | SoftPromptModel
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]  # an answer ends at the first of these
     max_positions: int | None  # longest prompt + answer in tokens; None: the configuration names no limit
@@ -66,6 +68,15 @@ def add_loading_arguments(parser, style: str | None = PLAIN, style_help: str = "
     )
 
 
+def add_base_model_argument(parser):
+    """For scripts that also take folders without a model of their own."""
+    parser.add_argument(
+        "--base_model",
+        default=None,
+        help="base model of folders that hold a soft prompt only (default: the one that each of them names)",
+    )
+
+
 def choose_device(name: str) -> torch.device:
     """The torch device of a --device value; UserError if there is no such device here."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -92,7 +103,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
-def check_model_folder(path: str, allow_hub_name: bool = True):
+def check_model_folder(path: str, allow_hub_name: bool = True, allow_soft_prompt: bool = False):
     """UserError, with advice, unless the path is a folder that holds a model (or may be a name on the hub)."""
     folder = Path(path)
     if not folder.is_dir():
@@ -101,8 +112,10 @@ def check_model_folder(path: str, allow_hub_name: bool = True):
         raise UserError(f"no such model folder: {path}")
     if (folder / "config.json").is_file():
         return
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{path} holds a LoRA adapter only: fold it into its base with inference/merge_lora.py first")
+    if soft_prompt_config(folder) is not None:
+        if allow_soft_prompt:
+            return
+        raise UserError(f"{path} holds a soft prompt only, not a model; chat and prompt_eval.py take it")
     inner = sorted(str(config.parent) for config in folder.glob("*/config.json"))
     advice = f"; perhaps you mean {' or '.join(inner[:4])}" if inner else ""
     raise UserError(f"{path} is not a model folder: it has no config.json{advice}")
@@ -134,8 +147,8 @@ def load_pretrained(auto_class, path: str, args) -> PreTrainedModel:
 
 
 def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_name: bool = True) -> LanguageModel:
-    """Model and tokenizer of a folder; `args` hold the flags of add_loading_arguments."""
-    check_model_folder(path, allow_hub_name)
+    """Model and tokenizer of a folder; `args` hold the flags of the two functions above that add some."""
+    check_model_folder(path, allow_hub_name, allow_soft_prompt=True)
     tokenizer = load_hf_tokenizer(
         path, add_special_tokens=END_OF_TEXT if add_eot_token else None, trust_remote_code=args.trust_remote_code
     )
@@ -143,13 +156,21 @@ def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_
         format_prompt([{"role": "user", "content": "?"}], args.prompt_style, tokenizer)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    model = load_pretrained(AutoModelForCausalLM, path, args)
+    prompt_config = soft_prompt_config(path)
+    weights_path = path if prompt_config is None else base_of_soft_prompt(path, prompt_config, args.base_model)
+    model = load_pretrained(AutoModelForCausalLM, weights_path, args)
     if any("SequenceClassification" in name for name in model.config.architectures or []):
-        raise UserError(f"{path} is a reward model and writes no text; evaluation_scripts/rw_eval.py scores with it")
+        raise UserError(
+            f"{weights_path} is a reward model and writes no text; evaluation_scripts/rw_eval.py scores with it"
+        )
     stop_ids = find_stop_ids(model, tokenizer)
     # Nothing of the folder's generation settings may work unseen: what the flags say is what is done.
     model.generation_config = GenerationConfig()
     max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if prompt_config is not None:
+        grow_embedding(model, tokenizer)  # as in training, where a pad token may have been added
+        model = load_soft_prompt(model, path)
+        max_positions = None if max_positions is None else max_positions - model.num_virtual_tokens
     return LanguageModel(path, model, tokenizer, stop_ids, max_positions)
 
 

@@ -44,6 +44,7 @@ from utils.metrics import make_writer
 from utils.model.inputs import forward_accepts, sft_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.model_utils import adapt_model, create_hf_model
+from utils.model.soft_prompt import check_soft_prompt_inputs, make_soft_prompt_model, save_soft_prompt
 from utils.perf import Stopwatch, print_throughput
 from utils.utils import (
     get_optimizer_grouped_parameters,
@@ -62,6 +63,7 @@ def build_parser():
     parser = arguments.new_parser("Step 1: supervised finetuning of a causal language model on prompts and answers.")
     arguments.add_data_arguments(parser, step=1)
     arguments.add_supervised_arguments(parser, learning_rate=1e-3)
+    arguments.add_soft_prompt_arguments(parser)
     arguments.add_run_arguments(parser, step=1)
     group = parser.add_argument_group("step 1")
     group.add_argument(
@@ -98,6 +100,7 @@ def main():
     arguments.resolve_common(args)
     agree(lambda: arguments.check_output_dir(args.output_dir if get_rank() == 0 else None))
     arguments.check_supervised(args)
+    arguments.check_soft_prompt(args)
     set_random_seed(args.seed)
 
     # 2. Tokenizer and data
@@ -106,6 +109,8 @@ def main():
         add_special_tokens=args.end_of_conversation_token,
         trust_remote_code=args.trust_remote_code,
     )
+    if args.soft_prompt is not None:
+        check_soft_prompt_inputs(args, tokenizer)
     train_dataset, eval_dataset = datasets_of_step(args, tokenizer, SFT, args.max_seq_len)
     collator = DataCollatorSFT(tokenizer.pad_token_id, args.max_seq_len, args.mask_prompt, args.pad_to_max_length)
     eval_sampler = StepBatchSampler(eval_dataset.lengths, args.per_device_eval_batch_size, shuffle=False)
@@ -144,9 +149,12 @@ def main():
         raise UserError(
             f"--packing: {type(model).__name__} takes no positions, so rows of a block cannot be kept apart"
         )
+    if args.soft_prompt is not None:
+        model = make_soft_prompt_model(model, tokenizer, args)
     adapt_model(model, args, gradient_checkpointing=args.gradient_checkpointing)
     groups = get_optimizer_grouped_parameters(model, args.weight_decay, args.lora_learning_rate)
-    optimizer = make_optimizer(groups, args.learning_rate, args.offload)
+    learning_rate = args.learning_rate if args.soft_prompt is None else args.soft_prompt_learning_rate
+    optimizer = make_optimizer(groups, learning_rate, args.offload)
     steps_per_epoch = sampler.steps()
     scheduler = get_scheduler(
         args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.num_train_epochs * steps_per_epoch
@@ -205,7 +213,10 @@ def main():
     # 5. Save
     if args.output_dir is not None:
         print_rank_0("saving the final model ...")
-        save_hf_format(engine, tokenizer, args)
+        if args.soft_prompt is not None:
+            save_soft_prompt(engine.module, tokenizer, Path(args.output_dir))
+        else:
+            save_hf_format(engine, tokenizer, args)
     writer.close()
 
 

@@ -16,6 +16,12 @@ def embedding_rows(model) -> int:
     return getattr(weight, "ds_shape", weight.shape)[0]
 
 
+def embedding_width(model) -> int:
+    """Columns of the input embedding, which a projection may make narrower than the hidden size (OPT-350m)."""
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[1]
+
+
 def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     """[batch, length] -> [batch, length]: 0 at a row's first real token, however many pads stand before it."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -41,7 +41,7 @@ def _zero3_loading(ds_config):
         del keep_alive
 
 
-def _load_config(model_name_or_path, trust_remote_code):
+def load_config(model_name_or_path, trust_remote_code):
     try:
         return AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -72,7 +72,7 @@ def _check_loading(info: dict, model_name_or_path, model_class) -> None:
         )
 
 
-def _grow_embedding(model, tokenizer) -> None:
+def grow_embedding(model, tokenizer) -> None:
     """Make room for tokens the tokenizer has and the model lacks, to a multiple of 8; never shrink."""
     if len(tokenizer) > embedding_rows(model):
         # New rows start at the mean of the old: in a family whose logits all lie far below zero, a small random row
@@ -102,7 +102,7 @@ def create_hf_model(
     Raises:
         UserError: no such model, or weights that do not fit it, with the keys.
     """
-    config = _load_config(model_name_or_path, trust_remote_code)
+    config = load_config(model_name_or_path, trust_remote_code)
     configure_dropout(config, 0.0 if rlhf_training and dropout is None else dropout)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _zero3_loading(ds_config):
@@ -118,7 +118,7 @@ def create_hf_model(
         except (OSError, ValueError) as error:
             raise UserError(f"no model could be loaded from {model_name_or_path!r}: {error}") from error
         _check_loading(info, model_name_or_path, model_class)
-        _grow_embedding(model, tokenizer)
+        grow_embedding(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     return model
