@@ -62,6 +62,9 @@ class SoftPromptModel(nn.Module):
     def get_input_embeddings(self):
         return self.base_model.get_input_embeddings()
 
+    def get_output_embeddings(self):
+        return self.base_model.get_output_embeddings()
+
     def gradient_checkpointing_enable(self, **options):
         self.base_model.gradient_checkpointing_enable(**options)
 
