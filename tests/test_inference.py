@@ -342,7 +342,7 @@ def test_what_is_no_language_model_folder_is_refused(folders, tmp_path):
         chatbot.main(["--path", str(tmp_path / "run")])
     with pytest.raises(UserError, match=r"cannot be loaded|no tokenizer"):
         chatbot.main(["--path", str(tmp_path / "run" / "actor")])
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(UserError, match="merge_lora"):
         chatbot.main(["--path", str(tmp_path)])
     with pytest.raises(UserError, match=r"lacks weights.*lm_head"):
