@@ -15,7 +15,8 @@ from evaluation_scripts import prompt_eval, rw_eval
 from inference import chatbot
 from utils.distributed import UserError
 from utils.generation import generate_ids, load_language_model
-from utils.model.losses import causal_lm_loss_sum, label_count
+from utils.model.inputs import model_inputs
+from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.soft_prompt import SoftPromptModel
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="training needs the package peft")
@@ -67,7 +68,7 @@ def test_the_loss_counts_the_real_tokens_only_each_from_the_position_before_it(t
     model, vectors = soft_prompt_model(tmp_path)
     ids, mask = padded(ROWS, "right")
     labels = ids.masked_fill(mask == 0, -100)
-    got = causal_lm_loss_sum(model(input_ids=ids, attention_mask=mask).logits, labels)
+    got = causal_lm_loss_sum(LabelLogProbs(model), model_inputs(model, ids, mask), labels)
     slow, terms = 0.0, 0
     for row in ROWS:
         log_probs = slow_logits(model, vectors, row).log_softmax(-1)
