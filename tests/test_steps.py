@@ -279,23 +279,6 @@ def test_step_3_runs_prints_and_saves_actor_critic_and_ema(
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic").config.num_labels == 1
 
 
-def test_two_ranks_of_zero_3_train_like_one_process(model_folder, pairs_folder, cache_folder, tmp_path):
-    """The same rows per optimizer step give the same losses and weights, however they are sharded."""
-    for name, launcher, ranks, flags in (
-        ("one", "python", 1, ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]),
-        ("two", "deepspeed", 2, ["--per_device_train_batch_size", 2, "--zero_stage", 3]),
-    ):
-        arguments = [*_data(pairs_folder, cache_folder), "--model_name_or_path", model_folder, "--max_seq_len", 48]
-        code, console = launch(1, [*arguments, "--output_dir", tmp_path / name, *flags], launcher=launcher, ranks=ranks)
-        assert code == 0, console
-    losses = [[row["train/loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-4)
-
-
 def test_ranks_sample_different_answers(sft, reward, pairs_folder, cache_folder, tmp_path):
     """Both ranks get the same prompt; with equal seeds their answers would be equal too."""
     from conftest import write_pairs

@@ -1,0 +1,102 @@
+"""Whole runs that must give one trajectory: ZeRO stages, ranks, accumulation, micro-batches, checkpointing.
+
+Two launches in all, with one rank and with two; each makes every run of its list in one process group.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, make_model, read_metrics, run_command, write_pairs
+from safetensors.torch import load_file
+
+from utils.model.model_utils import create_critic_model
+from utils.utils import load_hf_tokenizer, save_hf_format
+
+STAGES = (0, 1, 2, 3)
+# name -> (ranks, rows per device, accumulation, stage, other flags); 8 rows per optimizer step in every one.
+SUPERVISED = {
+    **{f"1 rank, stage {stage}": (1, 4, 2, stage, []) for stage in STAGES},
+    **{f"2 ranks, stage {stage}": (2, 4, 1, stage, []) for stage in STAGES},
+    "1 rank, rows one by one": (1, 1, 8, 0, []),
+    "1 rank, all rows at once": (1, 8, 1, 2, []),
+    "2 ranks, accumulated at stage 3": (2, 1, 4, 3, []),
+    "1 rank, checkpointing": (1, 4, 2, 0, ["--gradient_checkpointing"]),
+    "2 ranks, checkpointing at stage 3": (2, 2, 2, 3, ["--gradient_checkpointing"]),
+}
+RLHF = {
+    "stages 0 and 0": (0, 0, []),
+    "stages 3 and 0": (3, 0, []),
+    "stages 2 and 3": (2, 3, []),
+    "stages 3 and 3, generating layer by layer": (3, 3, ["--unpin_actor_parameters"]),
+    "stages 1 and 2, checkpointing": (1, 2, ["--actor_gradient_checkpointing", "--critic_gradient_checkpointing"]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The folder of every run, under ``step/name``."""
+    folder = tmp_path_factory.mktemp("runs")
+    base = make_model(folder / "base")
+    tokenizer = load_hf_tokenizer(base)
+    torch.manual_seed(3)
+    from types import SimpleNamespace
+
+    save_hf_format(create_critic_model(base, tokenizer), tokenizer, SimpleNamespace(output_dir=str(folder / "reward")))
+    (folder / "pairs").mkdir()
+    write_pairs(folder / "pairs" / "train.jsonl", 72)
+    write_pairs(folder / "pairs" / "eval.jsonl", 12)
+    common = ["--data_path", folder / "pairs", "--data_output_path", folder / "cache", "--data_split", "1,1,1"]
+    common += ["--dtype", "fp32", "--max_eval_samples", 4]
+    lists = {1: [], 2: []}
+    for step, start in ((1, base), (2, folder / "reward")):
+        for name, (ranks, rows, accumulation, stage, flags) in SUPERVISED.items():
+            arguments = [*common, "--model_name_or_path", start, "--max_seq_len", 48, "--learning_rate", 1e-3]
+            arguments += ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", accumulation]
+            arguments += ["--zero_stage", stage, "--output_dir", folder / str(step) / name, *flags]
+            lists[ranks].append((step, arguments))
+    for name, (actor_stage, critic_stage, flags) in RLHF.items():
+        arguments = [*common, "--actor_model_name_or_path", base, "--critic_model_name_or_path", folder / "reward"]
+        arguments += ["--max_prompt_seq_len", 32, "--max_answer_seq_len", 8, "--num_warmup_steps", 0]
+        arguments += ["--per_device_generation_batch_size", 4, "--per_device_training_batch_size", 4]
+        arguments += ["--actor_learning_rate", 1e-3, "--critic_learning_rate", 1e-3, "--actor_dropout", 0]
+        arguments += ["--actor_zero_stage", actor_stage, "--critic_zero_stage", critic_stage]
+        arguments += ["--enable_hybrid_engine", "--output_dir", folder / "3" / name, *flags]
+        lists[2].append((3, arguments))
+    for ranks, wanted in lists.items():
+        file = folder / f"{ranks}.json"
+        file.write_text(json.dumps([[step, [str(a) for a in arguments]] for step, arguments in wanted]))
+        torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+        code, console = run_command([*torchrun, PROJECT / "tests/runs_in_one_launch.py", file], timeout=600)
+        assert code == 0, console[-6000:]
+    return folder
+
+
+def _trajectory(folder: Path, names) -> list[list[float]]:
+    return [[row[f"train/{name}"] for name in names] for row in read_metrics(folder)]
+
+
+@pytest.mark.parametrize("name", list(SUPERVISED)[1:])
+@pytest.mark.parametrize("step", [1, 2])
+def test_steps_1_and_2_give_one_trajectory_and_one_model(runs, step, name):
+    reference, run = runs / str(step) / next(iter(SUPERVISED)), runs / str(step) / name
+    wanted, got = (torch.tensor(_trajectory(folder, ["loss", "grad_norm", "lr"])) for folder in (reference, run))
+    assert len(wanted) == 3
+    assert wanted[-1, 0] < wanted[0, 0]
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, reference))
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        # Adam's first steps are lr * sign(gradient): where a gradient is nearly zero, rounding decides its sign.
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=5e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("name", list(RLHF)[1:])
+def test_step_3_gives_one_trajectory_for_every_pair_of_stages(runs, name):
+    names = ["score", "kl", "actor_loss", "critic_loss", "actor_grad_norm", "critic_grad_norm", "answer_length"]
+    wanted, got = (torch.tensor(_trajectory(runs / "3" / run, names)) for run in (next(iter(RLHF)), name))
+    assert len(wanted) == 3
+    assert abs(wanted[-1, 1]) > 1e-4  # the policy has moved
+    torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-4)
