@@ -5,6 +5,7 @@ other module needs an "if distributed".
 """
 
 import datetime
+import fcntl
 import logging
 import os
 import socket
@@ -53,16 +54,54 @@ def ranks_per_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
-def _check_build_locks(max_minutes: int = 15) -> None:
-    """Torch waits for ever, without a word, for the lock of an operator's build that was killed."""
+def load_operator(builder_name: str) -> None:
+    """Let DeepSpeed build (the first time) and load one of its own operators, "ShareMemCommBuilder" say.
+
+    Torch guards a build with a bare file. A run that is killed at the wrong moment leaves it behind, and every later
+    run waits for it for ever, without a word. Ours is a lock of the kernel, which ends with the process that holds it:
+    who has it knows that torch's file is stale, unless a program of another kind is building there.
+
+    Raises:
+        UserError: the lock of a build that cannot be seen from here, and is too old to be waited for.
+    """
+    builder = get_accelerator().create_op_builder(builder_name)
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    for lock in root.glob("**/lock"):
-        minutes = (time.time() - lock.stat().st_mtime) / 60
-        if minutes > max_minutes:
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f".{builder.NAME}.one-at-a-time", "w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        for lock in root.glob(f"**/{builder.NAME}/lock"):
+            _clear_lock(lock)
+        builder.load()
+
+
+def _clear_lock(lock: Path, max_minutes: float = 15) -> None:
+    """Remove torch's lock if its build is dead; wait for it while it may live."""
+    while lock.exists():
+        age = time.time() - lock.stat().st_mtime
+        shared = get_world_size() > ranks_per_node()  # a build on another node may hold it
+        if not shared and age > 5 and not _is_working_in(lock.parent):
+            print(f"note: removing {lock}, left by a build that was killed", flush=True)
+            lock.unlink(missing_ok=True)
+        elif age > 60 * max_minutes:
             raise UserError(
-                f"{lock} is {minutes:.0f} minutes old: a build of a DeepSpeed operator was killed there, and everyone "
+                f"{lock} is {age / 60:.0f} minutes old: a build of a DeepSpeed operator was killed there, and everyone "
                 "would wait for it. If no build is running, delete that file"
             )
+        else:
+            time.sleep(0.5)
+
+
+def _is_working_in(folder: Path) -> bool:
+    """Whether a process of this machine has the folder as its working directory, as compilers have."""
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            if link.resolve() == folder.resolve():
+                return True
+        except OSError:  # of another user, or gone
+            continue
+    return False
 
 
 def _free_port() -> int:
@@ -99,7 +138,7 @@ def init_distributed(args) -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(get_local_rank())
-    _check_build_locks()
+    load_operator("ShareMemCommBuilder")
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     args.local_rank, args.global_rank = get_local_rank(), get_rank()
     return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")

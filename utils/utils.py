@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 from transformers import AutoTokenizer, set_seed
 
-from utils.distributed import UserError, all_reduce_sum, get_rank, get_world_size
+from utils.distributed import UserError, all_reduce_sum, get_rank, get_world_size, load_operator
 from utils.model.saving import gather_state_dict, save_pretrained_model, write_weights
 
 PROGRESS_SECONDS = 10  # between progress lines where there is no terminal
@@ -167,6 +167,7 @@ def make_optimizer(parameter_groups, learning_rate: float, offload: bool, betas=
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        load_operator("CPUAdamBuilder")
         return DeepSpeedCPUAdam(parameter_groups, lr=learning_rate, betas=betas)
     return torch.optim.AdamW(parameter_groups, lr=learning_rate, betas=betas, fused=True)
 

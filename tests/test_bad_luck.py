@@ -1,0 +1,185 @@
+"""Step 3 on two ranks when something goes wrong on one of them: no hang, a message, an update where one is possible."""
+
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import PROJECT, STEPS, make_model, read_metrics, run_command
+from transformers import AutoModelForCausalLM
+
+from utils import distributed
+from utils.distributed import UserError
+from utils.model.model_utils import create_critic_model
+from utils.utils import load_hf_tokenizer, save_hf_format
+
+PATCHES = {
+    # Rank 1 answers every prompt with EOS alone.
+    "empty": """
+        generate = Trainer._generate_sequence
+        def patched(self, prompts, mask, step):
+            sequences = generate(self, prompts, mask, step)
+            if RANK == 1:
+                sequences[:, prompts.shape[1] :] = self.tokenizer.pad_token_id
+                sequences[:, prompts.shape[1]] = self.tokenizer.eos_token_id
+            return sequences
+        Trainer._generate_sequence = patched
+    """,
+    # Rank 1 dies in the middle of its second update.
+    "killed": """
+        import signal
+        train, calls = Trainer.train_rlhf, []
+        def patched(self, window):
+            calls.append(window)
+            if RANK == 1 and len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return train(self, window)
+        Trainer.train_rlhf = patched
+    """,
+    # The logits of rank 1 are no numbers.
+    "nan": """
+        train = Trainer.generate_experience
+        def patched(self, prompts, mask, step=0):
+            if RANK == 1 and step == 1:
+                with torch.no_grad():
+                    self.actor_model.module.get_input_embeddings().weight.fill_(float("nan"))
+            return train(self, prompts, mask, step)
+        Trainer.generate_experience = patched
+    """,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    base = tmp_path_factory.mktemp("models")
+    actor = make_model(base / "actor")
+    tokenizer = load_hf_tokenizer(actor)
+    torch.manual_seed(5)
+    save_hf_format(create_critic_model(actor, tokenizer), tokenizer, SimpleNamespace(output_dir=str(base / "reward")))
+    return actor, base / "reward"
+
+
+def _run(models, patch, launcher, folder, pairs_folder, cache_folder, *flags):
+    """Two ranks of step 3 with a change to the trainer: (exit code, console, seconds)."""
+    script = folder / "patched.py"
+    script.write_text(
+        f"import os, runpy, sys, torch\nsys.path.insert(0, {str(PROJECT)!r})\nRANK = int(os.environ['RANK'])\n"
+        "from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer as Trainer\n"
+        + textwrap.dedent(PATCHES[patch])
+        + f"\nrunpy.run_path({str(STEPS[3])!r}, run_name='__main__')\n"
+    )
+    binaries = Path(sys.executable).parent
+    starts = {
+        "torchrun": [binaries / "torchrun", "--standalone", "--nproc_per_node=2"],
+        "deepspeed": [binaries / "deepspeed", "--num_gpus", "2", "--master_port", str(20000 + hash(folder) % 20000)],
+    }
+    arguments = [
+        *("--actor_model_name_or_path", models[0], "--critic_model_name_or_path", models[1], "--dtype", "fp32"),
+        *("--data_path", pairs_folder, "--data_output_path", cache_folder, "--output_dir", folder / "out"),
+        *("--per_device_generation_batch_size", 4, "--per_device_training_batch_size", 2, "--num_warmup_steps", 0),
+        *("--max_prompt_seq_len", 24, "--max_answer_seq_len", 8, "--enable_test_mode", "--test_stop_step", 2),
+    ]
+    start = time.monotonic()
+    code, console = run_command([*starts[launcher], script, *arguments, *flags], timeout=200)
+    return code, console, time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--actor_zero_stage", 3, "--critic_zero_stage", 3, "--enable_hybrid_engine"]],
+    ids=["zero 0", "zero 3"],
+)
+def test_a_rank_whose_answers_are_all_empty_updates_from_the_answers_of_the_other(
+    models, pairs_folder, cache_folder, tmp_path, flags
+):
+    code, console, _ = _run(models, "empty", "torchrun", tmp_path, pairs_folder, cache_folder, *flags)
+    assert code == 0, console
+    rows = read_metrics(tmp_path / "out")
+    assert [row["train/unused_answers"] >= 4 and row["train/used_answers"] > 0 for row in rows] == [True, True]
+    for row in rows:
+        assert all(math.isfinite(row[f"train/{name}"]) for name in ("actor_loss", "critic_loss", "kl", "score"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/actor")
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_rank_killed_in_mid_step_ends_the_run(models, pairs_folder, cache_folder, tmp_path, launcher):
+    code, console, seconds = _run(models, "killed", launcher, tmp_path, pairs_folder, cache_folder)
+    assert code != 0
+    assert seconds < 180, "the other rank waits for nobody"
+    assert not (tmp_path / "out/actor").exists()
+    assert "Step: 0" in console and "Step: 1 " not in console
+
+
+def test_logits_that_are_no_numbers_end_all_ranks_with_the_step(models, pairs_folder, cache_folder, tmp_path):
+    code, console, _ = _run(models, "nan", "torchrun", tmp_path, pairs_folder, cache_folder)
+    assert code != 0
+    assert "not finite in step 1" in console, console
+    assert not (tmp_path / "out/actor").exists()
+
+
+# ---------------------------------------------------------------- the lock of an operator's build
+
+
+@pytest.fixture
+def operator(tmp_path, monkeypatch):
+    """A stand-in for DeepSpeed's builder, whose load() records whether torch's lock was still there."""
+    folder = tmp_path / "py311_cpu/deepspeed_shm_comm"
+    folder.mkdir(parents=True)
+
+    class Builder:
+        NAME = "deepspeed_shm_comm"
+        found = None
+
+        def load(self):
+            Builder.found = (folder / "lock").exists()
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setitem(distributed.deepspeed.ops.__compatible_ops__, Builder.NAME, True)
+    accelerator = SimpleNamespace(create_op_builder=lambda name: Builder() if name == "ShareMemCommBuilder" else None)
+    monkeypatch.setattr(distributed, "get_accelerator", lambda: accelerator)
+    return Builder, folder / "lock"
+
+
+def _lock(file, age):
+    file.touch()
+    os.utime(file, (time.time() - age,) * 2)
+
+
+def test_the_lock_of_a_killed_build_is_removed(operator, capsys):
+    builder, lock = operator
+    _lock(lock, age=20)
+    distributed.load_operator("ShareMemCommBuilder")
+    assert builder.found is False and "left by a build that was killed" in capsys.readouterr().out
+
+
+def test_a_build_that_is_going_on_is_waited_for(operator):
+    builder, lock = operator
+    _lock(lock, age=20)
+    with subprocess.Popen(["sleep", "2"], cwd=lock.parent):
+        start = time.monotonic()
+        distributed.load_operator("ShareMemCommBuilder")
+        assert time.monotonic() - start > 1
+    assert builder.found is False
+
+
+def test_a_lock_that_another_node_may_hold_is_left_and_named_when_it_is_old(operator, monkeypatch):
+    _, lock = operator
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 4)
+    _lock(lock, age=16 * 60)
+    with pytest.raises(UserError, match="delete that file"):
+        distributed.load_operator("ShareMemCommBuilder")
+    assert lock.exists()
+
+
+def test_an_operator_that_this_machine_cannot_have_is_left_alone(operator):
+    builder, _ = operator
+    distributed.load_operator("NoSuchBuilder")
+    assert builder.found is None
