@@ -31,13 +31,13 @@ PATCHES = {
             return sequences
         Trainer._generate_sequence = patched
     """,
-    # Rank 1 dies in the middle of its second update.
+    # Rank 1 dies in the update of its second step, which has two per step.
     "killed": """
         import signal
         train, calls = Trainer.train_rlhf, []
         def patched(self, window):
             calls.append(window)
-            if RANK == 1 and len(calls) == 2:
+            if RANK == 1 and len(calls) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
             return train(self, window)
         Trainer.train_rlhf = patched
@@ -113,7 +113,7 @@ def test_a_rank_killed_in_mid_step_ends_the_run(models, pairs_folder, cache_fold
     assert code != 0
     assert seconds < 180, "the other rank waits for nobody"
     assert not (tmp_path / "out/actor").exists()
-    assert "Step: 0" in console and "Step: 1 " not in console
+    assert "| Step: 0 |" in console and "| Step: 1 |" not in console
 
 
 def test_logits_that_are_no_numbers_end_all_ranks_with_the_step(models, pairs_folder, cache_folder, tmp_path):
