@@ -377,8 +377,8 @@ def test_a_second_save_leaves_nothing_of_the_first_to_be_loaded(tmp_path, model_
     from types import SimpleNamespace
 
     from utils.model import saving
+    from utils.model.loading import read_value_head
     from utils.model.model_utils import create_critic_model
-    from utils.model.reward_model import read_value_head
     from utils.utils import load_hf_tokenizer, save_hf_format
 
     tokenizer = load_hf_tokenizer(model_folder)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, set_seed
 
 from utils.distributed import UserError, all_reduce_sum, get_rank, get_world_size, load_operator
-from utils.model.saving import gather_state_dict, save_pretrained_model, write_weights
+from utils.model.saving import save_pretrained_model, save_weights
 
 PROGRESS_SECONDS = 10  # between progress lines where there is no terminal
 
@@ -194,14 +194,13 @@ def save_hf_format(model, tokenizer, args, sub_folder="") -> None:
     LoRA is folded in, ZeRO-3 shards are gathered, files appear atomically. A reward model is saved as a
     sequence-classification model with one label.
     """
-    save_pretrained_model(unwrap(model), tokenizer, Path(args.output_dir) / sub_folder)
+    folder = Path(args.output_dir) / sub_folder
+    save_pretrained_model(unwrap(model), tokenizer, folder, getattr(args, "max_shard_size", None))
 
 
 def save_zero_three_model(model_ema, global_rank, save_dir, zero_stage=0) -> None:
     """Write the weights alone (no configuration, no tokenizer) as safetensors; every rank must call this."""
-    state_dict = gather_state_dict(unwrap(model_ema))
-    if global_rank == 0:
-        write_weights(state_dict, Path(save_dir))
+    save_weights(unwrap(model_ema), Path(save_dir))
 
 
 def load_state_dict_into_model(model_to_load, state_dict, start_prefix="", zero_stage=0) -> None:

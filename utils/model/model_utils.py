@@ -1,16 +1,18 @@
 """Making the models: a causal language model for the actor and the reference, a RewardModel for critic and reward."""
 
 import contextlib
+import copy
 import inspect
 import math
 
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from utils.distributed import UserError
+from utils.distributed import UserError, agree, get_accelerator
 from utils.model.inputs import embedding_rows
-from utils.model.reward_model import HEAD_NAMES, RewardModel, read_value_head
+from utils.model.loading import check_checkpoint, find_checkpoint, load_config
+from utils.model.reward_model import RewardModel, empty_classifier
 from utils.module.lora import (
     convert_linear_layer_to_lora,
     count_parameters,
@@ -30,46 +32,18 @@ def configure_dropout(model_config, dropout) -> None:
             setattr(model_config, name, dropout if name != "layerdrop" else 0.0)
 
 
+def _is_stage_3(ds_config) -> bool:
+    return ds_config is not None and ds_config["zero_optimization"]["stage"] == 3
+
+
 @contextlib.contextmanager
 def _zero3_loading(ds_config):
     """While open, from_pretrained partitions each weight over the ranks as it loads it (ZeRO-3 only)."""
-    is_stage_3 = ds_config is not None and ds_config["zero_optimization"]["stage"] == 3
-    keep_alive = HfDeepSpeedConfig(ds_config) if is_stage_3 else None
+    keep_alive = HfDeepSpeedConfig(ds_config) if _is_stage_3(ds_config) else None
     try:
         yield
     finally:
         del keep_alive
-
-
-def load_config(model_name_or_path, trust_remote_code):
-    try:
-        return AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no model could be loaded from {model_name_or_path!r}: {error}") from error
-
-
-def _check_loading(info: dict, model_name_or_path, model_class) -> None:
-    """Raise for weights that are missing or misshapen; tell of those the model has no place for."""
-    missing, mismatched = list(info["missing_keys"]), [str(key) for key in info["mismatched_keys"]]
-    unexpected = set(info["unexpected_keys"])
-    if model_class is AutoModel:  # a decoder alone: the heads of a language or reward model are left aside on purpose
-        unexpected = {
-            key for key in unexpected if key not in HEAD_NAMES and "head" not in key and "embed_out" not in key
-        }
-    elif unexpected & set(HEAD_NAMES):
-        raise UserError(
-            f"{model_name_or_path!r} is a reward model; a language model is needed here, as step 1 saves it"
-        )
-    if unexpected:
-        print_rank_0(
-            f"note: {model_name_or_path}: {len(unexpected)} weights have no place in the model and are left: "
-            f"{', '.join(sorted(unexpected)[:8])}"
-        )
-    if missing or mismatched:
-        listed = ", ".join((missing + mismatched)[:8])
-        raise UserError(
-            f"the weights in {model_name_or_path!r} do not fit the model; missing or of another shape: {listed}"
-        )
 
 
 def grow_embedding(model, tokenizer) -> None:
@@ -78,6 +52,39 @@ def grow_embedding(model, tokenizer) -> None:
         # New rows start at the mean of the old: in a family whose logits all lie far below zero, a small random row
         # would be the likeliest token of all.
         model.resize_token_embeddings(8 * math.ceil(len(tokenizer) / 8))
+
+
+def check_model(model_class, model_name_or_path, trust_remote_code=False, trained_head=False):
+    """Read configuration and names of weights alone: whether the model is there, whole and of the right kind.
+
+    Every rank must call this.
+
+    Args:
+        trained_head: a reward model is wanted, with its value head.
+
+    Returns:
+        (configuration, options that ``from_pretrained`` needs for these files)
+
+    Raises:
+        UserError: no such model, or weights that do not fit it, with the keys; on all ranks alike.
+    """
+    checked = None
+
+    def check() -> None:
+        nonlocal checked
+        config = load_config(model_name_or_path, trust_remote_code)
+        checkpoint = find_checkpoint(model_name_or_path)
+        checked = config, check_checkpoint(checkpoint, model_class, config, trust_remote_code)
+        if trained_head and checkpoint.value_head() is None:
+            raise UserError(
+                f"{str(model_name_or_path)!r} holds no reward model: there is no score.weight (or v_head.weight) among "
+                "its weights. Train one with step 2 and give its output folder."
+            )
+        if model_class is AutoModel:
+            empty_classifier(copy.deepcopy(config))
+
+    agree(check)
+    return checked
 
 
 def create_hf_model(
@@ -102,22 +109,24 @@ def create_hf_model(
     Raises:
         UserError: no such model, or weights that do not fit it, with the keys.
     """
-    config = load_config(model_name_or_path, trust_remote_code)
+    config, options = check_model(model_class, model_name_or_path, trust_remote_code)
     configure_dropout(config, 0.0 if rlhf_training and dropout is None else dropout)
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    accelerator = get_accelerator()
+    if ds_config is not None and not _is_stage_3(ds_config) and accelerator.device_name() != "cpu":
+        options["device_map"] = {"": accelerator.current_device_name()}  # past host memory
     with _zero3_loading(ds_config):
         try:
-            model, info = model_class.from_pretrained(
+            model = model_class.from_pretrained(
                 model_name_or_path,
                 config=config,
                 dtype=dtype,
-                output_loading_info=True,
                 trust_remote_code=trust_remote_code,
                 **options,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"no model could be loaded from {model_name_or_path!r}: {error}") from error
-        _check_loading(info, model_name_or_path, model_class)
         grow_embedding(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
@@ -145,6 +154,8 @@ def create_critic_model(
     Raises:
         UserError: in step 3, when the folder holds no trained head.
     """
+    if rlhf_training:
+        check_model(AutoModel, model_name_or_path, trust_remote_code, trained_head=True)
     base = create_hf_model(
         AutoModel,
         model_name_or_path,
@@ -156,12 +167,6 @@ def create_critic_model(
         attn_implementation,
         trust_remote_code,
     )
-    head = read_value_head(model_name_or_path)
-    if rlhf_training and head is None:
-        raise UserError(
-            f"{model_name_or_path!r} holds no reward model: there is no score.weight among its weights. "
-            "Train one with step 2 and give its output folder."
-        )
     return RewardModel(
         base,
         tokenizer,
@@ -170,7 +175,7 @@ def create_critic_model(
         rm_loss=rm_loss,
         rm_margin=rm_margin,
         rm_center_coef=rm_center_coef,
-        value_head=head,
+        value_head=find_checkpoint(model_name_or_path).value_head(),
     )
 
 

@@ -1,19 +1,13 @@
 """A decoder that gives each position a value: the reward model of step 2, the critic of step 3."""
 
-import json
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from utils.distributed import UserError
 from utils.model.inputs import model_inputs
-
-HEAD_NAMES = ("score.weight", "v_head.weight")
 
 
 class ValueHead(nn.Linear):
@@ -115,11 +109,6 @@ class RewardModel(nn.Module):
     ):
         super().__init__()
         self.config = base_model.config
-        family = type(self.config)
-        if family not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            raise UserError(
-                f"transformers has no sequence-classification model for {family.__name__} to save the reward model as"
-            )
         self.rwtransformer = base_model
         self.PAD_ID = tokenizer.pad_token_id
         self.rm_loss, self.rm_margin, self.rm_center_coef = rm_loss, rm_margin, rm_center_coef
@@ -196,40 +185,43 @@ class RewardModel(nn.Module):
             return values
         return {"values": values, "chosen_end_scores": end_scores(values, attention_mask)}
 
-    def for_saving(self, state_dict: dict[str, torch.Tensor]):
+    def for_saving(self):
         """This model as a sequence-classification model with one label, so that plain transformers can load it.
 
         Returns:
-            (an empty model of that class, the state dict under that class's names); the dict may be empty.
+            (an empty model of that class, a function from our names of weights to that class's)
+
+        Raises:
+            UserError: when transformers has no such class, or one with a head of another kind.
         """
-        self.config.num_labels = 1
-        with torch.device("meta"):
-            target = AutoModelForSequenceClassification.from_config(self.config, dtype=self.rwtransformer.dtype)
+        target = empty_classifier(self.config, self.rwtransformer.dtype)
         prefix = target.base_model_prefix
-        renamed = {}
-        for name, value in state_dict.items():
-            if name == "v_head.weight":
-                renamed["score.weight"] = value
-            else:
-                renamed[f"{prefix}.{name.removeprefix('rwtransformer.')}"] = value
-        return target, renamed
+
+        def rename(name: str) -> str:
+            return "score.weight" if name == "v_head.weight" else f"{prefix}.{name.removeprefix('rwtransformer.')}"
+
+        return target, rename
 
 
-def read_value_head(folder) -> torch.Tensor | None:
-    """The trained head [1, hidden] in a local folder of safetensors; None if there is none (or no such folder)."""
-    folder = Path(folder)
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return _read_head(single)
-    for index in folder.glob("*.safetensors.index.json"):
-        weight_map = json.loads(index.read_text())["weight_map"]
-        for name in HEAD_NAMES:
-            if name in weight_map:
-                return _read_head(folder / Path(weight_map[name]).name)
-    return None
+def empty_classifier(config, dtype=None):
+    """The sequence-classification model, weightless, that a reward model of this configuration is saved as.
 
-
-def _read_head(file: Path) -> torch.Tensor | None:
-    with safe_open(file, framework="pt") as weights:
-        stored = set(weights.keys())
-        return next((weights.get_tensor(name) for name in HEAD_NAMES if name in stored), None)
+    Raises:
+        UserError: when transformers has no such class, or one with a head of another kind.
+    """
+    family = type(config)
+    if family not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"transformers has no sequence-classification model for {family.__name__}, so that no reward model of this "
+            "family could be saved; train the reward model from another family with the same tokenizer"
+        )
+    config.num_labels = 1
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise UserError(
+            f"the head of {type(model).__name__} is not one plain matrix named score; a reward model of this family "
+            "could not be saved"
+        )
+    return model

@@ -1,0 +1,216 @@
+"""Loading: weights are found, opened and compared with the model before any of them is read into memory.
+
+Read are safetensors and pytorch_model.bin (tensors only: nothing in a file is ever executed), whole or in shards, from
+a folder or a hub name, under the names of transformers or of the published reward checkpoints.
+"""
+
+import json
+import pickle
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModel
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file
+
+from utils.distributed import UserError, get_rank
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+HEAD_NAMES = ("score.weight", "v_head.weight")
+PUBLISHED_PREFIX = r"^(rwtransformer|rwtranrsformer)\."  # the second is how the published code spells it
+# Masks and tables that old checkpoints hold although the model makes them itself.
+STALE_BUFFERS = re.compile(r"(\.masked_bias|\.inv_freq|\battn\.bias|\battention\.bias)$")
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weight files of a model and what they hold."""
+
+    name: str
+    files: tuple[Path, ...]
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """{name: meta tensor} of all files, from their headers."""
+        return {name: tensor for file in self.files for name, tensor in _read(file, "meta").items()}
+
+    @property
+    def is_published_reward(self) -> bool:
+        return any(re.match(PUBLISHED_PREFIX, name) for name in self.tensors)
+
+    def renaming(self, skeleton) -> dict[str, str] | None:
+        """transformers' ``key_mapping`` from the published names to those of the skeleton's class."""
+        if not self.is_published_reward:
+            return None
+        is_decoder = not hasattr(skeleton, "score") and skeleton.base_model is skeleton
+        return {
+            PUBLISHED_PREFIX: "" if is_decoder else f"{skeleton.base_model_prefix}.",
+            r"^v_head\.": "v_head." if is_decoder else "score.",
+        }
+
+    def value_head(self) -> torch.Tensor | None:
+        """The trained head [1, hidden] of a reward model; None if there is none."""
+        found = [(file, name) for file in self.files for name in HEAD_NAMES if name in _read(file, "meta")]
+        return _read_one(*found[0]) if found else None
+
+
+def load_config(model_name_or_path, trust_remote_code: bool = False):
+    """The configuration of a folder or hub name; UserError if there is none or it is broken."""
+    try:
+        return AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"no model could be loaded from {str(model_name_or_path)!r}: {error}") from error
+
+
+def find_checkpoint(model_name_or_path) -> Checkpoint:
+    """The weight files that from_pretrained would take; shards are listed by their index.
+
+    Raises:
+        UserError: no weights, an index that is broken or names an absent file, a file outside the model's folder.
+    """
+    name = str(model_name_or_path)
+    for wanted in WEIGHT_FILES:
+        file = _fetch(name, wanted)
+        if file is not None:
+            shards = _shards_of(name, file) if wanted.endswith(".json") else [file]
+            return Checkpoint(name, tuple(_inside(file.parent, shard) for shard in shards))
+    raise UserError(f"{name!r} holds no weights: there is none of {', '.join(WEIGHT_FILES)}")
+
+
+def _fetch(model_name_or_path: str, file: str) -> Path | None:
+    """The file in the folder, or in the cache of the hub (downloaded if need be); None if there is none."""
+    try:
+        found = cached_file(model_name_or_path, file, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model_name_or_path!r}: {error}") from error
+    return None if found is None else Path(found)
+
+
+def _shards_of(name: str, index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is not an index of weights ({type(error).__name__}: {error})") from error
+    files = []
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+            raise UserError(f"{index} names {shard!r}: only files beside the index are read")
+        file = _fetch(name, shard)
+        if file is None:
+            raise UserError(f"{index} names {shard}, which is not there")
+        files.append(file)
+    return files
+
+
+def _inside(folder: Path, file: Path) -> Path:
+    """The file, if it lies in its model's folder; a hub's cache keeps contents beside its snapshots."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    if not file.resolve().is_relative_to(root):
+        raise UserError(f"{file} is a link out of its folder, to {file.resolve()}; put the file itself there")
+    return file
+
+
+def _read(file: Path, device: str) -> dict[str, torch.Tensor]:
+    try:
+        tensors = load_state_dict(file, map_location=device)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} holds more than tensors and is not opened: its pickle could run code. "
+            "Convert it to safetensors where you trust it"
+        ) from error
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read; it may be truncated: {str(error).splitlines()[0]}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise UserError(f"{file} is not a plain table of weights, as a model's state dict is")
+    return tensors
+
+
+def _read_one(file: Path, name: str) -> torch.Tensor:
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as weights:
+            return weights.get_tensor(name)
+    return _read(file, "cpu")[name].clone()
+
+
+def read_value_head(model_name_or_path) -> torch.Tensor | None:
+    """The trained head [1, hidden] of a reward model in a folder or on the hub; None if there is none."""
+    return find_checkpoint(model_name_or_path).value_head()
+
+
+def _listed(keys) -> str:
+    keys = sorted(map(str, keys))
+    return ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+
+
+def _block_lists(names, prefix: str) -> set[str]:
+    """Where a model keeps its numbered blocks: "layers.", "decoder.layers.", without the base model's prefix."""
+    found = (re.match(r"(.*?)\d+\.", name.removeprefix(f"{prefix}.")) for name in names)
+    return {match[1] for match in found if match}
+
+
+def check_checkpoint(checkpoint: Checkpoint, model_class, config, trust_remote_code: bool = False) -> dict:
+    """Compare names and shapes in the files with the model's, by transformers' own rules, before anything is read.
+
+    What the model has no place for is an error inside its blocks (a layer or a bias too many: the configuration is of
+    another model), and counted and printed elsewhere (the head of a language model around a decoder, say).
+
+    Returns:
+        options that ``from_pretrained`` needs for these files.
+
+    Raises:
+        UserError: naming the missing, misshapen or surplus weights.
+    """
+    name = checkpoint.name
+    try:
+        with torch.device("meta"):
+            skeleton = model_class.from_config(config, trust_remote_code=trust_remote_code)
+        renaming = checkpoint.renaming(skeleton)
+        _, info = type(skeleton).from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(checkpoint.tensors),
+            device_map="meta",
+            key_mapping=renaming,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"no model could be loaded from {name!r}: {error}") from error
+    unexpected = {key for key in info["unexpected_keys"] if not STALE_BUFFERS.search(key)}
+    if any("lora_" in key for key in unexpected):
+        raise UserError(
+            f"{name!r} holds LoRA factors beside its weights: {_listed(k for k in unexpected if 'lora_' in k)}; fold "
+            "them in first, with inference/merge_lora.py"
+        )
+    if model_class is AutoModel:  # a decoder alone: the heads of a language or reward model are left aside on purpose
+        unexpected = {
+            key for key in unexpected if key not in HEAD_NAMES and "head" not in key and "embed_out" not in key
+        }
+    elif unexpected & set(HEAD_NAMES):
+        raise UserError(f"{name!r} is a reward model; a language model is needed here, as step 1 saves it")
+    prefix = skeleton.base_model_prefix
+    blocks = _block_lists(skeleton.state_dict(), prefix)
+    surplus = {key for key in unexpected if _block_lists([key], prefix) & blocks}
+    shapes = [f"{key} {tuple(found)} in place of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
+    problems = {"missing": info["missing_keys"], "of another shape": shapes, "without a place": surplus}
+    told = [f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys]
+    if told:
+        if info["missing_keys"] and unexpected - surplus:
+            told.append(f"there instead: {_listed(unexpected - surplus)}")
+        raise UserError(f"the weights in {name!r} do not fit a {type(skeleton).__name__}; " + "; ".join(told))
+    if unexpected and get_rank() == 0:
+        print(f"note: {name}: {len(unexpected)} weights have no place in the model and are left: {_listed(unexpected)}")
+    return {} if renaming is None else {"key_mapping": renaming}
