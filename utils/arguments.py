@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from transformers import SchedulerType
 from transformers.utils import is_flash_attn_2_available
 
 from utils.distributed import UserError, deepspeed, get_accelerator
+from utils.ds_utils import get_train_ds_config, merge_config_file
 
 SOFT_PROMPT_LEARNING_RATES = {"prompt_tuning": 1e-2, "p_tuning": 1e-3}
 
@@ -59,6 +61,18 @@ def _probability(text: str) -> float:
 def _above_zero(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _size(text: str) -> int:
+    """Bytes; units are powers of 1000, as on the hub."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])B", text.strip().upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size as in 5GB or 500MB")
+    number, unit = match.groups()
+    value = int(float(number) * 1000 ** (1 + "KMGT".index(unit)))
+    if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
@@ -310,6 +324,12 @@ def add_run_arguments(parser, step: int) -> None:
         default=None,
         help="where the model and metrics.jsonl go; None to save nothing",
     )
+    add(
+        "--max_shard_size",
+        type=_size,
+        default="5GB",
+        help="largest file of saved weights, as in 500MB; a larger model becomes several files with an index",
+    )
     add("--seed", type=int, default=1234, help="of data order, fresh weights, dropout and sampling")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     add("--log_interval", type=_positive, default=1, help="optimizer steps between throughput lines")
@@ -371,6 +391,9 @@ def check_supervised(args) -> None:
     if args.offload and args.zero_stage == 0:
         raise UserError("--offload moves what ZeRO manages to host memory; it needs --zero_stage 1, 2 or 3")
     args.zero_stage = working_stage(args.zero_stage, args.dtype, "--zero_stage")
+    merge_config_file(
+        get_train_ds_config(args.offload, args.dtype, args.zero_stage), args.deepspeed_config_overrides
+    )  # its errors, before anything is loaded
 
 
 def working_stage(zero_stage: int, dtype: str, flag: str) -> int:
@@ -681,6 +704,9 @@ def check_rlhf(args) -> RLHFBatchSizes:
             raise UserError(
                 "--enable_mixed_precision_lora keeps frozen weights quantised: --enable_ema cannot average them"
             )
+    for stage in (args.actor_zero_stage, args.critic_zero_stage):
+        offload = args.offload and stage > 0
+        merge_config_file(get_train_ds_config(offload, args.dtype, stage), args.deepspeed_config_overrides)
     if args.do_sample and args.temperature < 0:
         raise UserError(f"--temperature {args.temperature}: must be 0 or more")
     if args.enable_test_mode and args.test_stop_step < 1:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from utils.distributed import UserError, deepspeed, get_world_size, ranks_per_node
 
@@ -104,30 +105,94 @@ def with_batch_sizes(ds_config: dict, micro_batch_size: int, gradient_accumulati
     return ds_config
 
 
-def merge_config_file(ds_config: dict, path: str | None) -> dict:
-    """Lay the user's JSON file over the configuration, key by key, so that any DeepSpeed setting is in reach."""
-    if path is None:
-        return ds_config
+# Keys of a configuration file that a flag decides, so that two places could disagree.
+DECIDED_BY_FLAGS = {
+    "train_batch_size": "the flags of batch sizes",
+    "train_micro_batch_size_per_gpu": "the flags of batch sizes",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "optimizer": "--learning_rate, --weight_decay and --offload (step 3: --actor_learning_rate ...)",
+    "scheduler": "--lr_scheduler_type and --num_warmup_steps",
+}
+
+
+def _read_config_file(path: str) -> dict:
+    flag = f"--deepspeed_config_overrides {path}"
     try:
         overrides = json.loads(Path(path).read_text())
     except OSError as error:
-        raise UserError(f"--deepspeed_config_overrides {path}: {error.strerror}") from error
+        raise UserError(f"{flag}: {error.strerror}") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"--deepspeed_config_overrides {path}: line {error.lineno} is not JSON: {error.msg}") from error
+        raise UserError(f"{flag}: line {error.lineno} is not JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}: is not JSON: {error}") from error
     if not isinstance(overrides, dict):
-        raise UserError(
-            f"--deepspeed_config_overrides {path}: expected a JSON object, found {type(overrides).__name__}"
-        )
+        raise UserError(f"{flag}: expected a JSON object, found {type(overrides).__name__}")
+    for key, decided_by in DECIDED_BY_FLAGS.items():
+        if key in overrides:
+            raise UserError(f"{flag}: {key} is decided by {decided_by}; leave it out of the file")
+    return overrides
 
-    def merge(base: dict, top: dict) -> dict:
+
+def _offload_device(ds_config: dict, what: str) -> str:
+    return (ds_config["zero_optimization"].get(what) or {}).get("device") or "none"
+
+
+def offloads_optimizer(ds_config: dict) -> bool:
+    """Whether optimizer states leave the device, by --offload or by a configuration file."""
+    return _offload_device(ds_config, "offload_optimizer") != "none"
+
+
+def merge_config_file(ds_config: dict, path: str | None) -> dict:
+    """Lay the user's JSON file over the configuration, key by key, so that any DeepSpeed setting is in reach.
+
+    Raises:
+        UserError: a file that cannot be read, a key that a flag decides, an offload that cannot work.
+    """
+    if path is None:
+        return ds_config
+    flag = f"--deepspeed_config_overrides {path}"
+
+    def merge(base: dict, top: dict, place: str = "") -> dict:
         merged = dict(base)
         for key, value in top.items():
-            merged[key] = (
-                merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-            )
+            if isinstance(base.get(key), dict) and not isinstance(value, dict):
+                raise UserError(f"{flag}: {place}{key} must be an object, not {json.dumps(value)}")
+            merged[key] = merge(base[key], value, f"{place}{key}.") if isinstance(base.get(key), dict) else value
         return merged
 
-    return merge(ds_config, overrides)
+    merged = merge(ds_config, _read_config_file(path))
+    stage = ds_config["zero_optimization"]["stage"]
+    if merged["zero_optimization"]["stage"] != stage:
+        raise UserError(
+            f"{flag}: zero_optimization.stage {merged['zero_optimization']['stage']} is not the stage {stage} of "
+            "--zero_stage (step 3: --actor_zero_stage, --critic_zero_stage); give the flag"
+        )
+    for kind in ("fp16", "bf16"):
+        enabled = [bool(config.get(kind, {}).get("enabled")) for config in (ds_config, merged)]
+        if enabled[0] != enabled[1]:
+            raise UserError(f"{flag}: {kind}.enabled {str(enabled[1]).lower()} is not what --dtype says; give the flag")
+    for what, stages in (("offload_param", (3,)), ("offload_optimizer", (1, 2, 3))):
+        device, allowed = _offload_device(merged, what), stages
+        if device == _offload_device(ds_config, what):
+            continue
+        if device not in ("none", "cpu", "nvme"):
+            raise UserError(f"{flag}: zero_optimization.{what}.device {device!r} is none of cpu, nvme, none")
+        if device == "nvme":
+            allowed = (3,)
+            _check_nvme(flag, what, merged["zero_optimization"][what])
+        if device != "none" and stage not in allowed:
+            raise UserError(
+                f"{flag}: {what} to {device} needs ZeRO stage {' or '.join(map(str, allowed))}, not {stage}"
+            )
+    return merged
+
+
+def _check_nvme(flag: str, what: str, settings: dict) -> None:
+    folder = settings.get("nvme_path")
+    if not folder or not Path(folder).is_dir():
+        raise UserError(f"{flag}: {what} to nvme needs nvme_path, a folder on the disk; {folder!r} is none")
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(f"{flag}: {what} to nvme needs DeepSpeed's async_io, and that libaio (apt install libaio-dev)")
 
 
 def initialize(model, ds_config: dict, optimizer=None, lr_scheduler=None):

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from utils.data.prompt_format import PLAIN, STYLES, end_of_turn_id, format_prompt, truncate_left
 from utils.distributed import UserError
-from utils.model.model_utils import grow_embedding
+from utils.model.model_utils import check_model, grow_embedding
 from utils.model.soft_prompt import SoftPromptModel, base_of_soft_prompt, load_soft_prompt, soft_prompt_config
 from utils.utils import load_hf_tokenizer
 
@@ -127,22 +127,21 @@ def load_pretrained(auto_class, path: str, args) -> PreTrainedModel:
     Raises UserError if it cannot be read, or if weights are missing: they would be random numbers otherwise.
     """
     device = choose_device(args.device)
-    transformers_logging.set_verbosity_error()  # what matters of its loading report is told below
+    transformers_logging.set_verbosity_error()  # what matters of its loading report is told by check_model
     transformers_logging.disable_progress_bar()
+    config, options = check_model(auto_class, path, args.trust_remote_code)
+    if device.type != "cpu":
+        options["device_map"] = {"": device}  # past host memory
     try:
-        model, report = auto_class.from_pretrained(
+        model = auto_class.from_pretrained(
             path,
+            config=config,
             dtype=choose_dtype(args.dtype, device),
             trust_remote_code=args.trust_remote_code,
-            output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model in {path} cannot be loaded: {error}") from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"]))
-        raise UserError(f"{path} lacks weights that a {type(model).__name__} needs: {missing}")
-    if report["unexpected_keys"]:
-        warn(f"{path} holds weights that a {type(model).__name__} does not use: {sorted(report['unexpected_keys'])}")
     return model.eval().to(device)
 
 

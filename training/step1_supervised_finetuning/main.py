@@ -39,11 +39,18 @@ from utils.distributed import (
     now,
     run_main,
 )
-from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, initialize, merge_config_file, with_batch_sizes
+from utils.ds_utils import (
+    TORCH_DTYPES,
+    get_train_ds_config,
+    initialize,
+    merge_config_file,
+    offloads_optimizer,
+    with_batch_sizes,
+)
 from utils.metrics import make_writer
 from utils.model.inputs import forward_accepts, sft_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
-from utils.model.model_utils import adapt_model, create_hf_model
+from utils.model.model_utils import adapt_model, check_model, create_hf_model
 from utils.model.soft_prompt import check_soft_prompt_inputs, make_soft_prompt_model, save_soft_prompt
 from utils.perf import Stopwatch, print_throughput
 from utils.utils import (
@@ -103,7 +110,8 @@ def main():
     arguments.check_soft_prompt(args)
     set_random_seed(args.seed)
 
-    # 2. Tokenizer and data
+    # 2. Tokenizer and data, after a look whether the model's files are all there and fit
+    check_model(AutoModelForCausalLM, args.model_name_or_path, args.trust_remote_code)
     tokenizer = load_hf_tokenizer(
         args.model_name_or_path,
         add_special_tokens=args.end_of_conversation_token,
@@ -154,7 +162,7 @@ def main():
     adapt_model(model, args, gradient_checkpointing=args.gradient_checkpointing)
     groups = get_optimizer_grouped_parameters(model, args.weight_decay, args.lora_learning_rate)
     learning_rate = args.learning_rate if args.soft_prompt is None else args.soft_prompt_learning_rate
-    optimizer = make_optimizer(groups, learning_rate, args.offload)
+    optimizer = make_optimizer(groups, learning_rate, offloads_optimizer(ds_config))
     steps_per_epoch = sampler.steps()
     scheduler = get_scheduler(
         args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.num_train_epochs * steps_per_epoch

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from transformers import get_scheduler
+from transformers import AutoModel, get_scheduler
 
 from utils import arguments
 from utils.data.batching import (
@@ -28,9 +28,16 @@ from utils.data.batching import (
 from utils.data.data_utils import datasets_of_step
 from utils.data.encoding import REWARD
 from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, run_main
-from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, initialize, merge_config_file, with_batch_sizes
+from utils.ds_utils import (
+    TORCH_DTYPES,
+    get_train_ds_config,
+    initialize,
+    merge_config_file,
+    offloads_optimizer,
+    with_batch_sizes,
+)
 from utils.metrics import make_writer
-from utils.model.model_utils import adapt_model, create_critic_model
+from utils.model.model_utils import adapt_model, check_model, create_critic_model
 from utils.model.reward_model import pair_accuracy
 from utils.perf import Stopwatch, print_throughput
 from utils.utils import (
@@ -121,7 +128,8 @@ def main():
     arguments.warn_num_padding(args)
     set_random_seed(args.seed)
 
-    # 2. Tokenizer and data
+    # 2. Tokenizer and data, after a look whether the model's files are all there and fit
+    check_model(AutoModel, args.model_name_or_path, args.trust_remote_code)
     tokenizer = load_hf_tokenizer(
         args.model_name_or_path,
         add_special_tokens=args.end_of_conversation_token,
@@ -162,7 +170,7 @@ def main():
     )
     adapt_model(model, args, gradient_checkpointing=args.gradient_checkpointing, keep_trainable=["v_head.weight"])
     groups = get_optimizer_grouped_parameters(model, args.weight_decay, args.lora_learning_rate)
-    optimizer = make_optimizer(groups, args.learning_rate, args.offload)
+    optimizer = make_optimizer(groups, args.learning_rate, offloads_optimizer(ds_config))
     steps_per_epoch = sampler.steps()
     scheduler = get_scheduler(
         args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.num_train_epochs * steps_per_epoch

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from transformers import AutoModel, AutoModelForCausalLM
 
 from training.step3_rlhf_finetuning.experience import Experience
 from training.step3_rlhf_finetuning.ppo_trainer import (
@@ -39,6 +40,7 @@ from utils.data.data_utils import datasets_of_step, get_unsupervised_data
 from utils.data.encoding import RLHF
 from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, run_main
 from utils.metrics import make_writer
+from utils.model.model_utils import check_model
 from utils.perf import Stopwatch, print_throughput_step3
 from utils.utils import (
     ExponentialMovingAverage,
@@ -111,7 +113,9 @@ def main():
     set_random_seed(args.seed)
     print_rank_0(batch.explain())
 
-    # 2. Tokenizer and prompts
+    # 2. Tokenizer and prompts, after a look whether both models' files are all there and fit
+    check_model(AutoModelForCausalLM, args.actor_model_name_or_path, args.trust_remote_code)
+    check_model(AutoModel, args.critic_model_name_or_path, args.trust_remote_code, trained_head=True)
     tokenizer = load_hf_tokenizer(
         args.actor_model_name_or_path,
         add_special_tokens=args.end_of_conversation_token,

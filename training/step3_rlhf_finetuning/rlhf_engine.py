@@ -13,6 +13,7 @@ from utils.ds_utils import (
     get_train_ds_config,
     initialize,
     merge_config_file,
+    offloads_optimizer,
     with_batch_sizes,
 )
 from utils.hybrid_engine import HybridEngine
@@ -82,8 +83,7 @@ class DeepSpeedRLHFEngine:
     def _trained(self, model, config, learning_rate, lora_learning_rate, weight_decay):
         args = self.args
         groups = get_optimizer_grouped_parameters(model, weight_decay, lora_learning_rate)
-        offloaded = config["zero_optimization"]["offload_optimizer"]["device"] != "none"
-        optimizer = make_optimizer(groups, learning_rate, offloaded)
+        optimizer = make_optimizer(groups, learning_rate, offloads_optimizer(config))
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, self.num_total_iters)
         return initialize(model, config, optimizer, scheduler)
 

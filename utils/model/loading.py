@@ -7,11 +7,13 @@ a folder or a hub name, under the names of transformers or of the published rewa
 import json
 import pickle
 import re
+import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_utils import load_state_dict
@@ -68,7 +70,7 @@ def load_config(model_name_or_path, trust_remote_code: bool = False):
     """The configuration of a folder or hub name; UserError if there is none or it is broken."""
     try:
         return AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise UserError(f"no model could be loaded from {str(model_name_or_path)!r}: {error}") from error
 
 
@@ -150,6 +152,13 @@ def read_value_head(model_name_or_path) -> torch.Tensor | None:
     return find_checkpoint(model_name_or_path).value_head()
 
 
+@cache
+def _note_once(message: str) -> None:
+    """One model is loaded several times, as actor and reference, say."""
+    if get_rank() == 0:
+        print(message, file=sys.stderr)
+
+
 def _listed(keys) -> str:
     keys = sorted(map(str, keys))
     return ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
@@ -211,6 +220,8 @@ def check_checkpoint(checkpoint: Checkpoint, model_class, config, trust_remote_c
         if info["missing_keys"] and unexpected - surplus:
             told.append(f"there instead: {_listed(unexpected - surplus)}")
         raise UserError(f"the weights in {name!r} do not fit a {type(skeleton).__name__}; " + "; ".join(told))
-    if unexpected and get_rank() == 0:
-        print(f"note: {name}: {len(unexpected)} weights have no place in the model and are left: {_listed(unexpected)}")
+    if unexpected:
+        _note_once(
+            f"note: {name}: {len(unexpected)} weights have no place in the model and are left: {_listed(unexpected)}"
+        )
     return {} if renaming is None else {"key_mapping": renaming}

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from utils.distributed import UserError, agree, get_accelerator
+from utils.distributed import UserError, agree, get_accelerator, memory_given_back
 from utils.model.inputs import embedding_rows
 from utils.model.loading import check_checkpoint, find_checkpoint, load_config
 from utils.model.reward_model import RewardModel, empty_classifier
@@ -74,6 +74,8 @@ def check_model(model_class, model_name_or_path, trust_remote_code=False, traine
         nonlocal checked
         config = load_config(model_name_or_path, trust_remote_code)
         checkpoint = find_checkpoint(model_name_or_path)
+        if checkpoint.is_published_reward:
+            config.num_labels = 1
         checked = config, check_checkpoint(checkpoint, model_class, config, trust_remote_code)
         if trained_head and checkpoint.value_head() is None:
             raise UserError(
@@ -116,7 +118,7 @@ def create_hf_model(
     accelerator = get_accelerator()
     if ds_config is not None and not _is_stage_3(ds_config) and accelerator.device_name() != "cpu":
         options["device_map"] = {"": accelerator.current_device_name()}  # past host memory
-    with _zero3_loading(ds_config):
+    with memory_given_back(), _zero3_loading(ds_config):
         try:
             model = model_class.from_pretrained(
                 model_name_or_path,

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import str_to_torch_dtype
 
-from utils.distributed import UserError, agree, barrier, get_rank
+from utils.distributed import UserError, agree, barrier, get_rank, memory_given_back
 from utils.module.lora import LinearLayer_LoRA
 
 MAX_SHARD_SIZE = "5GB"
@@ -151,11 +151,7 @@ def plan_saving(module) -> SavingPlan:
     ignored = getattr(target, "_keys_to_ignore_on_save", None) or ()
     weights, holders = _weights(module), {}
     for name, weight in weights.items():
-        # An update makes a tied weight one of its own.
-        holders.setdefault((id(weight), name if _folds(module, name) else None), []).append(name)
-    if any(_folds(module, name) for name in tied):
-        target.config.tie_word_embeddings = False
-        tied = set()
+        holders.setdefault(id(weight), []).append(name)
     kept = {next((name for name in names if name not in tied), names[-1]) for names in holders.values()}
     renamed = {name: rename(name) for name in weights if name in kept and rename(name) not in ignored}
     shape_of = {name: getattr(weights[name], "ds_shape", weights[name].shape) for name in renamed}
@@ -257,7 +253,7 @@ def _save(module, folder: Path, max_shard_size, write_rest=lambda target, scratc
 
         agree(telling)
 
-    with ExitStack() as stack:
+    with memory_given_back(), ExitStack() as stack:
 
         def open_scratch() -> None:
             nonlocal scratch

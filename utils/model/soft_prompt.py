@@ -19,7 +19,7 @@ from torch import nn
 
 from utils.distributed import UserError, agree, barrier, deepspeed, get_rank
 from utils.model.inputs import embedding_width, forward_accepts, position_ids_from_mask
-from utils.model.model_utils import load_config
+from utils.model.loading import load_config
 from utils.model.saving import atomic_folder
 from utils.utils import load_hf_tokenizer
 

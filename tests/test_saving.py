@@ -1,0 +1,525 @@
+"""Saved models: what the files hold, whatever ZeRO stage wrote them; broken and foreign checkpoints; old layouts."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import FAMILIES, PROJECT, make_model, make_tokenizer, run_command
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+
+from utils.distributed import UserError
+from utils.generation import pad_rows
+from utils.model import saving
+from utils.model.inputs import model_inputs
+from utils.model.loading import find_checkpoint, read_value_head
+from utils.model.model_utils import check_model, create_critic_model, create_hf_model
+from utils.utils import load_hf_tokenizer, save_hf_format, save_zero_three_model
+
+SMALL = dict(
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    pad_token_id=0,
+)
+KINDS = {
+    **{name: dict(SMALL, model_type=name) for name in ("mistral", "qwen2", "phi", "gpt_neox")},
+    "llama tied": dict(SMALL, model_type="llama", tie_word_embeddings=True),
+    "qwen3 tied": dict(SMALL, model_type="qwen3", tie_word_embeddings=True, head_dim=8),
+    "gemma tied": dict(SMALL, model_type="gemma", head_dim=8),
+    "opt tied": dict(FAMILIES["opt"], vocab_size=320, max_position_embeddings=64),
+    "gpt2 tied": dict(FAMILIES["gpt2"], vocab_size=320),
+    "gpt2 with a head of its own": dict(FAMILIES["gpt2"], vocab_size=320, tie_word_embeddings=False),
+    "bloom tied": dict(FAMILIES["bloom"], vocab_size=320),
+    "gptj": dict(model_type="gptj", vocab_size=320, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+    # Its experts lie in one tensor here and in many in its files.
+    "mixtral": dict(SMALL, model_type="mixtral", num_local_experts=4),
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("model*"))}
+
+
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_are_bit_for_bit_those_of_save_pretrained(kind, size, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**KINDS[kind]))
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    model.save_pretrained(tmp_path / "theirs", max_shard_size=size)
+    saving.save_pretrained_model(model, tokenizer, tmp_path / "ours", size)
+    if kind == "mixtral" and size != "5GB":  # transformers counts a whole layer's experts for each expert of a shard
+        assert max(file.stat().st_size for file in (tmp_path / "ours").glob("*.safetensors")) < 20_000 * 2.5
+    else:
+        assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()), info
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_a_streamed_file_is_the_librarys_own_for_every_dtype_and_shape(tmp_path):
+    tensors = {
+        f"t{number}": torch.randn(shape).to(dtype)
+        for number, (shape, dtype) in enumerate(
+            [((3, 5), torch.bfloat16), ((), torch.float32), ((7,), torch.float16), ((0, 4), torch.int64)]
+        )
+    }
+    writer = saving.SafetensorsWriter(tmp_path / "ours", {k: v.to("meta") for k, v in tensors.items()})
+    assert sorted(writer.left) == sorted(tensors)
+    for name in reversed(tensors):
+        writer.write(name, tensors[name])
+    writer.close()
+    assert not writer.left
+    read = load_file(tmp_path / "ours")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in tensors.items())
+    writer = saving.SafetensorsWriter(tmp_path / "other", {"a": torch.empty(2, device="meta")})
+    with pytest.raises(ValueError, match="announced"):
+        writer.write("a", torch.zeros(3))
+    writer.close()
+
+
+SAVER = """
+import argparse, os, sys
+sys.path.insert(0, {project!r})
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from transformers import AutoModelForCausalLM
+from utils.distributed import get_rank, init_distributed, run_main
+from utils.ds_utils import get_eval_ds_config, get_train_ds_config, initialize, with_batch_sizes
+from utils.model import saving
+from utils.model.model_utils import create_critic_model, create_hf_model
+from utils.module.lora import convert_linear_layer_to_lora, lora_layers
+from utils.utils import get_optimizer_grouped_parameters, load_hf_tokenizer, make_optimizer, save_hf_format
+from utils.utils import save_zero_three_model, set_random_seed
+
+def main():
+    init_distributed(argparse.Namespace(local_rank=-1))
+    base, output, stage = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    tokenizer = load_hf_tokenizer(base)
+    config = with_batch_sizes(get_eval_ds_config(False, "fp32", stage), 1)
+    for kind, size in (("actor", None), ("reward", 20_000)):
+        set_random_seed(1)
+        create = create_critic_model if kind == "reward" else lambda *a: create_hf_model(AutoModelForCausalLM, *a)
+        model = create(base, tokenizer, config)
+        convert_linear_layer_to_lora(model, "auto", 2)
+        for _, layer in lora_layers(model):
+            layer.lora_left_weight.data.normal_()
+        engine = initialize(model, config)
+        if kind == "actor":
+            watch(engine.module)
+        args = SimpleNamespace(output_dir=output / kind, max_shard_size=size)
+        save_hf_format(engine, tokenizer, args)
+        save_zero_three_model(engine, get_rank(), output / kind / "weights", stage)
+
+def watch(module):
+    # The most that is gathered at a time; a whole model would be seen here.
+    class Watching(saving.deepspeed.zero.GatheredParameters):
+        def __enter__(self):
+            result = super().__enter__()
+            sharded = [p for p in module.parameters() if hasattr(p, "ds_id")]
+            full = sum(p.ds_numel for p in sharded if p.ds_status.name == "AVAILABLE")
+            whole = sum(p.ds_numel for p in sharded)
+            Watching.most = max(getattr(Watching, "most", 0), full / max(whole, 1))
+            Path(sys.argv[2] + f".gathered{{get_rank()}}").write_text(str(Watching.most))
+            return result
+    saving.deepspeed.zero.GatheredParameters = Watching
+
+run_main(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved_at(tmp_path_factory):
+    """{stage: folder} of an actor and a reward model with LoRA, saved by two ranks at ZeRO 0 and 3."""
+    base = tmp_path_factory.mktemp("saved_at")
+    script = base / "save.py"
+    script.write_text(SAVER.format(project=str(PROJECT)))
+    make_model(base / "model", "llama")
+    torchrun = Path(sys.executable).parent / "torchrun"
+    for stage in (0, 3):
+        command = [torchrun, "--standalone", "--nproc_per_node=2", script, base / "model", base / str(stage), stage]
+        code, console = run_command(command)
+        assert code == 0, console
+    return base
+
+
+def test_zero_0_and_zero_3_write_the_same_bytes(saved_at):
+    for kind in ("actor", "reward"):
+        for part in ("", "weights"):
+            zero, three = (contents(saved_at / stage / kind / part) for stage in ("0", "3"))
+            assert zero
+            assert zero == three
+        for file in (saved_at / "0" / kind).glob("*.json"):
+            assert file.read_bytes() == (saved_at / "3" / kind / file.name).read_bytes(), file.name
+    assert (saved_at / "3/reward/model.safetensors.index.json").is_file()
+    plain = load_file(saved_at / "model/model.safetensors")
+    folded = load_file(saved_at / "3/actor/model.safetensors")
+    assert plain.keys() == folded.keys()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(plain[name], folded[name])
+    assert torch.equal(plain["model.embed_tokens.weight"], folded["model.embed_tokens.weight"])
+
+
+def test_zero_3_never_gathers_more_than_a_layer(saved_at):
+    for rank in (0, 1):
+        assert 0 < float((saved_at / f"3.gathered{rank}").read_text()) < 0.5
+
+
+def test_a_failing_disk_is_told_and_leaves_the_old_model(model_folder, tmp_path, monkeypatch):
+    tokenizer = load_hf_tokenizer(model_folder)
+    model = create_hf_model(AutoModelForCausalLM, model_folder, tokenizer)
+    args = SimpleNamespace(output_dir=tmp_path / "out")
+    save_hf_format(model, tokenizer, args)
+    before = contents(tmp_path / "out")
+
+    def full(self, name, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving.SafetensorsWriter, "write", full)
+    next(model.parameters()).data.zero_()
+    with pytest.raises(UserError, match="No space left"):
+        save_hf_format(model, tokenizer, args)
+    assert contents(tmp_path / "out") == before
+    assert not list((tmp_path / "out").glob(".saving*"))
+
+
+# What is read
+
+
+def _as_bin(folder: Path, target: Path, shards: int = 0) -> Path:
+    """The model of a folder in the old format."""
+    shutil.copytree(folder, target)
+    weights = load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    names = list(weights)
+    if not shards:
+        torch.save(weights, target / "pytorch_model.bin")
+        return target
+    weight_map = {}
+    for number in range(shards):
+        file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
+        torch.save({name: weights[name] for name in names[number::shards]}, target / file)
+        weight_map |= dict.fromkeys(names[number::shards], file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (target / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return target
+
+
+@pytest.mark.parametrize("shards", [0, 3])
+def test_pytorch_model_bin_is_read(shards, model_folder, tmp_path):
+    folder = _as_bin(model_folder, tmp_path / "bin", shards)
+    tokenizer = load_hf_tokenizer(folder)
+    model = create_hf_model(AutoModelForCausalLM, folder, tokenizer)
+    for name, value in load_file(model_folder / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+@pytest.fixture
+def reward_model(tmp_path):
+    """(an OPT reward model with a head, its tokenizer, the folder of its language model)"""
+    folder = make_model(tmp_path / "opt", "opt")
+    tokenizer = load_hf_tokenizer(folder)
+    torch.manual_seed(3)
+    return create_critic_model(folder, tokenizer).eval(), tokenizer, folder
+
+
+def _published(model, folder: Path, source: Path, prefix: str, file: str) -> Path:
+    """A reward model as the published scripts saved it: their names, the configuration of the language model."""
+    shutil.copytree(source, folder)
+    (folder / "model.safetensors").unlink()
+    weights = {
+        name.replace("rwtransformer", prefix): value.clone().contiguous() for name, value in model.state_dict().items()
+    }
+    if file.endswith(".bin"):
+        torch.save(weights, folder / file)
+    else:
+        save_file(weights, folder / file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["OPTForCausalLM", "OPTModel"])
+@pytest.mark.parametrize("prefix", ["rwtransformer", "rwtranrsformer"])
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_published_reward_models_give_their_scores_everywhere(reward_model, tmp_path, architecture, prefix, file):
+    from evaluation_scripts import rw_eval
+
+    model, tokenizer, source = reward_model
+    folder = _published(model, tmp_path / "published", source, prefix, file)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    ids, mask = pad_rows([[10, 11, 12], [13, 14]], tokenizer.pad_token_id, "right", "cpu")
+    critic = create_critic_model(folder, tokenizer, rlhf_training=True).eval()
+    args = SimpleNamespace(device="cpu", dtype="fp32", trust_remote_code=False, add_eot_token=False)
+    _, judge = rw_eval.load_reward_model(str(folder), args)
+    with torch.no_grad():
+        wanted = model.forward_value(ids, mask)["chosen_end_scores"]
+        assert torch.equal(critic.forward_value(ids, mask)["chosen_end_scores"], wanted)
+        torch.testing.assert_close(judge(**model_inputs(judge, ids, mask)).logits.squeeze(1), wanted)
+    save_hf_format(critic, tokenizer, SimpleNamespace(output_dir=tmp_path / "saved"))
+    names = set(load_file(tmp_path / "saved/model.safetensors"))
+    assert "score.weight" in names
+    assert not any("rwtran" in name or "v_head" in name for name in names)
+
+
+def test_a_reward_model_by_its_hub_name(reward_model, tmp_path):
+    model, tokenizer, _ = reward_model
+    repo = tmp_path / "hub/models--someone--judge"
+    save_hf_format(model, tokenizer, SimpleNamespace(output_dir=tmp_path / "saved"))
+    snapshot, blobs = repo / "snapshots/0123", repo / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("0123")
+    for number, file in enumerate(sorted((tmp_path / "saved").iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    script = (
+        f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n"
+        "from utils.model.loading import read_value_head\n"
+        "from utils.model.model_utils import create_critic_model\n"
+        "from utils.utils import load_hf_tokenizer\n"
+        "model = create_critic_model('someone/judge', load_hf_tokenizer('someone/judge'), rlhf_training=True)\n"
+        "assert (model.v_head.weight == read_value_head('someone/judge')).all()\n"
+        "print('head', model.v_head.weight.double().sum().item())\n"
+    )
+    environment = {"HF_HUB_CACHE": str(repo.parent), "HF_HUB_OFFLINE": "1"}
+    code, console = run_command([sys.executable, "-c", script], **environment)
+    assert code == 0, console
+    assert f"head {model.v_head.weight.double().sum().item()}" in console
+    code, console = run_command([sys.executable, "-c", script.replace("someone/", "nobody/")], **environment)
+    assert code != 0
+    assert "nobody/judge" in console
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def _change(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _index(folder: Path, weight_map: dict) -> None:
+    (folder / "model.safetensors").rename(folder / "elsewhere.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
+BREAK = {
+    "missing": (lambda f: _change(f, lambda w: w.pop(LAYER)), rf"missing: {re.escape(LAYER)}"),
+    "mis-sized": (
+        lambda f: _change(f, lambda w: w.update({LAYER: torch.zeros(3, 4)})),
+        rf"of another shape: {re.escape(LAYER)} \(3, 4\) in place of \(48, 32\)",
+    ),
+    "a layer too many": (
+        lambda f: _change(f, lambda w: w.update({"model.layers.7.mlp.up_proj.weight": torch.zeros(48, 32)})),
+        r"without a place: model\.layers\.7\.mlp\.up_proj\.weight",
+    ),
+    "a bias too many": (
+        lambda f: _change(f, lambda w: w.update({"model.layers.1.mlp.up_proj.bias": torch.zeros(48)})),
+        r"without a place: model\.layers\.1\.mlp\.up_proj\.bias",
+    ),
+    "LoRA left apart": (
+        lambda f: _change(f, lambda w: w.update({"model.layers.1.mlp.up_proj.lora_right_weight": torch.zeros(2, 2)})),
+        "merge_lora",
+    ),
+    "truncated safetensors": (lambda f: _cut(f / "model.safetensors"), r"model\.safetensors cannot be read"),
+    "index not JSON": (
+        lambda f: (_index(f, {}), (f / "model.safetensors.index.json").write_text("{")),
+        r"model\.safetensors\.index\.json is not an index",
+    ),
+    "index without a table": (
+        lambda f: (_index(f, {}), (f / "model.safetensors.index.json").write_text("[]")),
+        r"model\.safetensors\.index\.json is not an index",
+    ),
+    "absent shard": (lambda f: _index(f, {LAYER: "model-00001-of-00002.safetensors"}), "which is not there"),
+    "shard outside": (lambda f: _index(f, {LAYER: "../elsewhere.safetensors"}), "only files beside the index"),
+    "shard by absolute path": (lambda f: _index(f, {LAYER: "/etc/passwd"}), "only files beside the index"),
+    "link outside": (
+        lambda f: (
+            (f / "model.safetensors").rename(f.parent / "outside"),
+            (f / "model.safetensors").symlink_to(f.parent / "outside"),
+        ),
+        "is a link out of its folder",
+    ),
+    "linked shard outside": (
+        lambda f: (
+            _index(f, {LAYER: "one.safetensors"}),
+            (f / "elsewhere.safetensors").rename(f.parent / "outside"),
+            (f / "one.safetensors").symlink_to(f.parent / "outside"),
+        ),
+        "is a link out of its folder",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json"),
+    "config of no kind": (lambda f: (f / "config.json").write_text("[1]"), "no model could be loaded"),
+    "config with nonsense": (
+        lambda f: (f / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}'),
+        "no model could be loaded",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", BREAK)
+def test_a_wrong_checkpoint_is_refused_with_file_and_keys(damage, model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    break_it, message = BREAK[damage]
+    break_it(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        check_model(AutoModelForCausalLM, folder)
+    assert "weights_only=False" not in str(caught.value)
+
+
+def test_a_pickle_that_would_run_code_is_refused(model_folder, tmp_path):
+    folder = _as_bin(model_folder, tmp_path / "bin")
+    file = folder / "pytorch_model.bin"
+    for value in (Bomb(tmp_path / "exploded"), {"model.norm.weight": Bomb(tmp_path / "exploded")}):
+        torch.save(value, file)
+        with pytest.raises(UserError, match=r"pytorch_model\.bin holds more than tensors"):
+            check_model(AutoModelForCausalLM, folder)
+        assert not (tmp_path / "exploded").exists()
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, file)
+    with pytest.raises(UserError, match="not a plain table"):
+        check_model(AutoModelForCausalLM, folder)
+    torch.save({f"w{i}": torch.zeros(100) for i in range(9)}, file)
+    _cut(file)
+    with pytest.raises(UserError, match=r"pytorch_model\.bin cannot be read"):
+        check_model(AutoModelForCausalLM, folder)
+    file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
+        check_model(AutoModelForCausalLM, folder)
+
+
+def test_weights_of_another_family_are_refused_with_what_is_there_instead(model_folder, tmp_path):
+    other = make_model(tmp_path / "gpt2", "gpt2")
+    shutil.copy(model_folder / "model.safetensors", other)
+    with pytest.raises(UserError, match=r"missing: transformer\.h\.0.*there instead: .*model\.layers\.0"):
+        check_model(AutoModelForCausalLM, other)
+    with pytest.raises(UserError, match=r"missing: h\.0"):
+        check_model(AutoModel, other)
+
+
+def test_a_wrong_checkpoint_is_refused_at_zero_3_on_both_ranks_before_data_is_prepared(
+    model_folder, pairs_folder, tmp_path
+):
+    from conftest import launch
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    _change(folder, lambda weights: weights.update({LAYER: torch.zeros(3, 4)}))
+    flags = ["--zero_stage", 3, "--data_path", pairs_folder, "--data_output_path", tmp_path / "cache"]
+    code, console = launch(1, ["--model_name_or_path", folder, "--dtype", "fp32", *flags], "torchrun", 2)
+    assert code != 0
+    assert f"of another shape: {LAYER}" in console
+    assert "Traceback" not in console.split("error: ")[0]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_weights_in_other_parts_of_a_checkpoint_are_counted_and_told(model_folder, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    extra = {f"vision_tower.layers.{i}.weight": torch.zeros(2) for i in range(9)}
+    _change(folder, lambda weights: weights.update(extra))
+    create_hf_model(AutoModelForCausalLM, folder, load_hf_tokenizer(folder))
+    check_model(AutoModelForCausalLM, folder)
+    told = capsys.readouterr().err
+    assert told.count("9 weights have no place") == 1
+    assert "vision_tower.layers.0.weight" in told
+    assert "and 1 more" in told
+
+
+def test_gpt_2s_old_masks_are_no_surplus(tmp_path, capsys):
+    folder = make_model(tmp_path / "gpt2", "gpt2")
+    _change(folder, lambda w: w.update({f"transformer.h.{i}.attn.masked_bias": torch.zeros(1) for i in (0, 1)}))
+    check_model(AutoModelForCausalLM, folder)
+    assert "no place" not in capsys.readouterr().err
+
+
+# Reward models in plain transformers
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gpt_neo", "falcon"])
+def test_a_reward_model_scores_alike_in_plain_transformers_for_pads_on_either_side(kind, tmp_path):
+    more = {
+        "gpt_neo": dict(
+            model_type="gpt_neo", vocab_size=320, hidden_size=32, num_layers=2, num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+        ),
+        "falcon": dict(model_type="falcon", vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    }  # fmt: skip
+    tokenizer = make_tokenizer(tmp_path / "base")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**(KINDS | more)[kind], eos_token_id=tokenizer.eos_token_id)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model = create_critic_model(tmp_path / "base", load_hf_tokenizer(tmp_path / "base")).eval()
+    save_hf_format(model, tokenizer, SimpleNamespace(output_dir=tmp_path / "saved"))
+    plain, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), info
+    assert plain.config.num_labels == 1
+    rows = [[10, 11, 12, tokenizer.eos_token_id], [13, 14, tokenizer.eos_token_id], [15]]
+    scores = []
+    for side in ("right", "left"):
+        ids, mask = pad_rows(rows, tokenizer.pad_token_id, side, "cpu")
+        with torch.no_grad():
+            scores += [model.forward_value(ids, mask)["chosen_end_scores"]]
+            scores += [plain.eval()(**model_inputs(plain, ids, mask)).logits.squeeze(1)]
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], atol=1e-5, rtol=0)
+    assert scores[0].std() > 1e-3
+
+
+def test_a_family_without_a_classifier_is_refused_as_reward_model_at_once(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    config = AutoConfig.for_model(
+        "codegen", vocab_size=320, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_ctx=64, pad_token_id=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no sequence-classification model for CodeGenConfig"):
+        create_critic_model(tmp_path, tokenizer)
+    create_hf_model(AutoModelForCausalLM, tmp_path, tokenizer)
+
+
+def test_a_reward_model_saves_and_reads_its_head_in_shards(reward_model, tmp_path):
+    model, tokenizer, _ = reward_model
+    save_hf_format(model, tokenizer, SimpleNamespace(output_dir=tmp_path / "saved", max_shard_size=20_000))
+    assert len(find_checkpoint(tmp_path / "saved").files) > 2
+    assert torch.equal(read_value_head(tmp_path / "saved"), model.v_head.weight)
+
+
+def test_weights_alone_are_saved_in_the_same_names(reward_model, tmp_path):
+    model, tokenizer, _ = reward_model
+    save_hf_format(model, tokenizer, SimpleNamespace(output_dir=tmp_path / "saved"))
+    save_zero_three_model(model, 0, tmp_path / "weights")
+    assert [file.name for file in (tmp_path / "weights").iterdir()] == ["model.safetensors"]
+    with safe_open(tmp_path / "weights/model.safetensors", "pt") as weights:
+        assert set(weights.keys()) == set(load_file(tmp_path / "saved/model.safetensors"))
