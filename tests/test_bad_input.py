@@ -1,11 +1,14 @@
 """What cannot work is refused before any training, with a reason, by every rank, and without a traceback."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 from conftest import STEPS, launch, make_model, run_command, write_pairs
 
 from utils.distributed import UserError
+from utils.model.model_utils import create_critic_model
+from utils.utils import load_hf_tokenizer, save_hf_format
 
 
 @pytest.fixture
@@ -73,6 +76,12 @@ def _flags_with_switches(settings, changes):
     return _flags({k: v for k, v in settings.items() if v is not None}) + switches
 
 
+def _save_reward_model(model_folder, tmp_path):
+    tokenizer = load_hf_tokenizer(model_folder)
+    save_hf_format(create_critic_model(model_folder, tokenizer), tokenizer, SimpleNamespace(output_dir=tmp_path / "rm"))
+    return tmp_path / "rm"
+
+
 STEP_3_BAD = {
     "batches that do not divide": (
         ["--per_device_training_batch_size", 3],
@@ -87,13 +96,18 @@ STEP_3_BAD = {
     "ZeRO++ without CUDA": (["--enable_mixed_precision_lora"], r"CUDA"),
     "test mode without an end": (["--enable_test_mode"], r"--test_stop_step"),
     "a critic that is no reward model": ([], r"score\.weight"),
-    "too few prompts": (["--max_train_samples", 2], r"2 prompts do not fill"),
+    "too few prompts": (
+        ["--max_train_samples", 2, "--critic_model_name_or_path", "{reward}"],
+        r"2 prompts do not fill",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", STEP_3_BAD)
 def test_step_3_refuses(case, model_folder, pairs_folder, cache_folder, run_step, tmp_path):
     flags, message = STEP_3_BAD[case]
+    if "{reward}" in flags:
+        flags = [_save_reward_model(model_folder, tmp_path) if flag == "{reward}" else flag for flag in flags]
     arguments = [
         "--actor_model_name_or_path",
         model_folder,
@@ -180,15 +194,8 @@ def test_a_missing_model_flag_is_named(step):
 
 
 def test_a_reward_model_is_no_actor(model_folder, run_step, good, tmp_path):
-    from types import SimpleNamespace
-
-    from utils.model.model_utils import create_critic_model
-    from utils.utils import load_hf_tokenizer, save_hf_format
-
-    tokenizer = load_hf_tokenizer(model_folder)
-    save_hf_format(create_critic_model(model_folder, tokenizer), tokenizer, SimpleNamespace(output_dir=tmp_path / "rm"))
     with pytest.raises(UserError, match="is a reward model"):
-        run_step(1, _flags(good | {"--model_name_or_path": tmp_path / "rm"}))
+        run_step(1, _flags(good | {"--model_name_or_path": _save_reward_model(model_folder, tmp_path)}))
 
 
 def test_an_error_of_one_rank_alone_is_told(tmp_path):

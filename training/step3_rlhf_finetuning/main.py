@@ -114,8 +114,6 @@ def main():
     print_rank_0(batch.explain())
 
     # 2. Tokenizer and prompts, after a look whether both models' files are all there and fit
-    check_model(AutoModelForCausalLM, args.actor_model_name_or_path, args.trust_remote_code)
-    check_model(AutoModel, args.critic_model_name_or_path, args.trust_remote_code, trained_head=True)
     tokenizer = load_hf_tokenizer(
         args.actor_model_name_or_path,
         add_special_tokens=args.end_of_conversation_token,
@@ -123,6 +121,8 @@ def main():
     )
     if args.critic_model_name_or_path is not None:
         check_tokenizers(args, tokenizer)
+        check_model(AutoModel, args.critic_model_name_or_path, args.trust_remote_code, trained_head=True)
+    check_model(AutoModelForCausalLM, args.actor_model_name_or_path, args.trust_remote_code)
     prompts, _ = datasets_of_step(args, tokenizer, RLHF, args.max_prompt_seq_len)
     sampler = StepBatchSampler(prompts.lengths, batch.prompts_per_round, batch.rounds, seed=args.seed, drop_last=True)
     loader = make_loader(

@@ -1,0 +1,168 @@
+"""DeepSpeed's configuration: published values, files laid over it, and offloading as it runs on CPU."""
+
+import json
+
+import pytest
+import torch
+from conftest import launch, read_metrics
+from safetensors.torch import load_file
+
+from utils.distributed import UserError
+from utils.ds_utils import get_eval_ds_config, get_train_ds_config, merge_config_file, offloads_optimizer
+
+
+def _zero(stage, device, **more):
+    return {
+        "stage": stage,
+        "overlap_comm": True,
+        "offload_param": {"device": device},
+        "offload_optimizer": {"device": device},
+        "stage3_param_persistence_threshold": 1e4,
+        "stage3_max_live_parameters": 3e7,
+        "stage3_prefetch_bucket_size": 3e7,
+        "memory_efficient_linear": False,
+        **more,
+    }
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_whole_configuration_of_a_trained_engine(stage, dtype, offload):
+    precision = {
+        "fp32": {},
+        "bf16": {"bf16": {"enabled": True}},
+        "fp16": {"fp16": {"enabled": True, "loss_scale_window": 100}},
+    }
+    assert get_train_ds_config(offload, dtype, stage) == {
+        "steps_per_print": 10,
+        "zero_optimization": _zero(stage, "cpu" if offload else "none"),
+        **precision[dtype],
+        "gradient_clipping": 1.0,
+        "prescale_gradients": False,
+        "wall_clock_breakdown": False,
+        "hybrid_engine": {
+            "enabled": False,
+            "max_out_tokens": 512,
+            "inference_tp_size": 1,
+            "release_inference_cache": False,
+            "pin_parameters": True,
+            "tp_gather_partition_size": 8,
+        },
+        "tensorboard": {
+            "enabled": False,
+            "output_path": "/ds_tensorboard_logs/",
+            "job_name": "_tensorboard",
+        },
+    }
+    assert offloads_optimizer(get_train_ds_config(offload, dtype, stage)) is offload
+
+
+def test_zero_plus_plus_quantises_frozen_weights_and_keeps_a_copy_per_node(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    config = get_train_ds_config(False, "bf16", 3, enable_mixed_precision_lora=True)
+    more = {"zero_quantized_nontrainable_weights": True, "zero_hpz_partition_size": 8}
+    assert config["zero_optimization"] == _zero(3, "none", **more)
+
+
+def test_a_frozen_engine_shards_or_offloads_its_weights_alone():
+    config = get_eval_ds_config(True, "bf16", 3)
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 1e4,
+        "offload_param": {"device": "cpu"},
+        "memory_efficient_linear": False,
+    }
+    assert config["bf16"] == {"enabled": True}
+
+
+BAD = {
+    "not JSON": ('{"a": 1,\n ]', "line 2 is not JSON"),
+    "not text": (b"\xff\xfe\x00", "is not JSON"),
+    "a list": ("[1]", "expected a JSON object, found list"),
+    "batch size": ('{"train_batch_size": 8}', "train_batch_size is decided by the flags of batch sizes"),
+    "micro-batch": ('{"train_micro_batch_size_per_gpu": 8}', "train_micro_batch_size_per_gpu is decided by"),
+    "accumulation": ('{"gradient_accumulation_steps": 8}', "decided by --gradient_accumulation_steps"),
+    "optimizer": ('{"optimizer": {"type": "Adam"}}', "optimizer is decided by --learning_rate"),
+    "scheduler": ('{"scheduler": {"type": "WarmupLR"}}', "scheduler is decided by --lr_scheduler_type"),
+    "stage": ('{"zero_optimization": {"stage": 3}}', "stage 3 is not the stage 2"),
+    "bf16 in fp32": ('{"bf16": {"enabled": true}}', r"bf16\.enabled true is not what --dtype says"),
+    "no object": ('{"zero_optimization": 3}', "zero_optimization must be an object, not 3"),
+    "unknown device": ('{"zero_optimization": {"offload_param": {"device": "tape"}}}', "'tape' is none of"),
+    "parameters at stage 2": (
+        '{"zero_optimization": {"offload_param": {"device": "cpu"}}}',
+        "needs ZeRO stage 3, not 2",
+    ),
+    "nvme without a path": (
+        '{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}',
+        "needs nvme_path, a folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_file_that_cannot_be_laid_over_is_refused(case, tmp_path):
+    text, message = BAD[case]
+    file = tmp_path / "more.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message) as caught:
+        merge_config_file(get_train_ds_config(False, "fp32", 2), str(file))
+    assert str(file) in str(caught.value)
+    assert "--deepspeed_config_overrides" in str(caught.value)
+
+
+def test_an_absent_file_and_a_fight_with_a_flag_are_refused_before_anything_is_loaded(run_step, tmp_path):
+    flags = ["--model_name_or_path", tmp_path / "nowhere", "--dtype", "fp32"]
+    with pytest.raises(UserError, match=r"absent\.json: No such file"):
+        run_step(1, [*flags, "--deepspeed_config_overrides", tmp_path / "absent.json"])
+    (tmp_path / "more.json").write_text('{"train_batch_size": 8}')
+    with pytest.raises(UserError, match="train_batch_size"):
+        run_step(2, [*flags, "--deepspeed_config", tmp_path / "more.json"])
+    models = ["--actor_model_name_or_path", tmp_path, "--critic_model_name_or_path", tmp_path, "--dtype", "fp32"]
+    with pytest.raises(UserError, match="train_batch_size"):
+        run_step(3, [*models, "--deepspeed_config_overrides", tmp_path / "more.json"])
+
+
+def test_nvme_by_file_is_laid_over_where_the_machine_can_do_it(tmp_path, monkeypatch):
+    from utils import ds_utils
+
+    settings = {"device": "nvme", "nvme_path": str(tmp_path), "pin_memory": False}
+    (tmp_path / "more.json").write_text(json.dumps({"zero_optimization": {"offload_optimizer": settings}}))
+    config = get_train_ds_config(False, "bf16", 3)
+    monkeypatch.setattr(ds_utils.AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
+    with pytest.raises(UserError, match="libaio"):
+        merge_config_file(config, str(tmp_path / "more.json"))
+    monkeypatch.setattr(ds_utils.AsyncIOBuilder, "is_compatible", lambda self, verbose: True)
+    merged = merge_config_file(config, str(tmp_path / "more.json"))
+    assert merged["zero_optimization"]["offload_optimizer"] == settings
+    assert offloads_optimizer(merged)
+    with pytest.raises(UserError, match="needs ZeRO stage 3, not 2"):
+        merge_config_file(get_train_ds_config(False, "bf16", 2), str(tmp_path / "more.json"))
+
+
+def test_offloaded_training_is_the_same_training(model_folder, pairs_folder, cache_folder, tmp_path):
+    """Two ranks; optimizer on the host at stage 2, parameters too at stage 3, parameters alone by a file."""
+    file = tmp_path / "parameters.json"
+    file.write_text(json.dumps({"zero_optimization": {"offload_param": {"device": "cpu"}}}))
+    runs = {
+        "plain": ["--zero_stage", 2],
+        "optimizer": ["--zero_stage", 2, "--offload"],
+        "both": ["--zero_stage", 3, "--offload"],
+        "parameters": ["--zero_stage", 3, "--deepspeed_config_overrides", file],
+    }
+    data = ["--data_path", pairs_folder, "--data_output_path", cache_folder, "--data_split", "1,1,1"]
+    rows = ["--max_train_samples", 16, "--max_eval_samples", 8, "--per_device_train_batch_size", 2, "--max_seq_len", 48]
+    for name, flags in runs.items():
+        common = [*data, *rows, "--dtype", "fp32", "--model_name_or_path", model_folder, "--learning_rate", 1e-3]
+        code, console = launch(1, [*common, "--output_dir", tmp_path / name, *flags], "torchrun", ranks=2)
+        assert code == 0, console
+    losses = {name: [row["train/loss"] for row in read_metrics(tmp_path / name)] for name in runs}
+    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in runs}
+    assert len(losses["plain"]) == 4
+    assert losses["plain"][0] != losses["plain"][-1]
+    for name in runs:
+        assert losses[name] == pytest.approx(losses["plain"], rel=1e-4), name
+        for key, value in weights["plain"].items():
+            torch.testing.assert_close(
+                weights[name][key], value, atol=5e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+            )
