@@ -268,12 +268,14 @@ def test_published_reward_models_give_their_scores_everywhere(reward_model, tmp_
     (folder / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
     ids, mask = pad_rows([[10, 11, 12], [13, 14]], tokenizer.pad_token_id, "right", "cpu")
     critic = create_critic_model(folder, tokenizer, rlhf_training=True).eval()
-    args = SimpleNamespace(device="cpu", dtype="fp32", trust_remote_code=False, add_eot_token=False)
-    _, judge = rw_eval.load_reward_model(str(folder), args)
+    judge = rw_eval.load_judge(
+        str(folder), rw_eval.parse_args(["--model_name_or_path", str(folder), "--device", "cpu"])
+    )
     with torch.no_grad():
         wanted = model.forward_value(ids, mask)["chosen_end_scores"]
         assert torch.equal(critic.forward_value(ids, mask)["chosen_end_scores"], wanted)
-        torch.testing.assert_close(judge(**model_inputs(judge, ids, mask)).logits.squeeze(1), wanted)
+    scores = rw_eval.score_rows(judge.model, [[10, 11, 12], [13, 14]], 2)
+    assert scores == pytest.approx(wanted.tolist(), abs=1e-6)
     save_hf_format(critic, tokenizer, SimpleNamespace(output_dir=tmp_path / "saved"))
     names = set(load_file(tmp_path / "saved/model.safetensors"))
     assert "score.weight" in names
