@@ -1,19 +1,85 @@
 #!/usr/bin/env bash
-# Sourced by the scripts here: how a step is started, on whatever the machine has. Expects project, output and started to be set.
+# Sourced by the scripts here: how a step is started, on whatever the machine has.
 #
-# RANKS        processes to train with (default: the GPUs, or 2 on a CPU with two or more cores)
+# launch STEP OUTPUT FLAGS...   one step under the deepspeed launcher; its whole output also in OUTPUT/training.log
+# recipe STEP MACHINE ARGUMENTS... -- FLAGS...   the same with a recipe's flags and its user's positional arguments
+#
+# RANKS        processes per node (default: the GPUs, or 2 on a CPU with two or more cores; of a single_gpu recipe 1)
 # MASTER_PORT  where they meet (default 29517)
+# HOSTFILE     of a multi_node recipe: a line "HOST slots=GPUS" per node (default /job/hostfile)
+# LAUNCHER_ARGS  more arguments of the deepspeed launcher, as in "--no_ssh --node_rank 0 --master_addr 10.0.0.1"
+# DRY_RUN=1    print the command, run nothing
 
-# shellcheck disable=SC2154  # set by the script that sources this file
-ranks="${RANKS:-$(python -c 'import os, torch; print(torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0))))')}"
+project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+steps=("" step1_supervised_finetuning step2_reward_model_finetuning step3_rlhf_finetuning)
 
-step() { # step NAME SCRIPT FLAGS...: one step under the deepspeed launcher, its whole output in $output/NAME/training.log too
-    local name="$1" script="$2"
+count_ranks() { # 8 for a command that is only printed
+    [ -n "${DRY_RUN:-}" ] && echo 8 && return
+    python3 -c 'import os, torch; print(torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0))))'
+}
+
+launch() { # launch STEP OUTPUT FLAGS...
+    local step="$1" output="$2" command more where=(--num_gpus "${RANKS:-${ranks:-}}")
     shift 2
-    mkdir -p "$output/$name"
-    echo
-    echo "=== $name ($((SECONDS - started)) s so far) ==="
-    deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29517}" "$project/training/$script/main.py" \
-        --output_dir "$output/$name" "$@" 2>&1 | grep --line-buffered -v -e '\[INFO\]' -e '\[WARNING\]' |
-        tee "$output/$name/training.log"
+    if [ -n "${hostfile:-}" ]; then
+        where=(--hostfile "$hostfile")
+    elif [ -z "${where[1]}" ]; then
+        where[1]="$(count_ranks)"
+    fi
+    read -ra more <<<"${LAUNCHER_ARGS:-}"
+    command=(deepspeed "${where[@]}" --master_port "${MASTER_PORT:-29517}" "${more[@]}"
+        "$project/training/${steps[step]}/main.py" --output_dir "$output" "$@")
+    if [ -n "${DRY_RUN:-}" ]; then
+        printf '%q ' "${command[@]}"
+        echo
+        return
+    fi
+    mkdir -p "$output"
+    "${command[@]}" 2>&1 | grep --line-buffered -v -e '\[INFO\]' -e '\[WARNING\]' | tee "$output/training.log"
+}
+
+_recipe_usage() { # the comment at the head of the recipe
+    sed -n '2,3s/^# //p' "$0" >&2
+    echo "The flags of the recipe may be followed by your own, which win: FLAGS... as in --num_train_epochs 1" >&2
+    exit 2
+}
+
+recipe() { # recipe STEP MACHINE ARGUMENTS... -- FLAGS...
+    set -euo pipefail
+    local step="$1" machine="$2" arguments=() given=() output flag
+    shift 2
+    while [ "$1" != -- ]; do
+        # Positional arguments come first; from the first flag on all is the user's own.
+        if [ ${#given[@]} -gt 0 ] || [[ "$1" == --* ]]; then given+=("$1"); else arguments+=("$1"); fi
+        shift
+    done
+    shift
+    if [[ " ${given[*]-} " == *" --help "* ]]; then _recipe_usage; fi
+    if [ "$step" = 3 ]; then
+        [ ${#arguments[@]} -ge 2 ] && [ ${#arguments[@]} -le 5 ] || _recipe_usage
+        set -- --actor_model_name_or_path "${arguments[0]}" --critic_model_name_or_path "${arguments[1]}" "$@"
+        for flag in 2:--actor_zero_stage 3:--critic_zero_stage; do
+            if [ -n "${arguments[${flag%%:*}]-}" ]; then set -- "$@" "${flag#*:}" "${arguments[${flag%%:*}]}"; fi
+        done
+        output="${arguments[4]:-./output}"
+    else
+        [ ${#arguments[@]} -le 2 ] || _recipe_usage
+        if [ -n "${arguments[1]-}" ]; then set -- "$@" --zero_stage "${arguments[1]}"; fi
+        output="${arguments[0]:-./output}"
+    fi
+    case "$machine" in
+    single_gpu) ranks=1 ;;
+    multi_node)
+        hostfile="${HOSTFILE:-/job/hostfile}"
+        if [ -z "${DRY_RUN:-}" ] && [ ! -s "$hostfile" ]; then
+            echo "error: $hostfile is missing or empty: set HOSTFILE to a file with a line 'HOST slots=GPUS' per node" >&2
+            exit 1
+        fi
+        ;;
+    esac
+    if [ -z "${DRY_RUN:-}" ] && ! command -v deepspeed >/dev/null; then
+        # shellcheck source=training_scripts/setup_env.sh
+        . "$project/training_scripts/setup_env.sh"
+    fi
+    launch "$step" "$output" "$@" ${given[@]+"${given[@]}"}
 }

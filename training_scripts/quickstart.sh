@@ -18,25 +18,32 @@ set -- # what is sourced below must not take them for its own
 . "$project/training_scripts/setup_env.sh"
 # shellcheck source=training_scripts/launch.sh
 . "$project/training_scripts/launch.sh"
+ranks="${RANKS:-$(count_ranks)}"
 rows=$((ranks > 16 ? 1 : 16 / ranks)) # of a forward pass on each rank
 answers=$((2 * rows))
 mkdir -p "$output"
+
+step() { # step NUMBER FLAGS...
+    echo
+    echo "=== step $1 ($((SECONDS - started)) s so far) ==="
+    launch "$1" "$output/step$1" "${@:2}"
+}
 
 common=(--data_path local/demo --data_split "4,3,3" --data_output_path "$output/data" --dtype fp32 --seed "$seed")
 
 echo "=== base: a model from scratch ==="
 (cd "$project" && TQDM_DISABLE=1 python -m utils.demo.tiny_model --output "$output/base" --seed "$seed")
 
-step step1 step1_supervised_finetuning "${common[@]}" \
+step 1 "${common[@]}" \
     --model_name_or_path "$output/base" --max_seq_len 48 --per_device_train_batch_size "$rows" \
     --max_train_samples "${SFT_ROWS:-8000}" --learning_rate 2e-3 --num_train_epochs 2 --num_warmup_steps 20 \
     --no-group_by_length --log_interval 100
 
-step step2 step2_reward_model_finetuning "${common[@]}" \
+step 2 "${common[@]}" \
     --model_name_or_path "$output/step1" --max_seq_len 48 --per_device_train_batch_size "$rows" \
     --learning_rate 5e-4 --num_train_epochs 1 --num_warmup_steps 10 --max_train_samples "${PAIRS:-4000}" --log_interval 50
 
-step step3 step3_rlhf_finetuning "${common[@]}" \
+step 3 "${common[@]}" \
     --actor_model_name_or_path "$output/step1" --critic_model_name_or_path "$output/step2" \
     --max_prompt_seq_len 24 --max_answer_seq_len 40 --per_device_generation_batch_size $((2 * answers)) \
     --per_device_training_batch_size "$answers" --ppo_epochs 2 --actor_learning_rate 1e-4 --critic_learning_rate 3e-4 \

@@ -36,6 +36,7 @@ set -- # what is sourced below must not take them for its own
 . "$project/training_scripts/setup_env.sh"
 # shellcheck source=training_scripts/launch.sh
 . "$project/training_scripts/launch.sh"
+ranks="${RANKS:-$(count_ranks)}"
 answers="${PPO_ANSWERS:-$((2 * ranks * (ranks > 3 ? 1 : 6 / ranks)))}" # of a step, on all ranks
 if ((answers % (2 * ranks))); then
     echo "error: PPO_ANSWERS=$answers does not divide by 2 x $ranks ranks" >&2
@@ -44,6 +45,12 @@ fi
 mkdir -p "$output"
 
 has_module() { python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+step() { # step NUMBER FLAGS...
+    echo
+    echo "=== step $1 ($((SECONDS - started)) s so far) ==="
+    launch "$1" "$output/step$1" "${@:2}"
+}
 
 common=(--data_path "$data" --data_split "$split" --data_output_path "$output/data" --dtype bf16 --seed "$seed")
 
@@ -54,19 +61,19 @@ has_module gguf || python -m pip install --quiet gguf
 (cd "$project" && TQDM_DISABLE=1 python -m utils.model.convert_gguf --output "$output/base")
 
 # Sharding gradients and optimizer states (ZeRO 2) pays on a CPU too: each rank updates half of the weights.
-step step1 step1_supervised_finetuning "${common[@]}" \
+step 1 "${common[@]}" \
     --model_name_or_path "$output/base" --max_seq_len "${MAX_SEQ_LEN:-256}" --mask_prompt --zero_stage 2 \
     --per_device_train_batch_size $((8 / ranks)) --learning_rate 2e-5 --num_warmup_steps 3 \
     --max_train_samples "${SFT_ROWS:-200}" --log_interval 5
 
-step step2 step2_reward_model_finetuning "${common[@]}" \
+step 2 "${common[@]}" \
     --model_name_or_path "$output/step1" --max_seq_len "${MAX_SEQ_LEN:-256}" --zero_stage 2 \
     --per_device_train_batch_size $((8 / ranks)) --learning_rate 2e-5 --num_warmup_steps 3 \
     --max_train_samples "${REWARD_PAIRS:-200}" --log_interval 5
 
 # Two optimizer steps per step of PPO. No penalty for an answer without an end: the reward model, which has seen finished
 # answers only, scores it some four standard deviations lower by itself.
-step step3 step3_rlhf_finetuning "${common[@]}" \
+step 3 "${common[@]}" \
     --actor_model_name_or_path "$output/step1" --critic_model_name_or_path "$output/step2" \
     --max_prompt_seq_len "${PROMPT_LEN:-80}" --max_answer_seq_len "${ANSWER_LEN:-48}" \
     --per_device_generation_batch_size $((answers / ranks)) --per_device_training_batch_size $((answers / ranks / 2)) \

@@ -1,0 +1,138 @@
+"""Every bash script: its syntax, its usage, and that the commands it would run are ones the steps understand."""
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import PROJECT, STEPS
+
+from utils import arguments
+
+SCRIPTS = sorted((PROJECT / "training_scripts").rglob("*.sh")) + sorted((PROJECT / "evaluation_scripts").glob("*.sh"))
+RECIPES = sorted((PROJECT / "training_scripts").glob("step*/**/run_*.sh"))
+
+
+def dry_run(script, *given, **environment):
+    return subprocess.run(
+        ["bash", str(script), *map(str, given)],
+        env=os.environ | {"DRY_RUN": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def parsed(line: str):
+    """The launcher's own arguments, and the namespace of the step that a printed command would start."""
+    words = shlex.split(line)
+    main = next(i for i, word in enumerate(words) if word.endswith("/main.py"))
+    step = int(Path(words[main]).parent.name[4])
+    assert Path(words[main]).resolve() == STEPS[step]
+    spec = importlib.util.spec_from_file_location(f"step{step}", STEPS[step])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    args = module.build_parser().parse_args(words[main + 1 :])
+    arguments.check_supervised(args) if step < 3 else arguments.check_rlhf(args)
+    return words[:main], args
+
+
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: "/".join(path.parts[-4:]))
+def test_a_recipe_s_command_is_one_its_step_understands(script, monkeypatch):
+    # The two recipes for ZeRO++ are for CUDA alone, which the check rightly asks for.
+    monkeypatch.setattr(
+        "utils.arguments.get_accelerator", lambda: type("Cuda", (), {"device_name": lambda _: "cuda"})()
+    )
+    step = int(script.relative_to(PROJECT / "training_scripts").parts[0][4])
+    models = ["actor dir", "critic"] if step == 3 else []
+    plain = dry_run(script, *models)
+    assert plain.returncode == 0, plain.stderr
+    launcher, args = parsed(plain.stdout)
+    assert args.output_dir == "./output"
+    if step == 3:
+        assert (args.actor_model_name_or_path, args.critic_model_name_or_path) == ("actor dir", "critic")
+        given = [*models, "3", "2", "out dir", "--num_train_epochs", "7"]
+    else:
+        given = ["out dir", "3", "--num_train_epochs", "7"]
+    _, args = parsed(dry_run(script, *given).stdout)
+    assert args.output_dir == "out dir" and args.num_train_epochs == 7
+    assert (args.actor_zero_stage, args.critic_zero_stage) == (3, 2) if step == 3 else args.zero_stage == 3
+    if "single_gpu" in script.parts:
+        assert launcher[launcher.index("--num_gpus") + 1] == "1"
+    if "multi_node" in script.parts:
+        assert launcher[launcher.index("--hostfile") + 1] == "/job/hostfile"
+
+
+def test_environment_overrides_reach_the_launcher():
+    recipe = PROJECT / "training_scripts/step1_supervised_finetuning/opt/multi_node/run_66b.sh"
+    environment = {"HOSTFILE": "/my hosts", "MASTER_PORT": "1234", "LAUNCHER_ARGS": "--no_ssh --node_rank 1"}
+    words, _ = parsed(dry_run(recipe, **environment).stdout)
+    assert words == ["deepspeed", "--hostfile", "/my hosts", "--master_port", "1234", "--no_ssh", "--node_rank", "1"]
+    node = PROJECT / "training_scripts/step1_supervised_finetuning/opt/single_node/run_1.3b.sh"
+    words, _ = parsed(dry_run(node, RANKS="5").stdout)
+    assert words[:3] == ["deepspeed", "--num_gpus", "5"]
+
+
+def test_a_hostfile_that_is_not_there_is_named_before_anything_starts(tmp_path):
+    recipe = PROJECT / "training_scripts/step1_supervised_finetuning/opt/multi_node/run_66b.sh"
+    done = dry_run(recipe, HOSTFILE=str(tmp_path / "none"), DRY_RUN="")
+    assert done.returncode == 1 and "set HOSTFILE" in done.stderr
+
+
+@pytest.mark.parametrize("given", [[], ["one"], ["a", "b", "0", "0", "out", "more"], ["a", "b", "--help"]])
+def test_wrong_arguments_of_a_step_3_recipe_show_its_usage(given):
+    done = dry_run(PROJECT / "training_scripts/step3_rlhf_finetuning/opt/single_node/run_1.3b.sh", *given)
+    assert done.returncode == 2 and "ACTOR CRITIC [ACTOR_ZERO_STAGE" in done.stderr and not done.stdout
+
+
+def test_e2e_chains_the_steps_and_skips_what_is_done(tmp_path):
+    script = PROJECT / "training_scripts/e2e.sh"
+    done = dry_run(script, tmp_path, "--data_path", "my pairs", STAGE="3", PPO_FLAGS="--kl_ctl 0.2 --enable_ema")
+    first, second, third = (parsed(line)[1] for line in done.stdout.splitlines())
+    assert first.output_dir == third.actor_model_name_or_path and second.output_dir == third.critic_model_name_or_path
+    assert first.data_path == second.data_path == third.data_path == ["my pairs"]
+    assert (third.actor_zero_stage, third.kl_ctl, third.enable_ema) == (3, 0.2, True)
+    (tmp_path / "actor").mkdir()
+    (tmp_path / "actor/config.json").write_text("{}")
+    done = dry_run(script, tmp_path)
+    assert len(done.stdout.splitlines()) == 2 and "not run again" in done.stderr
+    assert dry_run(script).returncode == 2
+
+
+@pytest.mark.parametrize("step, combinations", [(1, 14), (2, 14), (3, 28)])
+def test_a_sweep_walks_every_combination(step, combinations, tmp_path):
+    models = ["actor", "critic"] if step == 3 else ["model"]
+    done = dry_run(PROJECT / "training_scripts/sweep.sh", step, *models, tmp_path, "--data_path", "pairs")
+    commands = [parsed(line)[1] for line in done.stdout.splitlines()]
+    assert len(commands) == combinations == len({args.output_dir for args in commands})
+    assert {args.offload for args in commands} == {True, False}
+
+
+def test_a_sweep_s_table_tells_figures_and_failures(tmp_path):
+    from evaluation_scripts.sweep_report import row_of, table
+
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "training.log").write_text("fine\nerror: --offload needs more\nlast line\n")
+    rows = [{"train/loss": 3 - i, "train/seconds": 9 - i, "train/tokens_per_second": 100 + i} for i in range(3)]
+    (tmp_path / "good/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "good/done").touch()
+    good, bad = row_of(tmp_path / "good"), row_of(tmp_path / "bad")
+    assert good == {"name": "good", "steps": 3, "seconds": 7.5, "tokens_per_second": 101.5, "loss": 1}
+    assert bad == {"name": "bad", "failed": "error: --offload needs more"}
+    assert "7.500" in table([good, bad]) and "failed: error: --offload" in table([good, bad])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_can_be_run_and_bash_can_read_them(script):
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+
+
+def test_shellcheck_finds_nothing():
+    found = subprocess.run(["shellcheck", "-x", "-P", PROJECT, *SCRIPTS], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout

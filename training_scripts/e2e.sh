@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The three steps one after another; a step whose model stands in OUTPUT already is not run again.
+#
+#   bash training_scripts/e2e.sh OUTPUT [FLAGS...]      FLAGS go to all three steps, as in --data_path my/pairs --dtype bf16
+#
+# ACTOR_MODEL, REWARD_MODEL   what steps 1 and 2 start from (default facebook/opt-1.3b and facebook/opt-350m, as published)
+# STAGE                       ZeRO stage of every model (default 2)
+# SFT_FLAGS, REWARD_FLAGS, PPO_FLAGS   more flags of one step, in one string
+# RANKS, HOSTFILE, MASTER_PORT, LAUNCHER_ARGS, DRY_RUN   as launch.sh says
+if [ $# -lt 1 ] || [[ "$1" == -* ]]; then
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+output="$1"
+shift
+set -euo pipefail
+# shellcheck source=training_scripts/launch.sh
+. "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+hostfile="${HOSTFILE:-}"
+stage="${STAGE:-2}"
+if [ -z "${DRY_RUN:-}" ] && ! command -v deepspeed >/dev/null; then
+    flags=("$@")
+    set --
+    # shellcheck source=training_scripts/setup_env.sh
+    . "$project/training_scripts/setup_env.sh"
+    set -- "${flags[@]}"
+fi
+
+step() { # step NUMBER FOLDER MODEL_FOLDER FLAGS...
+    if [ -f "$output/$3/config.json" ]; then
+        echo "=== step $1: $output/$3 is there, not run again ===" >&2
+        return
+    fi
+    echo "=== step $1 ($SECONDS s so far) ===" >&2
+    launch "$1" "$output/$2" "${@:4}"
+}
+
+read -ra sft <<<"${SFT_FLAGS:-}"
+read -ra reward <<<"${REWARD_FLAGS:-}"
+read -ra ppo <<<"${PPO_FLAGS:-}"
+step 1 actor actor --model_name_or_path "${ACTOR_MODEL:-facebook/opt-1.3b}" --zero_stage "$stage" "$@" "${sft[@]}"
+step 2 reward reward --model_name_or_path "${REWARD_MODEL:-facebook/opt-350m}" --zero_stage "$stage" "$@" "${reward[@]}"
+step 3 rlhf rlhf/actor --actor_model_name_or_path "$output/actor" --critic_model_name_or_path "$output/reward" \
+    --actor_zero_stage "$stage" --critic_zero_stage "$stage" --enable_hybrid_engine "$@" "${ppo[@]}"
