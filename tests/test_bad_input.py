@@ -92,6 +92,11 @@ STEP_3_BAD = {
         r"do not divide by",
     ),
     "tensor-parallel generation": (["--inference_tp_size", 2], r"--inference_tp_size"),
+    "a backend of no engine": (["--hybrid_engine_backend", "own"], r"--hybrid_engine_backend own .*generate\(\)"),
+    "kernels without CUDA": (
+        ["--enable_hybrid_engine", "--hybrid_engine_backend", "deepspeed"],
+        r"--hybrid_engine_backend deepspeed: .*CUDA.* on cpu",
+    ),
     "align_overflow": (["--align_overflow"], r"bf16"),
     "ZeRO++ without CUDA": (["--enable_mixed_precision_lora"], r"CUDA"),
     "test mode without an end": (["--enable_test_mode"], r"--test_stop_step"),

@@ -8,6 +8,7 @@ from conftest import STEPS, make_model
 from transformers import AutoModelForCausalLM
 
 from training.step3_rlhf_finetuning.experience import Experience
+from training.step3_rlhf_finetuning.ppo_math import answer_mask
 from training.step3_rlhf_finetuning.ppo_trainer import (
     DeepSpeedPPOTrainer,
     DeepSpeedPPOTrainerUnsupervised,
@@ -16,7 +17,7 @@ from training.step3_rlhf_finetuning.ppo_trainer import (
 from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
 from utils import arguments
 from utils.data.batching import DataCollatorSFT, pad_rows
-from utils.distributed import init_distributed
+from utils.distributed import UserError, init_distributed
 from utils.model.model_utils import create_critic_model
 from utils.model.saving import gather_state_dict
 from utils.module.lora import lora_layers
@@ -127,8 +128,6 @@ def test_scoring_log_probs_equal_those_of_generation_on_left_padded_prompts(fold
         .gather(-1, answers.unsqueeze(-1))
         .squeeze(-1)
     )
-    from training.step3_rlhf_finetuning.ppo_math import answer_mask
-
     real = answer_mask(answers, trainer.tokenizer.eos_token_id)
     with torch.no_grad():
         scored, _ = trainer._answer_log_probs(
@@ -257,6 +256,31 @@ def test_fast_generation_gives_the_tokens_of_plain_generation_before_and_after_a
         assert torch.equal(fast, plain)
         outputs.append(fast)
         trainer.train_rlhf(_window(_experience(trainer)))
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-do_sample"]])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_step(folders, flags):
+    trainer = _trainer(folders, "--enable_hybrid_engine", *flags)
+    ids, mask = pad_rows(PROMPTS, trainer.tokenizer.pad_token_id, side="left")
+    with torch.no_grad():
+        trainer.actor_model.module.get_output_embeddings().weight[5] = torch.nan
+    with pytest.raises(UserError, match="not finite in step 7"):
+        trainer._generate_sequence(ids, mask, 7)
+
+
+@pytest.mark.parametrize("flags", [[], ["--temperature", "0.7"], ["--no-do_sample"]])
+def test_log_probs_of_the_sampling_loop_equal_those_of_the_scoring_pass(folders, flags):
+    trainer = _trainer(folders, "--enable_hybrid_engine", "--actor_lora_dim", "4", *flags)
+    for _, layer in lora_layers(trainer.actor_model.module):
+        torch.nn.init.normal_(layer.lora_left_weight, std=0.2)
+    ids, mask = pad_rows(PROMPTS, trainer.tokenizer.pad_token_id, side="left")
+    rollout = trainer.rlhf_engine.generator.generate(ids, mask, trainer.decoding())
+    real = answer_mask(rollout.sequences[:, ids.shape[1] :], trainer.tokenizer.eos_token_id)
+    with torch.no_grad():
+        scored, _ = trainer._answer_log_probs(
+            trainer.actor_label_log_probs, rollout.sequences, torch.cat([mask, real], 1), rollout.width
+        )
+    torch.testing.assert_close(rollout.log_probs, scored, atol=1e-5, rtol=1e-5)
 
 
 def test_the_ptx_gradient_joins_the_same_step(folders):

@@ -587,7 +587,15 @@ def add_rlhf_arguments(parser) -> None:
     add(
         "--enable_hybrid_engine",
         action="store_true",
-        help="for generation, gather ZeRO-3 weights once and fold LoRA in, instead of layer by layer for every token",
+        help="generate fast: ZeRO-3 weights gathered once, LoRA folded in, finished rows leave the batch (off: by "
+        "generate() on the training engine as it is, under ZeRO-3 layer by layer for every token)",
+    )
+    add(
+        "--hybrid_engine_backend",
+        choices=["auto", "own", "transformers", "deepspeed"],
+        default="auto",
+        help="who generates: own (this project's loop), transformers (its generate()), deepspeed (its kernels, CUDA "
+        "only); auto: own where its greedy tokens equal those of generate() on a check batch, else transformers",
     )
     add("--unpin_actor_parameters", action="store_true", help="gather layer by layer after all: slower, less memory")
     add("--release_inference_cache", action="store_true", help="give cached memory back after each generation phase")
@@ -689,6 +697,16 @@ def check_rlhf(args) -> RLHFBatchSizes:
         )
     if args.unpin_actor_parameters and not args.enable_hybrid_engine:
         raise UserError("--unpin_actor_parameters says how --enable_hybrid_engine gathers; it does nothing without it")
+    if args.hybrid_engine_backend != "auto" and not args.enable_hybrid_engine:
+        raise UserError(
+            f"--hybrid_engine_backend {args.hybrid_engine_backend} says how --enable_hybrid_engine generates; without "
+            "it generate() does"
+        )
+    if args.hybrid_engine_backend == "deepspeed" and get_accelerator().device_name() != "cuda":
+        raise UserError(
+            "--hybrid_engine_backend deepspeed: DeepSpeed's generation kernels need CUDA, and this machine computes "
+            f"on {get_accelerator().device_name()}; use auto"
+        )
     if args.inference_tp_size > 1:
         raise UserError(
             "--inference_tp_size above 1 is not available: each rank generates with the whole gathered model"

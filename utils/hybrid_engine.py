@@ -4,15 +4,25 @@ Under ZeRO-3 a forward pass gathers and releases every layer's weights; generati
 weights are gathered once for the whole generation phase, with the hooks that gather and release taken off, and LoRA
 updates are folded into their matrices, so that a token costs plain matrix products. Then everything is put back
 exactly: shards were never written to, and a folded matrix's original was only set aside.
+
+Answers come from the loop in sampling.py, once a check at the start has shown that its greedy tokens are those of
+``generate()`` on this model.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from utils.distributed import UserError, all_reduce_sum, get_world_size
+from utils.model.inputs import model_inputs
+from utils.module.fused_linear import find_shared_inputs, fused_linears
 from utils.module.lora import lora_layers
+from utils.sampling import Decoding, Rollout, generate_by_transformers, sample_answers
+from utils.utils import print_rank_0
 
 HOOK_TABLES = (
     "_forward_hooks",
@@ -48,26 +58,79 @@ def _lora_folded(module):
             layer.unfuse_lora_weight()
 
 
+def _rows_left(here: int) -> int:
+    """Rows without an EOS, over all ranks."""
+    return int(all_reduce_sum(torch.tensor(here, device=get_accelerator().current_device_name())))
+
+
+def first_difference(rollout: Rollout, plain, logits, eos_token_id: int, tolerance: float) -> str | None:
+    """What sets greedy answers of a rollout apart from ``generate()``'s, or None.
+
+    A row is compared up to its EOS, or up to a place where both tokens are equally good: which of them comes there is
+    a matter of rounding.
+
+    Args:
+        plain: [B, A] greedy answers that went on after EOS; logits: [B, A, V] that gave them.
+        tolerance: differences of logits and log-probs up to this are rounding.
+    """
+    log_probs = logits.log_softmax(dim=-1)
+    answers = rollout.sequences[:, rollout.sequences.shape[1] - rollout.width :].tolist()
+    for row, (own, wanted) in enumerate(zip(answers, plain.tolist(), strict=True)):
+        for position, token in enumerate(wanted):
+            place = f"in row {row}, token {position} of the check batch"
+            if position == len(own):
+                return f"the answer ends early {place}"
+            likely = log_probs[row, position]
+            if (likely[own[position]] - likely[token]).abs() > tolerance:
+                return f"generate() gives {token}, not {own[position]}, {place}"
+            if own[position] != token:
+                break
+            if rollout.log_probs is not None and (rollout.log_probs[row, position] - likely[token]).abs() > tolerance:
+                return f"the log-prob is {rollout.log_probs[row, position]:.5f}, not {likely[token]:.5f}, {place}"
+            if token == eos_token_id:
+                break
+    return None
+
+
 class HybridEngine:
-    """Switches a training engine into generation and back.
+    """Switches a training engine into generation and back, and answers prompts with it.
 
     Args:
         engine: a DeepSpeed engine around a Hugging Face causal language model.
-        enabled: off generates through the training engine as it is (under ZeRO-3 layer by layer, LoRA apart).
+        enabled: off generates through the training engine as it is: by ``generate()``, under ZeRO-3 layer by layer,
+            LoRA apart.
         gather_all: off leaves ZeRO-3 weights sharded and gathers them layer by layer for each token: slower, less
             memory.
         release_cache: give the accelerator's cached memory back after each generation phase.
+        backend: own, the loop of sampling.py; transformers, its generate(); deepspeed, the kernels of DeepSpeed's
+            hybrid engine; auto, own where it gives generate()'s tokens, else transformers.
+
+    Attributes:
+        backend: the one in use. needs_lockstep: every forward pass is a collective, so that all ranks make as many.
+
+    Raises:
+        UserError: the backend that was asked for does not give the tokens of ``generate()``.
     """
 
-    def __init__(self, engine, enabled: bool = True, gather_all: bool = True, release_cache: bool = False):
+    def __init__(
+        self,
+        engine,
+        enabled: bool = True,
+        gather_all: bool = True,
+        release_cache: bool = False,
+        backend: str = "auto",
+    ):
         self.engine, self.enabled, self.release_cache = engine, enabled, release_cache
         self._sharded = [param for param in engine.module.parameters() if hasattr(param, "ds_id")]
-        self.gathers = enabled and gather_all and bool(self._sharded)
-        self.needs_lockstep = bool(self._sharded) and not self.gathers  # every forward pass is a collective
+        # DeepSpeed's engine gathers for itself.
+        self.gathers = enabled and gather_all and bool(self._sharded) and backend != "deepspeed"
+        self.needs_lockstep = bool(self._sharded) and not self.gathers
+        self._groups: list[list[str]] | None = None  # linear layers that can run as one, once they are known
+        self.backend = self._checked(backend) if enabled else "transformers"
 
     @contextmanager
     def generation(self):
-        """Yields the module, in eval mode, ready for ``generate``."""
+        """Yields the module, in eval mode, ready for forward passes with a cache."""
         module, was_training = self.engine.module, self.engine.module.training
         module.eval()
         try:
@@ -76,10 +139,74 @@ class HybridEngine:
                 if self.gathers:
                     stack.enter_context(deepspeed.zero.GatheredParameters(self._sharded))
                     stack.enter_context(_hooks_set_aside(module))
-                if self.enabled and not self.needs_lockstep:
+                if self.enabled and not self.needs_lockstep and self.backend != "deepspeed":
                     stack.enter_context(_lora_folded(module))
+                    if self._groups is None:
+                        self._groups = find_shared_inputs(module)
+                    stack.enter_context(fused_linears(module, self._groups))
                 yield module
         finally:
             module.train(was_training)
             if self.release_cache:
                 get_accelerator().empty_cache()
+
+    def generate(self, prompts, mask, decoding: Decoding, rewrite_logits: Callable | None = None) -> Rollout:
+        """Answer each prompt; see ``sample_answers``.
+
+        Raises:
+            FloatingPointError: when logits were not finite.
+        """
+        ranks_wait = self.needs_lockstep and get_world_size() > 1
+        if self.backend == "deepspeed":
+            self.engine.eval()  # puts its kernels in place
+            return generate_by_transformers(self.engine, prompts, mask, decoding, ranks_wait, rewrite_logits)
+        with self.generation() as model:
+            if self.backend == "transformers":
+                return generate_by_transformers(model, prompts, mask, decoding, ranks_wait, rewrite_logits)
+            return sample_answers(model, prompts, mask, decoding, _rows_left if ranks_wait else None, rewrite_logits)
+
+    # ------------------------------------------------------------ the check at the start
+
+    def _checked(self, wanted: str) -> str:
+        """The backend to use, after generating a few tokens with it; printed."""
+        if wanted == "transformers":
+            return wanted
+        self.backend = "own" if wanted == "auto" else wanted
+        if wanted == "deepspeed" and not getattr(self.engine, "_inference_containers", None):
+            raise UserError(
+                "--hybrid_engine_backend deepspeed: DeepSpeed has no kernels for "
+                f"{type(self.engine.module).__name__}; use auto"
+            )
+        problem = self._difference_from_generate()
+        if problem is not None and wanted != "auto":
+            raise UserError(f"--hybrid_engine_backend {wanted}: {problem}; use auto")
+        if problem is not None:
+            print_rank_0(f"generation: by transformers' generate(), because of the own loop: {problem}")
+            return "transformers"
+        print_rank_0(f"generation: {self.backend} (its greedy tokens equal those of generate() on a check batch)")
+        return self.backend
+
+    def _difference_from_generate(self) -> str | None:
+        """None if greedy answers to a small left-padded batch, rows of which end early, are those of ``generate()``."""
+        module, device = self.engine.module, get_accelerator().current_device_name()
+        vocabulary = module.config.get_text_config().vocab_size
+        widths = torch.tensor([[2], [5], [3]])
+        mask = (torch.arange(5) >= 5 - widths).long().to(device)
+        prompts = torch.arange(15, device=device).view(3, 5) * 7 % vocabulary
+        decoding = Decoding(8, eos_token_id=-1, pad_token_id=0, vocabulary=vocabulary, temperature=0)
+        was_training = module.training
+        self.engine.train()  # DeepSpeed's kernels, if there are any, out of the way
+        module.eval()
+        with torch.no_grad():
+            plain = generate_by_transformers(module, prompts, mask, decoding, bool(self._sharded)).sequences
+            inputs = model_inputs(module, plain, torch.cat([mask, mask.new_ones(3, 8)], dim=1))
+            logits = module(**inputs).logits[:, 4:-1].float()
+        decoding = replace(decoding, eos_token_id=int(plain[0, 7]))
+        try:
+            rollout = self.generate(prompts, mask, decoding)
+        except (FloatingPointError, TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            self.engine.train(was_training)
+        tolerance = 8 * torch.finfo(module.dtype).eps * max(1.0, logits.abs().max().item())
+        return first_difference(rollout, plain[:, 5:], logits, decoding.eos_token_id, tolerance)

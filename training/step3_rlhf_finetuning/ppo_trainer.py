@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig
 
 from training.step3_rlhf_finetuning import ppo_math
 from training.step3_rlhf_finetuning.experience import Experience
 from training.step3_rlhf_finetuning.ppo_math import gather_log_probs
 from training.step3_rlhf_finetuning.reward_functions import RewardFunction
 from utils.distributed import UserError, agree, all_reduce_sum, get_world_size
-from utils.model.inputs import embedding_rows, model_inputs
+from utils.model.inputs import model_inputs
 from utils.model.losses import IGNORE_INDEX, LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.reward_model import end_scores
+from utils.sampling import Decoding
 from utils.utils import print_rank_0, take_step, to_device
 
 __all__ = ["DeepSpeedPPOTrainer", "DeepSpeedPPOTrainerUnsupervised", "gather_log_probs"]
@@ -112,40 +112,34 @@ class DeepSpeedPPOTrainer:
             score_parts=score_parts,
         )
 
+    @property
+    def temperature(self) -> float:
+        """Of sampling and of log-probs: those of greedy answers are taken at 1."""
+        return self.args.temperature if self.args.do_sample and self.args.temperature > 0 else 1.0
+
+    def decoding(self) -> Decoding:
+        args = self.args
+        return Decoding(
+            max_new_tokens=args.max_answer_seq_len,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            # Rows of the embedding beyond the tokenizer mean nothing, and the critic may not have them.
+            vocabulary=len(self.tokenizer),
+            temperature=args.temperature if args.do_sample else 0.0,
+            top_k=args.top_k,
+            top_p=args.top_p,
+        )
+
     def _generate_sequence(self, prompts, mask, step) -> torch.Tensor:
         """[B, P] -> [B, P + A], A the longest answer of this rank; after a row's EOS come pads."""
         args, start = self.args, time.perf_counter()
-        samples = args.do_sample and args.temperature > 0
-        sampling = dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k) if samples else {}
-        config = GenerationConfig(
-            do_sample=samples,
-            max_new_tokens=args.max_answer_seq_len,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            use_cache=True,
-            # Rows of the embedding beyond the tokenizer mean nothing, and the critic may not have them.
-            suppress_tokens=list(range(len(self.tokenizer), embedding_rows(self.actor_model.module))) or None,
-            **sampling,
-        )
-        generator = self.rlhf_engine.generator
-        with generator.generation() as model:
-            # What the model came with (a repetition penalty, say) must not shape rollouts that PPO scores without it.
-            own_config, model.generation_config = model.generation_config, config
-            try:
-                sequences = model.generate(
-                    prompts,
-                    attention_mask=mask,
-                    generation_config=config,
-                    synced_gpus=generator.needs_lockstep and get_world_size() > 1,
-                )
-            except RuntimeError as error:
-                if "probability tensor" not in str(error):
-                    raise
-                raise UserError(f"the actor's logits are not finite in step {step}: {error}") from error
-            finally:
-                model.generation_config = own_config
+        try:
+            rollout = self.rlhf_engine.generator.generate(prompts, mask, self.decoding())
+        except FloatingPointError as error:
+            raise UserError(f"the actor's logits are not finite in step {step}: {error}") from error
+        sequences = rollout.sequences
         self.generate_time = time.perf_counter() - start
-        self.generated_steps = sequences.shape[1] - prompts.shape[1]
+        self.generated_steps = rollout.width
         if args.print_answers and step % args.print_answers_interval == 0:
             self._print_answers(prompts, mask, sequences, step)
         return sequences
@@ -204,7 +198,7 @@ class DeepSpeedPPOTrainer:
         scores = label_log_probs(
             model_inputs(label_log_probs.model, input_ids, attention_mask),
             labels,
-            temperature=self.args.temperature if self.args.do_sample and self.args.temperature > 0 else 1.0,
+            temperature=self.temperature,
             vocabulary=len(self.tokenizer),  # rows of the embedding beyond the tokenizer are never sampled
             with_entropy=with_entropy,
         )

@@ -42,7 +42,11 @@ class DeepSpeedRLHFEngine:
         self.args, self.tokenizer, self.num_total_iters = args, tokenizer, num_total_iters
         self.actor = self._init_actor(actor_model_name_or_path)
         self.generator = HybridEngine(
-            self.actor, args.enable_hybrid_engine, not args.unpin_actor_parameters, args.release_inference_cache
+            self.actor,
+            args.enable_hybrid_engine,
+            not args.unpin_actor_parameters,
+            args.release_inference_cache,
+            args.hybrid_engine_backend,
         )
         self.ref = self._init_ref(actor_model_name_or_path) if args.separate_ref else None
         self.actor_ema = self._init_ema(actor_model_name_or_path) if args.enable_ema else None
@@ -67,10 +71,19 @@ class DeepSpeedRLHFEngine:
             trust_remote_code=args.trust_remote_code,
         )
 
-    def _train_config(self, stage: int, enable_mixed_precision_lora: bool = False) -> dict:
+    def _train_config(
+        self, stage: int, enable_mixed_precision_lora: bool = False, deepspeed_kernels: bool = False
+    ) -> dict:
         args = self.args
         config = get_train_ds_config(
-            args.offload and stage > 0, args.dtype, stage, enable_mixed_precision_lora=enable_mixed_precision_lora
+            args.offload and stage > 0,
+            args.dtype,
+            stage,
+            enable_mixed_precision_lora=enable_mixed_precision_lora,
+            enable_hybrid_engine=deepspeed_kernels,
+            release_inference_cache=args.release_inference_cache,
+            pin_parameters=not args.unpin_actor_parameters,
+            max_out_tokens=args.max_prompt_seq_len + args.max_answer_seq_len,
         )
         config = merge_config_file(config, args.deepspeed_config_overrides)
         return with_batch_sizes(config, args.per_device_training_batch_size, args.gradient_accumulation_steps)
@@ -90,7 +103,9 @@ class DeepSpeedRLHFEngine:
     def _init_actor(self, path):
         args = self.args
         with _announced("actor"):
-            config = self._train_config(args.actor_zero_stage, args.enable_mixed_precision_lora)
+            config = self._train_config(
+                args.actor_zero_stage, args.enable_mixed_precision_lora, args.hybrid_engine_backend == "deepspeed"
+            )
             model = create_hf_model(
                 AutoModelForCausalLM, path, self.tokenizer, config, **self._model_options(args.actor_dropout)
             )

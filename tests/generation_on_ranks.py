@@ -1,0 +1,115 @@
+"""Run by test_generation.py under torchrun: two PPO updates with and without the hybrid engine must be bit-equal.
+
+For each ZeRO stage, with LoRA and without: greedy answers of all batches, then all weights and optimizer states.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from conftest import PROJECT, make_model
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(PROJECT))
+
+from test_rlhf import _step3_parser
+
+from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer, MicroBatch
+from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
+from utils import arguments
+from utils.data.batching import pad_rows
+from utils.distributed import get_rank, init_distributed, run_main
+from utils.model.model_utils import create_critic_model
+from utils.sampling import Decoding, sample_answers
+from utils.utils import load_hf_tokenizer, print_rank_0, save_hf_format, set_random_seed
+
+PROMPTS = [[[10, 11, 12], [13], [14, 15, 16, 17, 18], [19, 20]], [[30], [31, 32, 33, 34], [35, 36], [37]]]
+
+
+PAD = 2  # of make_tokenizer
+
+
+def tensors_of(value) -> list:
+    """All tensors in nested dictionaries and lists, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value.detach().clone()]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+def train(folder: Path, flags) -> tuple[list, list]:
+    """Two updates: the answers of this rank, and everything the engines hold afterwards."""
+    args = _step3_parser().parse_args(
+        f"--actor_model_name_or_path {folder / 'actor'} --critic_model_name_or_path {folder / 'reward'} --dtype fp32 "
+        "--max_answer_seq_len 8 --max_prompt_seq_len 16 --per_device_generation_batch_size 4 --no-do_sample "
+        "--per_device_training_batch_size 4 --num_warmup_steps 0 --actor_learning_rate 1e-2".split()
+        + flags
+    )
+    init_distributed(args)
+    arguments.resolve_common(args)
+    arguments.check_rlhf(args)
+    set_random_seed(3)
+    tokenizer = load_hf_tokenizer(folder / "actor")
+    trainer = DeepSpeedPPOTrainer(
+        DeepSpeedRLHFEngine(str(folder / "actor"), str(folder / "reward"), tokenizer, args, num_total_iters=10), args
+    )
+    ids, mask = pad_rows(PROMPTS[get_rank()], tokenizer.pad_token_id, side="left")
+    answers = []
+    for step in range(3):
+        experience = trainer.generate_experience(ids, mask, step)
+        answers.append(experience.input_ids)
+        if step < 2:
+            trainer.compute_rewards(experience)
+            trainer.get_advantages_and_returns(experience)
+            trainer.train_rlhf([MicroBatch(experience)])
+    state = []
+    for engine in (trainer.actor_model, trainer.critic_model):
+        state += [getattr(p, "ds_tensor", p).detach().clone() for p in engine.module.parameters()]
+        state += tensors_of(engine.optimizer.state_dict())
+    return answers, state
+
+
+def make_actor(folder: Path) -> None:
+    """A random model whose greedy answers differ, and of which some end early."""
+    make_model(folder, "llama")
+    tokenizer, model = load_hf_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids, mask = pad_rows(PROMPTS[0], tokenizer.pad_token_id, side="left")
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(6)
+        decoding = Decoding(8, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer), temperature=0)
+        ending = int(sample_answers(model.eval(), ids, mask, decoding).sequences[0, ids.shape[1] + 2])
+        rows = model.get_output_embeddings().weight
+        rows[[ending, tokenizer.eos_token_id]] = rows[[tokenizer.eos_token_id, ending]]
+    model.save_pretrained(folder)
+
+
+def main():
+    folder = Path(sys.argv[1])
+    init_distributed(SimpleNamespace(local_rank=-1))
+    if get_rank() == 0:
+        make_actor(folder / "actor")
+    dist.barrier()
+    tokenizer = load_hf_tokenizer(folder / "actor")
+    torch.manual_seed(5)
+    critic = create_critic_model(folder / "actor", tokenizer)
+    save_hf_format(critic, tokenizer, SimpleNamespace(output_dir=str(folder / "reward")))
+    dist.barrier()
+    for stage in range(4):
+        for lora in ([], ["--actor_lora_dim", "2"]):
+            flags = ["--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage), *lora]
+            plain = train(folder, flags)
+            lengths = [int((row != PAD).sum()) for answers in plain[0] for row in answers[:, 8:]]
+            assert len(set(lengths)) > 1 or get_rank() > 0, "some rows should end early"
+            for way in [[]] + [["--unpin_actor_parameters"]] * (stage == 3):
+                fast = train(folder, [*flags, "--enable_hybrid_engine", "--hybrid_engine_backend", "own", *way])
+                for ours, theirs in zip(fast, plain, strict=True):
+                    assert len(ours) == len(theirs) > 2
+                    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), (flags, way)
+                print_rank_0(f"equal: {flags} {way}, {len(plain[1])} tensors, lengths {lengths}")
+
+
+run_main(main)

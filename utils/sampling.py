@@ -1,0 +1,281 @@
+"""Sampling answers for a batch of left-padded prompts, with a KV cache, from any causal language model of transformers.
+
+What ``generate()`` does for every use there is, this loop does for one: each row stops at its EOS, finished rows leave
+the batch, pads that no remaining row needs leave the cache, and each token's log-prob is kept. A row's tokens depend on
+its own prompt and random numbers alone, not on when its neighbours end.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
+
+from utils.model.inputs import embedding_rows, forward_accepts, position_ids_from_mask
+from utils.utils import unwrap
+
+LEAVE_SHARE = 0.25  # finished rows leave the batch when they are at least this share of it
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen and when an answer ends."""
+
+    max_new_tokens: int
+    eos_token_id: int
+    pad_token_id: int
+    vocabulary: int  # ids from here on are never chosen
+    temperature: float = 1.0  # 0: the likeliest token
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+
+
+@dataclass
+class Rollout:
+    sequences: torch.Tensor  # [B, P + A] prompts and answers; pads after a row's EOS; A is the longest answer
+    log_probs: torch.Tensor | None  # [B, A] fp32, of all of softmax(logits / temperature); 0 after a row's EOS
+    width: int  # A
+
+
+# ---------------------------------------------------------------- choosing tokens
+
+
+def keep_top_k(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """[b, V]: -inf for all but the ``top_k`` highest of a row, and what equals the lowest of them; 0 keeps all."""
+    if top_k <= 0 or top_k >= scores.shape[-1]:
+        return scores
+    return scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
+
+
+def keep_top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
+    """[b, V]: -inf for the unlikeliest tokens that hold 1 - ``top_p`` of the probability or less; one always stays.
+
+    Nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751.
+    """
+    if top_p >= 1:
+        return scores
+    ascending, order = scores.sort(dim=-1)
+    dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+    dropped[:, -1] = False
+    return scores.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
+
+
+def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """One token per row of softmax(scores), where its cumulative sum passes the row's random number.
+
+    Args:
+        scores: [b, V] fp32; uniforms: [b] fp64 in [0, 1).
+
+    Returns:
+        [b] ids. The sum is taken in fp64: fp32 would never reach tokens less likely than 1e-7.
+    """
+    cumulative = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    tokens = torch.searchsorted(cumulative, uniforms.unsqueeze(1) * cumulative[:, -1:], right=True).squeeze(1)
+    return tokens.clamp(max=scores.shape[-1] - 1)  # only scores that are not numbers lead past the end
+
+
+def choose(logits: torch.Tensor, decoding: Decoding, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next token of each row and its log-prob.
+
+    Args:
+        logits: [b, V] in any dtype; uniforms: [b] random numbers, unused when greedy.
+
+    Returns:
+        ids [b]; fp32 log-probs [b] under softmax(logits / temperature) (temperature 1 when greedy), before top-k and
+        top-p cut it.
+    """
+    logits = logits.float()
+    if decoding.temperature == 0:
+        tokens = logits.argmax(dim=-1)
+    else:
+        logits = logits / decoding.temperature
+        tokens = draw(keep_top_p(keep_top_k(logits, decoding.top_k), decoding.top_p), uniforms)
+    chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return tokens, chosen - logits.logsumexp(dim=-1)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one attention layer in buffers of their final length: a token is written, nothing is copied.
+
+    transformers' own layer makes a copy of all it holds for every token.
+    """
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """[b, heads, new, head_dim] each -> views of all keys and values so far, [b, heads, length, head_dim]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.key_buffer, self.value_buffer = (self._empty(states) for states in (key_states, value_states))
+            self.start = self.length = 0
+        new_length = self.length + key_states.shape[-2]
+        self.key_buffer[:, :, self.length : new_length] = key_states
+        self.value_buffer[:, :, self.length : new_length] = value_states
+        self.length = new_length
+        self._set_views()
+        return self.keys, self.values
+
+    def drop_columns(self, count: int) -> None:
+        """Forget the oldest ``count`` positions."""
+        if self.is_initialized:
+            self.start += count
+            self._set_views()
+
+    def batch_select_indices(self, indices):
+        if not self.is_initialized:  # a layer that reads another one's keys and values
+            return
+        self.key_buffer, self.value_buffer = self.key_buffer[indices], self.value_buffer[indices]
+        self._set_views()
+
+    def _empty(self, states):
+        return states.new_empty(*states.shape[:2], self.capacity, states.shape[-1])
+
+    def _set_views(self):
+        self.keys = self.key_buffer[:, :, self.start : self.length]
+        self.values = self.value_buffer[:, :, self.start : self.length]
+
+
+def make_cache(model, capacity: int) -> DynamicCache:
+    """An empty cache; layers of full attention hold ``capacity`` positions, others are transformers' own."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+# ---------------------------------------------------------------- the loops
+
+
+@torch.no_grad()
+def sample_answers(
+    model,
+    prompts: torch.Tensor,
+    mask: torch.Tensor,
+    decoding: Decoding,
+    rows_left_anywhere: Callable[[int], int] | None = None,
+    rewrite_logits: Callable | None = None,
+) -> Rollout:
+    """Answer each prompt.
+
+    The random numbers come from torch's generator in one draw of [B, max_new_tokens]: number t of row i decides token t
+    of answer i, whatever the other rows do.
+
+    Args:
+        prompts, mask: [B, P], left-padded.
+        rows_left_anywhere: given where a forward pass is a collective (ZeRO-3 weights gathered layer by layer): turns
+            this rank's count of unfinished rows into that of all ranks. A rank that is done goes along until all are.
+        rewrite_logits: called as (logits [b, V], rows [b], position in the answer) -> logits [b, V], before choosing.
+
+    Raises:
+        FloatingPointError: when logits were not finite.
+    """
+    batch, prompt_width = prompts.shape
+    limit, device = decoding.max_new_tokens, prompts.device
+    answers = torch.full((batch, limit), decoding.pad_token_id, dtype=prompts.dtype, device=device)
+    log_probs = torch.zeros(batch, limit, device=device)
+    lengths = torch.zeros(batch, dtype=torch.long, device=device)
+    uniforms = torch.rand(batch, limit, dtype=torch.float64, device=device)
+
+    # What follows is about the rows still in the batch: which rows they are, which of them still run.
+    rows = torch.arange(batch, device=device)
+    runs = torch.ones(batch, dtype=torch.bool, device=device)
+    mask = torch.cat([mask, mask.new_ones(batch, limit)], dim=1)
+    cache = make_cache(model, prompt_width + limit)
+    options = {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
+    takes_positions = forward_accepts(model, "position_ids")
+    tokens, positions = prompts, position_ids_from_mask(mask[:, :prompt_width])
+    width = prompt_width  # columns in the cache after the next forward pass
+    for step in range(limit):
+        if takes_positions:
+            options["position_ids"] = positions
+        output = model(
+            input_ids=tokens, attention_mask=mask[:, :width], past_key_values=cache, use_cache=True, **options
+        )
+        logits = output.logits[:, -1, : decoding.vocabulary]
+        if rewrite_logits is not None:
+            logits = rewrite_logits(logits, rows, step)
+        chosen, chosen_log_probs = choose(logits, decoding, uniforms[rows, step])
+        answers[rows, step] = torch.where(runs, chosen, decoding.pad_token_id)
+        log_probs[rows, step] = torch.where(runs, chosen_log_probs, 0.0)
+        lengths[rows] += runs
+        runs = runs & (chosen != decoding.eos_token_id)
+        left = int(runs.sum())
+        if (rows_left_anywhere(left) if rows_left_anywhere else left) == 0:
+            break
+        tokens, positions, width = chosen.unsqueeze(1), positions[:, -1:] + 1, width + 1
+        if left and left <= (1 - LEAVE_SHARE) * len(rows):
+            stay = runs.nonzero().squeeze(1)
+            rows, runs, mask, tokens, positions = (x[stay] for x in (rows, runs, mask, tokens, positions))
+            cache.batch_select_indices(stay)
+            mask, dropped = _drop_pads(cache, mask)
+            width -= dropped
+
+    width = int(lengths.max())
+    answers, log_probs = answers[:, :width], log_probs[:, :width]
+    if not torch.isfinite(log_probs).all():
+        bad = (~torch.isfinite(log_probs)).any(dim=1).nonzero().flatten().tolist()
+        raise FloatingPointError(f"logits of rows {bad} of the batch are not finite")
+    return Rollout(torch.cat([prompts, answers], dim=1), log_probs, width)
+
+
+def _drop_pads(cache: DynamicCache, mask: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Take the left pads that all rows share out of the cache and the mask: the mask, and how many columns went."""
+    if not all(type(layer) is PreallocatedLayer for layer in cache.layers):
+        return mask, 0
+    shared = int(mask.argmax(dim=1).min())  # a row's first real token
+    for layer in cache.layers if shared else ():
+        layer.drop_columns(shared)
+    return mask[:, shared:], shared
+
+
+def generate_by_transformers(
+    model, prompts, mask, decoding: Decoding, synced_gpus: bool = False, rewrite_logits: Callable | None = None
+) -> Rollout:
+    """The same by ``generate()``; without log-probs, and with random numbers drawn in another order.
+
+    Args:
+        model: a model of transformers, or DeepSpeed's engine with kernels around one.
+        synced_gpus: ranks go along until all are done.
+
+    Raises:
+        FloatingPointError: when logits were not finite (only noticed when sampling).
+    """
+    samples = decoding.temperature > 0
+    sampling = dict(temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k) if samples else {}
+    config = GenerationConfig(
+        do_sample=samples,
+        max_new_tokens=decoding.max_new_tokens,
+        pad_token_id=decoding.pad_token_id,
+        eos_token_id=decoding.eos_token_id,
+        use_cache=True,
+        # Rows of the embedding beyond the tokenizer mean nothing, and the critic may not have them.
+        suppress_tokens=list(range(decoding.vocabulary, embedding_rows(unwrap(model)))) or None,
+        **sampling,
+    )
+    # What the model came with (a repetition penalty, say) must not shape rollouts that PPO scores without it.
+    rows = torch.arange(len(prompts), device=prompts.device)
+    processors = LogitsProcessorList()
+    if rewrite_logits is not None:
+        processors.append(lambda ids, logits: rewrite_logits(logits, rows, ids.shape[1] - prompts.shape[1]))
+    module = unwrap(model)
+    own_config, module.generation_config = module.generation_config, config
+    try:
+        sequences = model.generate(
+            prompts,
+            attention_mask=mask,
+            generation_config=config,
+            synced_gpus=synced_gpus,
+            logits_processor=processors,
+        )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise FloatingPointError(str(error)) from error
+    finally:
+        module.generation_config = own_config
+    return Rollout(sequences, None, sequences.shape[1] - prompts.shape[1])
