@@ -1,0 +1,336 @@
+#!/usr/bin/env python
+"""Step 3, measured side by side: ours, and the plain way of doing the same.
+
+    python evaluation_scripts/benchmark/rlhf.py --models 30m --zero_stages 3 0
+    python evaluation_scripts/benchmark/rlhf.py --model SFT_FOLDER --answer_length 256
+
+The plain way: `module.generate` under the same ZeRO stage, prompts padded to the maximum, logits of every position of
+prompt and answer at once in fp32. Models are random but for --model. Answers end where a schedule says, the same for
+both ways: rows of "full" never, rows of "varied" at lengths spread evenly from an eighth of the maximum up to it.
+
+Each way runs in processes of its own, so that its peak memory is its own. With --latency, one process more: the time
+per token of a batch of one against the time it takes to read the weights once.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+MODELS = {
+    "30m": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=10, num_attention_heads=6,
+                num_key_value_heads=6, vocab_size=32000),
+    "135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                 num_key_value_heads=3, vocab_size=49152),
+}  # fmt: skip
+WAYS = ("plain", "ours")
+EOS, PAD, BOS = 0, 1, 2
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example: rlhf.py --models 30m --zero_stages 3 --answer_length 32 --skip_step, a minute on two cores",
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=["30m"], help="random llamas of these sizes")
+    add("--model", metavar="FOLDER", help="an actor of your own in their stead (a random value head on it scores)")
+    add("--ranks", type=int, default=2, help="processes")
+    add("--zero_stages", type=int, nargs="*", choices=range(4), default=[3, 0], help="of actor and critic")
+    add("--dtype", choices=["bf16", "fp32", "fp16"], default="bf16", help="of all models")
+    add("--batch", type=int, default=4, help="prompts per rank")
+    add("--varied_batch", type=int, default=16, help="prompts per rank where answer lengths vary; 0: leave that out")
+    add("--prompt_length", type=int, default=128, help="longest prompt in tokens; the shortest is half of it")
+    add("--answer_length", type=int, default=128, help="longest answer in tokens")
+    add("--repeats", type=int, default=2, help="measurements of each figure, after a warm-up; the fastest counts")
+    add("--skip_step", action="store_true", help="generation only, no whole PPO step")
+    add("--latency", action="store_true", help="time per token of one prompt, against the memory's speed")
+    add("--timeout", type=int, default=1200, help="seconds for one way of one case")
+    for hidden in ("--worker", "--folder", "--way", "--stage"):
+        add(hidden, help=argparse.SUPPRESS)
+    return parser
+
+
+# ---------------------------------------------------------------- the parent: one process group per way
+
+
+def main():
+    args = build_parser().parse_args()
+    if args.worker:
+        from utils.distributed import run_main
+
+        return run_main(
+            lambda: {"case": measure_case, "latency": measure_latency, "make": make_models}[args.worker](args)
+        )
+    sources = [args.model] if args.model else args.models
+    with tempfile.TemporaryDirectory() as scratch:
+        for source in sources:
+            folder = Path(scratch) / Path(source).name
+            run_worker(args, 1, worker="make", folder=folder, model=source)
+            for stage in args.zero_stages:
+                figures = {
+                    way: run_worker(args, args.ranks, worker="case", folder=folder, way=way, stage=stage)
+                    for way in WAYS
+                }
+                print(
+                    f"\n{source}, ZeRO-{stage}, {args.ranks} ranks, {args.dtype}, batch {args.batch} per rank, prompts "
+                    f"{args.prompt_length // 2}-{args.prompt_length}, answers {args.answer_length}"
+                )
+                print_table(figures)
+            if args.latency:
+                latency = run_worker(args, 1, worker="latency", folder=folder, stage=0)
+                print(f"\n{source}, one prompt, one process: " + ", ".join(f"{k} {v}" for k, v in latency.items()))
+
+
+def print_table(figures: dict) -> None:
+    print(f"  {'':44}" + "".join(f"{way:>10}" for way in WAYS) + "     ratio")
+    for name, plain in figures["plain"].items():
+        ours = figures["ours"][name]
+        print(f"  {name:44}{plain:10.2f}{ours:10.2f}{plain / ours:9.2f}x", flush=True)
+
+
+def run_worker(args, ranks: int, **changed) -> dict:
+    """The figures that rank 0 of a worker writes."""
+    result = Path(tempfile.mkdtemp()) / "figures.json"
+    flags = []
+    for name, value in (vars(args) | changed).items():
+        if isinstance(value, bool):
+            flags += [f"--{name}"] * value
+        elif value is not None and not (name == "model" and value in MODELS):
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    flags += ["--models", changed["model"]] if changed.get("model") in MODELS else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
+    done = subprocess.run(
+        [sys.executable, *launcher, __file__, *flags],
+        env=environment | {"FIGURES": str(result), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=args.timeout,
+        check=False,
+    )
+    if done.returncode != 0:
+        sys.exit(f"{done.stdout[-6000:]}\nthe worker {changed} failed")
+    return json.loads(result.read_text()) if result.exists() else {}
+
+
+def write_figures(figures: dict) -> None:
+    from utils.distributed import get_rank
+
+    if get_rank() == 0:
+        Path(os.environ["FIGURES"]).write_text(json.dumps(figures))
+
+
+# ---------------------------------------------------------------- the workers
+
+
+def make_models(args) -> None:
+    """FOLDER/actor and FOLDER/reward."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from utils.distributed import init_distributed
+    from utils.model.model_utils import create_critic_model
+    from utils.utils import load_hf_tokenizer, save_hf_format
+
+    init_distributed(argparse.Namespace(local_rank=-1))
+    folder = Path(args.folder)
+    torch.manual_seed(0)
+    if args.model:
+        tokenizer = load_hf_tokenizer(args.model)
+        actor = AutoModelForCausalLM.from_pretrained(args.model)
+    else:
+        shape = MODELS[args.models[0]]
+        words = {"</s>": EOS, "<pad>": PAD, "<s>": BOS} | {f"w{i}": i for i in range(3, shape["vocab_size"])}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", bos_token="<s>"
+        )
+        config = LlamaConfig(
+            **shape, max_position_embeddings=4096, tie_word_embeddings=True,
+            bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+        )  # fmt: skip
+        actor = LlamaForCausalLM(config)
+    actor.save_pretrained(folder / "actor")
+    tokenizer.save_pretrained(folder / "actor")
+    critic = create_critic_model(folder / "actor", tokenizer)
+    save_hf_format(critic, tokenizer, argparse.Namespace(output_dir=str(folder / "reward")))
+
+
+def step3_arguments(args, *more):
+    """The namespace of step 3's main.py, checked as it checks it."""
+    from training.step3_rlhf_finetuning.main import build_parser as step3_parser
+    from utils import arguments
+    from utils.distributed import init_distributed
+
+    folder, stage = Path(args.folder), str(args.stage)
+    flags = [
+        "--actor_model_name_or_path", folder / "actor", "--critic_model_name_or_path", folder / "reward",
+        "--dtype", args.dtype, "--actor_zero_stage", stage, "--critic_zero_stage", stage,
+        "--max_prompt_seq_len", args.prompt_length, "--max_answer_seq_len", args.answer_length,
+        "--per_device_generation_batch_size", args.batch, "--per_device_training_batch_size", args.batch, *more,
+    ]  # fmt: skip
+    parsed = step3_parser().parse_args(list(map(str, flags)))
+    init_distributed(parsed)
+    arguments.resolve_common(parsed)
+    arguments.check_rlhf(parsed)
+    return parsed
+
+
+def make_trainer(args, step3):
+    from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer
+    from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
+    from utils.utils import load_hf_tokenizer
+
+    tokenizer = load_hf_tokenizer(str(Path(args.folder) / "actor"))
+    engine = DeepSpeedRLHFEngine(
+        step3.actor_model_name_or_path, step3.critic_model_name_or_path, tokenizer, step3, num_total_iters=100
+    )
+    return (plain_trainer_class() if args.way == "plain" else DeepSpeedPPOTrainer)(engine, step3)
+
+
+def plain_trainer_class():
+    import torch
+
+    from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer
+    from utils.model.inputs import model_inputs
+
+    class PlainTrainer(DeepSpeedPPOTrainer):
+        """Logits of all positions, upcast at once."""
+
+        def _answer_log_probs(self, label_log_probs, input_ids, attention_mask, width, with_entropy=False):
+            engine = label_log_probs.engine
+            logits = engine(**model_inputs(engine.module, input_ids, attention_mask)).logits[:, :-1]
+            log_probs = logits.float().log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)[:, -width:]
+            return log_probs, torch.zeros_like(log_probs) if with_entropy else None
+
+    return PlainTrainer
+
+
+def make_prompts(args, rows: int, pad_to_max: bool, seed: int):
+    """[rows, P] ids and mask; lengths spread evenly from half of the longest up to it."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.linspace(args.prompt_length // 2, args.prompt_length, rows + 1).long()[:-1]
+    lengths = lengths[torch.randperm(rows, generator=generator)]
+    width = args.prompt_length if pad_to_max else int(lengths.max())
+    mask = (torch.arange(width) >= width - lengths[:, None]).long()
+    return torch.randint(3, 20000, (rows, width), generator=generator).masked_fill(mask == 0, PAD), mask
+
+
+def ends_at(lengths, eos: int):
+    """Rows get their EOS at these lengths and not before; longer than the limit: never."""
+    import torch
+
+    def rewrite(logits, rows, position):
+        logits[:, eos] = torch.where(lengths[rows] == position + 1, 1e4, -torch.inf).to(logits.dtype)
+        return logits
+
+    return rewrite
+
+
+def schedules(args, rows: int) -> dict:
+    import torch
+
+    spread = torch.linspace(args.answer_length // 8, args.answer_length, rows).long()
+    return {
+        "full": torch.full((rows,), args.answer_length + 1),
+        "varied": spread[torch.randperm(rows, generator=torch.Generator().manual_seed(1))],
+    }
+
+
+def fastest(action, repeats: int) -> float:
+    """Seconds, ranks starting together."""
+    from utils.distributed import barrier
+
+    action()
+    seconds = []
+    for _ in range(repeats):
+        barrier()
+        start = time.perf_counter()
+        action()
+        barrier()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def measure_case(args) -> None:
+    """Seconds of generation and of whole PPO steps, and the peak memory, of one way at one ZeRO stage."""
+    from utils.distributed import get_rank
+    from utils.utils import set_random_seed
+
+    trainer = make_trainer(args, step3_arguments(args, *(["--enable_hybrid_engine"] if args.way == "ours" else [])))
+    set_random_seed(1 + get_rank())
+    cases = [("full", args.batch)] + [("varied", args.varied_batch)] * (args.varied_batch > 0)
+    figures = {}
+    for what, measure in [("generation", measure_generation)] + [("PPO step", measure_step)] * (not args.skip_step):
+        for lengths, rows in cases:
+            ids, mask = make_prompts(args, rows, pad_to_max=args.way == "plain", seed=get_rank())
+            rewrite = ends_at(schedules(args, rows)[lengths], trainer.tokenizer.eos_token_id)
+            figures[f"{what}, batch {rows}, {lengths} lengths, s"] = measure(args, trainer, ids, mask, rewrite)
+    figures["peak memory of rank 0, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    write_figures(figures)
+
+
+def measure_generation(args, trainer, ids, mask, rewrite) -> float:
+    generator = trainer.rlhf_engine.generator
+    return fastest(lambda: generator.generate(ids, mask, trainer.decoding(), rewrite_logits=rewrite), args.repeats)
+
+
+def measure_step(args, trainer, ids, mask, rewrite) -> float:
+    from functools import partial
+
+    from training.step3_rlhf_finetuning.ppo_trainer import MicroBatch
+
+    generator = trainer.rlhf_engine.generator
+    generator.generate = partial(type(generator).generate, generator, rewrite_logits=rewrite)
+
+    def step():
+        experience = trainer.generate_experience(ids, mask)
+        trainer.compute_rewards(experience)
+        trainer.get_advantages_and_returns(experience)
+        for start in range(0, len(ids), args.batch):
+            trainer.train_rlhf([MicroBatch(experience[start : start + args.batch])])
+
+    return fastest(step, args.repeats)
+
+
+def measure_latency(args) -> None:
+    """Time per token of one prompt, and what share of it reading every weight once would take."""
+    import torch
+
+    from utils.hybrid_engine import HybridEngine
+    from utils.perf import matmul_parameters
+
+    args.way, args.batch = "ours", 1
+    trainer = make_trainer(args, step3_arguments(args, "--enable_hybrid_engine"))
+    ids, mask = make_prompts(args, 1, False, 0)
+    decoding, block = trainer.decoding(), torch.ones(2**27)
+    bandwidth = block.nbytes / fastest(block.sum, 5)
+    weights = matmul_parameters(trainer.actor_model) * (4 if args.dtype == "fp32" else 2)
+    rewrite = ends_at(schedules(args, 1)["full"], trainer.tokenizer.eos_token_id)
+    figures = {"read bandwidth": f"{bandwidth / 1e9:.1f} GB/s", "weights": f"{weights / 1e6:.0f} MB"}
+    for way, generator in (
+        ("plain", HybridEngine(trainer.actor_model, False)),
+        ("ours", trainer.rlhf_engine.generator),
+    ):
+        seconds = fastest(lambda g=generator: g.generate(ids, mask, decoding, rewrite_logits=rewrite), args.repeats)
+        seconds /= args.answer_length
+        figures[way] = f"{seconds * 1e3:.1f} ms per token = {weights / bandwidth / seconds:.0%} of the limit"
+    write_figures(figures)
+
+
+if __name__ == "__main__":
+    main()
