@@ -97,7 +97,7 @@ STEP_3_BAD = {
         ["--enable_hybrid_engine", "--hybrid_engine_backend", "deepspeed"],
         r"--hybrid_engine_backend deepspeed: .*CUDA.* on cpu",
     ),
-    "align_overflow": (["--align_overflow"], r"bf16"),
+    "align_overflow": (["--align_overflow", "--dtype", "fp32"], r"fp32 gradients do not overflow"),
     "ZeRO++ without CUDA": (["--enable_mixed_precision_lora"], r"CUDA"),
     "test mode without an end": (["--enable_test_mode"], r"--test_stop_step"),
     "a critic that is no reward model": ([], r"score\.weight"),
