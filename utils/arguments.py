@@ -260,6 +260,12 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
             action="store_true",
             help="freeze everything but LoRA (and a reward model's value head)",
         )
+        add(
+            "--save_lora_adapters",
+            action="store_true",
+            help="beside the whole model, save the LoRA factors alone in PEFT's format, in its folder adapter; "
+            "needs --only_optimize_lora",
+        )
 
 
 def add_soft_prompt_arguments(parser) -> None:
@@ -383,11 +389,20 @@ def check_models(args, *names: str) -> None:
         check_whole_model(getattr(args, name), f"--{name}")
 
 
+def check_save_lora_adapters(args) -> None:
+    if args.save_lora_adapters and not args.only_optimize_lora:
+        raise UserError(
+            "--save_lora_adapters needs --only_optimize_lora: without it biases, norms and embeddings train too, and "
+            "an adapter holds none of them"
+        )
+
+
 def check_supervised(args) -> None:
     """Refuse combinations of step 1 and 2 that cannot work, before anything is loaded."""
     check_models(args, "model_name_or_path")
     if args.only_optimize_lora and args.lora_dim == 0:
         raise UserError("--only_optimize_lora trains nothing without --lora_dim; give it a rank, as in --lora_dim 16")
+    check_save_lora_adapters(args)
     if args.offload and args.zero_stage == 0:
         raise UserError("--offload moves what ZeRO manages to host memory; it needs --zero_stage 1, 2 or 3")
     args.zero_stage = working_stage(args.zero_stage, args.dtype, "--zero_stage")
@@ -688,6 +703,7 @@ def check_rlhf(args) -> RLHFBatchSizes:
         )
     if args.only_optimize_lora and args.actor_lora_dim == 0 and args.critic_lora_dim == 0:
         raise UserError("--only_optimize_lora trains nothing without --actor_lora_dim or --critic_lora_dim")
+    check_save_lora_adapters(args)
     for flag in ("actor_zero_stage", "critic_zero_stage"):
         setattr(args, flag, working_stage(getattr(args, flag), args.dtype, f"--{flag}"))
     if args.offload and args.actor_zero_stage == args.critic_zero_stage == 0:

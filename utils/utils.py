@@ -13,7 +13,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, set_seed
 
 from utils.distributed import UserError, all_reduce_sum, get_rank, get_world_size, load_operator
+from utils.model.adapters import save_lora_adapter
 from utils.model.saving import save_pretrained_model, save_weights
+from utils.module.lora import lora_layers
 
 PROGRESS_SECONDS = 10  # between progress lines where there is no terminal
 
@@ -196,6 +198,17 @@ def save_hf_format(model, tokenizer, args, sub_folder="") -> None:
     """
     folder = Path(args.output_dir) / sub_folder
     save_pretrained_model(unwrap(model), tokenizer, folder, getattr(args, "max_shard_size", None))
+
+
+def save_lora_adapters(model, tokenizer, args, base_model_name_or_path, sub_folder="") -> None:
+    """Save the LoRA factors alone under ``args.output_dir/sub_folder/adapter``; every rank must call this.
+
+    A folder of its own: with an adapter among a model's files, transformers would load the base and put it on top. A
+    model without LoRA layers (the critic, say, beside an adapted actor) has none to save.
+    """
+    module, folder = unwrap(model), Path(args.output_dir) / sub_folder / "adapter"
+    if lora_layers(module):
+        save_lora_adapter(module, tokenizer, base_model_name_or_path, folder, args.trust_remote_code)
 
 
 def save_zero_three_model(model_ema, global_rank, save_dir, zero_stage=0) -> None:

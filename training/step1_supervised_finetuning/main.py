@@ -60,6 +60,7 @@ from utils.utils import (
     print_rank_0,
     progress,
     save_hf_format,
+    save_lora_adapters,
     set_random_seed,
     take_step,
     to_device,
@@ -225,6 +226,8 @@ def main():
             save_soft_prompt(engine.module, tokenizer, Path(args.output_dir))
         else:
             save_hf_format(engine, tokenizer, args)
+        if args.save_lora_adapters:
+            save_lora_adapters(engine, tokenizer, args, args.model_name_or_path)
     writer.close()
 
 

@@ -47,6 +47,7 @@ from utils.utils import (
     print_rank_0,
     progress,
     save_hf_format,
+    save_lora_adapters,
     set_random_seed,
     take_step,
     to_device,
@@ -245,6 +246,8 @@ def main():
             last_figures["score_std"],
         )
         save_hf_format(engine, tokenizer, args)
+        if args.save_lora_adapters:
+            save_lora_adapters(engine, tokenizer, args, args.model_name_or_path)
     writer.close()
 
 

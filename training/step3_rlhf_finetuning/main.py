@@ -50,6 +50,7 @@ from utils.utils import (
     print_rank_0,
     progress,
     save_hf_format,
+    save_lora_adapters,
     set_random_seed,
     to_device,
 )
@@ -210,6 +211,12 @@ def main():
             save_hf_format(rlhf_engine.critic, tokenizer, args, sub_folder="critic")
         if args.enable_ema:
             save_hf_format(rlhf_engine.actor_ema, tokenizer, args, sub_folder="actor_ema")
+        if args.save_lora_adapters:
+            actor_path, critic_path = args.actor_model_name_or_path, args.critic_model_name_or_path
+            save_lora_adapters(rlhf_engine.actor, tokenizer, args, actor_path, sub_folder="actor")
+            save_lora_adapters(rlhf_engine.critic, tokenizer, args, critic_path, sub_folder="critic")
+            if args.enable_ema:
+                save_lora_adapters(rlhf_engine.actor_ema, tokenizer, args, actor_path, sub_folder="actor_ema")
     writer.close()
 
 

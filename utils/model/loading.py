@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -45,6 +46,20 @@ class Checkpoint:
     def tensors(self) -> dict[str, torch.Tensor]:
         """{name: meta tensor} of all files, from their headers."""
         return {name: tensor for file in self.files for name, tensor in _read(file, "meta").items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One weight, in host memory."""
+        return _read_one(next(file for file in self.files if name in _read(file, "meta")), name)
+
+    def read_all(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight, file by file, one at a time in host memory."""
+        for file in self.files:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as weights:
+                    for name in weights.keys():  # noqa: SIM118 - safe_open is no dict
+                        yield name, weights.get_tensor(name)
+            else:
+                yield from _read(file, "cpu").items()
 
     @property
     def is_published_reward(self) -> bool:

@@ -63,6 +63,7 @@ class LinearLayer_LoRA(nn.Module):
         self.lora_left_weight = nn.Parameter(
             torch.zeros(lora_dim, out_features, dtype=weight.dtype, device=weight.device)
         )
+        self.lora_dim, self.lora_alpha = lora_dim, lora_scaling
         self.lora_scaling = lora_scaling / lora_dim
         self.lora_dropout = nn.Dropout(lora_droppout)
         self._base_weight = None  # W while it is folded

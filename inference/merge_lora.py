@@ -1,0 +1,375 @@
+"""Fold a LoRA adapter into its base model, on the CPU, and save a model that stands alone.
+
+    python inference/merge_lora.py --base_model facebook/opt-1.3b --adapter output/sft/adapter --output_dir merged
+
+Adapters are those that training saves with --save_lora_adapters, and PEFT's own. The model is never built: its weights
+go from the base's files to the new ones one at a time, so that the memory needed is the adapter and the largest weight.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.pytorch_utils import Conv1D
+
+from utils.arguments import check_output_dir
+from utils.distributed import UserError, run_main
+from utils.model.adapters import CHANGED_CONFIG, CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
+from utils.model.loading import Checkpoint, find_checkpoint, load_config
+from utils.model.saving import INDEX_FILE, MAX_SHARD_SIZE, SafetensorsWriter, atomic_folder
+from utils.module.lora import fold
+
+# What a setting in adapter_config.json may say without changing how the factors are folded, beside those read below.
+# Any other setting that is on is refused: also one that a later PEFT invents.
+UNDERSTOOD = {
+    *(
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "inference_mode",
+        "peft_version",
+    ),
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("init_lora_weights", "ensure_weight_tying", "eva_config", "loftq_config", "runtime_config"),
+    *("megatron_core", "qalora_group_size"),  # never empty, and without effect by themselves
+}
+# The others (PiSSA, OLoRA, LoftQ, ...) change the base weights before training.
+PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(\.weight)?")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Fold a LoRA adapter into its base model, on the CPU.")
+    add = parser.add_argument
+    add("--adapter", required=True, help="folder with adapter_config.json and the adapter's weights")
+    add(
+        "--base_model",
+        default=None,
+        help="folder or hub name of the unquantised model the adapter was trained on; None for the one it names",
+    )
+    add("--output_dir", required=True, help="folder for the merged model, another one than the two above")
+    add("--max_shard_size", default=MAX_SHARD_SIZE, help=f"largest file of weights ({MAX_SHARD_SIZE})")
+    return parser
+
+
+@dataclass
+class Adapter:
+    """An adapter as its folder holds it.
+
+    Attributes:
+        factors: module -> {"A": [r, in], "B": [out, r]}; of an embedding A is [r, rows] and B [width, r].
+        whole: weight -> a tensor that takes its place.
+        changed_config: what training set in the model's configuration.
+    """
+
+    folder: Path
+    config: dict
+    factors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    whole: dict[str, torch.Tensor] = field(default_factory=dict)
+    changed_config: dict = field(default_factory=dict)
+
+    def scaling(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) by rsLoRA (https://arxiv.org/abs/2312.03732); alpha may differ by module."""
+        patterns = self.config.get("alpha_pattern") or {}
+        matching = (value for part, value in patterns.items() if re.fullmatch(rf"(.*\.)?({part})", module))
+        alpha, rank = next(matching, self.config["lora_alpha"]), self.factors[module]["A"].shape[0]
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def check_adapter_config(config: dict, file: Path) -> None:
+    """Refuse, by name, what is not a plain LoRA."""
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{file}: only LoRA can be folded, not {config.get('peft_type')}")
+    if config.get("use_dora"):
+        raise UserError(f"{file}: DoRA (use_dora) rescales the base weights and is not folded here")
+    if config.get("init_lora_weights") not in PLAIN_INITIALISATIONS:
+        raise UserError(
+            f"{file}: init_lora_weights {config['init_lora_weights']!r} changed the base weights before training; "
+            "save the adapter again with peft's path_initial_model_for_weight_conversion"
+        )
+    unknown = sorted(name for name, value in config.items() if value and name not in UNDERSTOOD)
+    if unknown:
+        raise UserError(f"{file} sets {', '.join(unknown)}, which cannot be folded here")
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise UserError(f"{file} has no lora_alpha")
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter of PEFT's format; UserError for what is missing, broken or no plain LoRA."""
+    file = folder / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--adapter {folder} holds no LoRA adapter: {file}: {error}") from error
+    check_adapter_config(config, file)
+    adapter = Adapter(folder, config)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        weights = weights.with_suffix(".bin")  # PEFT before safetensors
+    if not weights.is_file():
+        raise UserError(f"--adapter {folder} has neither {WEIGHTS_FILE} nor {weights.name}")
+    stored = Checkpoint(str(folder), (weights,))
+    if stored.tensors and weights.suffix == ".safetensors":
+        with safe_open(weights, framework="pt") as opened:
+            adapter.changed_config = json.loads((opened.metadata() or {}).get(CHANGED_CONFIG, "{}"))
+    tensors = dict(stored.read_all())
+    for key, tensor in tensors.items():
+        name, factor = key.removeprefix(KEY_PREFIX), FACTOR.fullmatch(key.removeprefix(KEY_PREFIX))
+        if factor:
+            adapter.factors.setdefault(factor["module"], {})[factor["which"]] = tensor
+        elif "lora_" in name or not key.startswith(KEY_PREFIX):
+            raise UserError(f"{weights}: {key} is not a weight of a plain LoRA")
+        else:
+            adapter.whole[name.replace(".base_layer.", ".")] = tensor
+    if config.get("ensure_weight_tying") and any("lora_embedding_" in key for key in tensors):
+        # PEFT's own merge of such an adapter does not give the logits of its unmerged model (0.21).
+        raise UserError(f"{file}: ensure_weight_tying with LoRA on the embedding cannot be folded")
+    halves = sorted(module for module, pair in adapter.factors.items() if len(pair) < 2)
+    if halves or not adapter.factors:
+        raise UserError(
+            f"{weights} lacks a lora_A or lora_B weight" + (f" of {', '.join(halves[:8])}" if halves else "")
+        )
+    return adapter
+
+
+class Merge:
+    """Which weights of the base change, into what, and where they go.
+
+    Attributes:
+        skeleton: the merged model without weights, on the meta device: names, shapes and kinds of layers.
+        stored: name in the new files -> a meta tensor.
+    """
+
+    def __init__(self, base_model: str, adapter: Adapter):
+        self.adapter, self.checkpoint, self.config = adapter, find_checkpoint(base_model), load_config(base_model)
+        if getattr(self.config, "quantization_config", None):
+            raise UserError(f"{base_model} is quantised; fold the adapter into the full-precision model it came from")
+        self.skeleton = self._make_skeleton()
+        self._prefix = f"{self.skeleton.base_model_prefix}."
+        self._weights = dict(self.skeleton.named_parameters(remove_duplicate=False))
+        self._tied = dict(self.skeleton.all_tied_weights_keys)  # weight -> the one it shares
+        # Weights of the skeleton by their name in the base's files, and back.
+        self._base_name = {name: self._spelled(name, self.checkpoint.tensors) for name in self._weights}
+        self._skeleton_name = {base: name for name, base in self._base_name.items() if base}
+        self._factors, self._whole = self._named_as_skeleton()
+        floating = (tensor.dtype for tensor in self.checkpoint.tensors.values() if tensor.dtype.is_floating_point)
+        self._dtype = next(floating)
+        self._untie()
+        self.stored = self._plan()
+
+    def _make_skeleton(self):
+        """Settle class, labels and rows of the embedding in the configuration, and build the model without weights."""
+        config, whole = self.config, self.adapter.whole
+        is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+        self._drops_head = self.adapter.config.get("task_type") == "SEQ_CLS" and not is_classifier
+        if self._drops_head:
+            heads = [tensor for name, tensor in whole.items() if name.rpartition(".")[0] in ("score", "classifier")]
+            if not heads:
+                raise UserError("the adapter is of a reward model, and neither it nor the base holds a score.weight")
+            config.num_labels = heads[0].shape[0]
+        auto = AutoModelForSequenceClassification if is_classifier or self._drops_head else AutoModelForCausalLM
+        with torch.device("meta"):
+            skeleton = auto.from_config(config)
+            embedding = skeleton.get_input_embeddings()
+            name = next(name for name, part in skeleton.named_modules() if part is embedding)
+            grown = [tensor for part, tensor in whole.items() if f".{name}.weight".endswith(f".{part}")]
+            if grown:
+                config.get_text_config().vocab_size = grown[0].shape[0]
+            for key, value in self.adapter.changed_config.items():
+                setattr(config, key, value)
+            skeleton = auto.from_config(config)
+        config.architectures = [type(skeleton).__name__]
+        return skeleton
+
+    def _spelled(self, name: str, among) -> str | None:
+        """The name as ``among`` has it: with or without the decoder's prefix, since a file may be of a bare decoder."""
+        spellings = (name, name.removeprefix(self._prefix), self._prefix + name)
+        return next((spelling for spelling in spellings if spelling in among), None)
+
+    def _named_as_skeleton(self):
+        """The adapter's modules and weights by the skeleton's names; UserError for those that match nothing.
+
+        Returns:
+            ({weight: (right [in, r], left [r, out], scaling, transposed)}, {weight: tensor that takes its place})
+        """
+        modules, factors, whole, lost = dict(self.skeleton.named_modules()), {}, {}, []
+        for name, tensor in self.adapter.whole.items():
+            found = self._spelled(name, self._weights)
+            lost += [name] if found is None else []
+            whole[found] = tensor
+        for module, pair in self.adapter.factors.items():
+            found = self._spelled(module, modules)
+            weight = f"{found}.weight"
+            if found is None or self._base_value_name(weight) is None:
+                lost.append(module)
+                continue
+            transposed = isinstance(modules[found], Conv1D | nn.Embedding)  # [in, out], or [rows, width]
+            if not (transposed or isinstance(modules[found], nn.Linear)):
+                raise UserError(f"{found} is a {type(modules[found]).__name__}: no update of it can be folded")
+            right, left = pair["A"].T.contiguous(), pair["B"].T.contiguous()
+            shape = (right.shape[0], left.shape[1]) if transposed else (left.shape[1], right.shape[0])
+            if right.shape[1] != left.shape[0] or shape != tuple(self._weights[weight].shape):
+                raise UserError(
+                    f"the factors of {module}, lora_A {tuple(pair['A'].shape)} and lora_B {tuple(pair['B'].shape)}, do "
+                    f"not fit its weight {tuple(self._weights[weight].shape)}"
+                )
+            factors[weight] = right, left, self.adapter.scaling(module), transposed
+        if lost:
+            raise UserError(
+                f"the adapter changes {len(lost)} parts that {self.checkpoint.name} "
+                f"({type(self.skeleton).__name__}) has not: {', '.join(sorted(lost)[:8])}"
+            )
+        return factors, whole
+
+    def _base_value_name(self, name: str) -> str | None:
+        """Where the base's files hold a weight of the skeleton, under its own name or that of the one it shares."""
+        return self._base_name[name] or self._base_name.get(self._tied.get(name))
+
+    def _untie(self) -> None:
+        """A tied pair of which the adapter changes one alone, or both unlike, becomes two weights, as in PEFT."""
+        self._untied = set()
+        for name, source in self._tied.items():
+            if not {name, source} & (self._factors.keys() | self._whole.keys()):
+                continue
+            base = self.checkpoint.read(self._base_value_name(source))
+            if not torch.equal(self.final(name, base), self.final(source, base)):
+                self._untied.add(name)
+                self.config.tie_word_embeddings = False
+
+    def final(self, name: str | None, base: torch.Tensor | None) -> torch.Tensor:
+        """A weight of the merged model from that of the base, in the base's dtype."""
+        if name not in self._factors and name not in self._whole:
+            return base
+        dtype = self._dtype if base is None else base.dtype
+        value = self._whole.get(name, base).to(dtype)
+        if name in self._factors:
+            if not dtype.is_floating_point:
+                raise UserError(f"{name} of the base is {dtype}: fold the adapter into the full-precision model")
+            value = fold(value, *self._factors[name])
+        if not value.isfinite().all():
+            raise UserError(f"{name} is not finite once the adapter is in it")
+        return value
+
+    def _plan(self) -> dict[str, torch.Tensor]:
+        """Names, shapes and dtypes of the new files; UserError for shapes that do not fit the model."""
+        base = self.checkpoint.tensors
+        has_prefix = any(name.startswith(self._prefix) for name in base)
+        kept = [n for n in base if not (self._drops_head and has_prefix and not n.startswith(self._prefix))]
+        # Weights that the base's files do not have: a new head, or one that is tied no more.
+        self._added = [
+            name
+            for name, base_name in self._base_name.items()
+            if not base_name and (name in self._untied or (name in self._whole and name not in self._tied))
+        ]
+        stored, unfit = {}, []
+        for base_name, name in [(n, self._skeleton_name.get(n)) for n in kept] + [(None, n) for n in self._added]:
+            value = self._whole.get(name, base.get(base_name or self._base_value_name(name)))
+            if name is not None and value.shape != self._weights[name].shape:
+                unfit.append(f"{name} {tuple(value.shape)} in place of {tuple(self._weights[name].shape)}")
+            dtype = base[base_name].dtype if base_name else self._dtype
+            stored[base_name or name] = torch.empty(value.shape, dtype=dtype, device="meta")
+        if unfit:
+            raise UserError(f"with the adapter, weights do not fit the model: {', '.join(unfit[:8])}")
+        return stored
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight of the new files, one at a time."""
+        for base_name, value in self.checkpoint.read_all():
+            if base_name in self.stored:
+                yield base_name, self.final(self._skeleton_name.get(base_name), value)
+        for name in self._added:
+            base_name = self._base_value_name(name)
+            yield name, self.final(name, self.checkpoint.read(base_name) if base_name else None)
+
+    def __str__(self) -> str:
+        said = [f"{len(self._factors)} layers folded"]
+        said += [f"taken whole: {', '.join(sorted(self._whole))}"] if self._whole else []
+        said += [f"no longer tied: {', '.join(sorted(self._untied))}"] if self._untied else []
+        return "; ".join(said)
+
+
+def write_weights(merge: Merge, folder: Path, max_shard_size: str) -> None:
+    """Weights into model.safetensors, or into shards and an index."""
+    try:
+        split = split_torch_state_dict_into_shards(
+            merge.stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+    except ValueError as error:
+        raise UserError(f"--max_shard_size {max_shard_size}: {error}") from error
+    with ExitStack() as stack:
+        writers = {}
+        for file, names in split.filename_to_tensors.items():
+            writer = SafetensorsWriter(folder / file, {name: merge.stored[name] for name in names})
+            stack.callback(writer.close)
+            writers |= dict.fromkeys(names, writer)
+        for name, value in merge.weights():
+            writers[name].write(name, value)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write_settings(merge: Merge, base_model: str, folder: Path) -> None:
+    """Configuration, generation configuration and tokenizer (the adapter's, where it has one)."""
+    merge.config.save_pretrained(folder)
+    if merge.skeleton.can_generate():
+        try:
+            generation_config = GenerationConfig.from_pretrained(base_model)
+        except OSError:  # the base has none
+            generation_config = GenerationConfig.from_model_config(merge.config)
+        for key, value in merge.adapter.changed_config.items():
+            if key.endswith("_token_id"):
+                setattr(generation_config, key, value)
+        generation_config.save_pretrained(folder)
+    has_tokenizer = (merge.adapter.folder / "tokenizer_config.json").is_file()
+    try:
+        AutoTokenizer.from_pretrained(merge.adapter.folder if has_tokenizer else base_model).save_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer could be loaded from {base_model}: {error}") from error
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    adapter_folder, output_dir = Path(args.adapter), Path(args.output_dir)
+    adapter = read_adapter(adapter_folder)
+    base_model = args.base_model or adapter.config.get("base_model_name_or_path")
+    if not base_model:
+        raise UserError(f"{adapter_folder / CONFIG_FILE} names no base model; give --base_model")
+    for flag, folder in (("--base_model", Path(base_model)), ("--adapter", adapter_folder)):
+        if folder.is_dir() and folder.resolve() == output_dir.resolve():
+            raise UserError(f"--output_dir {output_dir} is the {flag} folder; the merged model needs one of its own")
+    check_output_dir(args.output_dir)
+    merge = Merge(base_model, adapter)
+    print(f"{merge.checkpoint.name} + {adapter_folder}: {merge}", flush=True)
+    try:
+        with atomic_folder(output_dir) as scratch:
+            write_weights(merge, scratch, args.max_shard_size)
+            write_settings(merge, base_model, scratch)
+    except OSError as error:
+        raise UserError(f"could not save the merged model to {output_dir}: {error}") from error
+    print(f"saved {output_dir}")
+
+
+if __name__ == "__main__":
+    run_main(main)
