@@ -1,8 +1,12 @@
 """LoRA: what folding must keep, what training may move, and scopes that match nothing."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import make_model
+from conftest import PROJECT, make_model, run_command
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +24,7 @@ from utils.module.lora import (
     match_lora_scope,
     only_optimize_lora_parameters,
 )
-from utils.utils import load_hf_tokenizer
+from utils.utils import get_optimizer_grouped_parameters, load_hf_tokenizer, make_optimizer
 
 
 def _layer(dtype=torch.float32, transposed=False, trained=True):
@@ -181,3 +185,81 @@ def test_only_lora_and_named_parameters_train_and_base_weights_never_move(model_
     assert all(torch.equal(base[n], p) for n, p in model.named_parameters() if n in base)
     trainable, total = count_parameters(model)
     assert 0 < trainable < total
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "reward"])
+def test_checkpointing_under_frozen_weights_changes_no_gradient(tmp_path, family):
+    folder = make_model(tmp_path, "llama" if family == "reward" else family)
+    ids = torch.arange(24).view(4, 6)
+
+    def gradients(checkpointing: bool):
+        torch.manual_seed(0)
+        if family == "reward":
+            model = create_critic_model(folder, load_hf_tokenizer(folder))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder)
+        parser = arguments.new_parser("")
+        arguments.add_lora_arguments(parser)
+        args = parser.parse_args(["--lora_dim", "2", "--only_optimize_lora"])
+        adapt_model(model, args, "", checkpointing, keep_trainable=["v_head.weight"])
+        for _, layer in lora_layers(model):
+            nn.init.normal_(layer.lora_left_weight, std=0.1)
+        model.train()
+        inputs = {"attention_mask": torch.ones_like(ids)} if family == "reward" else {"labels": ids}
+        loss = model(ids, **inputs)["loss"]
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    with_it, without = gradients(True), gradients(False)
+    assert with_it.keys() == without.keys()
+    assert any("lora_right" in name for name in with_it)
+    assert ("v_head.weight" in with_it) == (family == "reward")
+    for name, gradient in with_it.items():
+        assert gradient is not None, name
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradient, without[name])
+
+
+def test_without_only_optimize_lora_all_but_the_adapted_matrices_train(model_folder, capsys):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    parser = arguments.new_parser("")
+    arguments.add_lora_arguments(parser)
+    adapt_model(model, parser.parse_args(["--lora_dim", "2", "--lora_module_name", "q_proj"]))
+    trainable, total = count_parameters(model)
+    frozen = sum(value.numel() for name, value in before.items() if "q_proj" in name)
+    assert total - trainable == frozen
+    assert f"{trainable:,} of {total:,} parameters train" in capsys.readouterr().out
+    groups = get_optimizer_grouped_parameters(model, 0.0, lora_lr=0.02)
+    optimizer = make_optimizer(groups, 0.001, offload=False)
+    ids = torch.arange(12).view(2, 6)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if name in before:
+            assert torch.equal(p, before[name]) == ("q_proj" in name), name
+            # Adam's first step is as long as the learning rate.
+            assert (p - before[name]).abs().max() <= 0.00101
+    for _, layer in lora_layers(model):
+        assert 0.0199 < layer.lora_left_weight.abs().max() <= 0.0201
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_on_two_ranks_of_zero_3_folding_after_training_is_exact(model_folder, tmp_path, dtype):
+    """What is asserted stands in lora_on_ranks.py; the merged adapter is compared with the saved model here."""
+    torchrun = Path(sys.executable).parent / "torchrun"
+    script = Path(__file__).with_name("lora_on_ranks.py")
+    command = [torchrun, "--standalone", "--nproc_per_node=2", script, model_folder, tmp_path, dtype]
+    code, console = run_command(command, PYTHONPATH=str(PROJECT))
+    assert code == 0, console
+    merge = [sys.executable, PROJECT / "inference/merge_lora.py"]
+    code, console = run_command([*merge, "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged"])
+    assert code == 0, console
+    saved, merged = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+    base = load_file(model_folder / "model.safetensors")
+    assert saved.keys() == merged.keys() == base.keys()
+    for name, value in saved.items():
+        moved = not torch.equal(value, base[name].to(value.dtype))
+        assert moved == ("_proj" in name), name
+        if dtype == "fp32":
+            assert torch.equal(value, merged[name]), name

@@ -1,0 +1,79 @@
+"""Started by test_lora.py under torchrun: LoRA on ZeRO-3, trained, folded, unfolded and saved. Arguments: model, folder,
+dtype."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import deepspeed
+import torch
+from transformers import AutoModelForCausalLM
+
+from utils.distributed import get_rank, get_world_size, init_distributed, run_main
+from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, initialize, with_batch_sizes
+from utils.hybrid_engine import HybridEngine
+from utils.model.model_utils import adapt_model, create_hf_model
+from utils.module.lora import lora_layers
+from utils.utils import (
+    get_optimizer_grouped_parameters,
+    load_hf_tokenizer,
+    make_optimizer,
+    save_hf_format,
+    save_lora_adapters,
+)
+
+
+def main():
+    model_folder, output, dtype = sys.argv[1:]
+    init_distributed(Namespace(local_rank=-1))
+    assert get_world_size() == 2
+    args = Namespace(
+        lora_dim=4, lora_module_name="auto", lora_scaling=8.0, lora_dropout=0.0, only_optimize_lora=True,
+        output_dir=output, trust_remote_code=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    tokenizer = load_hf_tokenizer(model_folder)
+    config = with_batch_sizes(get_train_ds_config(False, dtype, 3), 2)
+    model = create_hf_model(AutoModelForCausalLM, model_folder, tokenizer, config, dtype=TORCH_DTYPES[dtype])
+    adapt_model(model, args, gradient_checkpointing=True)
+    groups = get_optimizer_grouped_parameters(model, 0.0, lora_lr=0.02)
+    engine = initialize(model, config, make_optimizer(groups, 1e-3, False))
+    parameters = [p for p in model.parameters()]
+
+    def weights() -> dict[str, torch.Tensor]:
+        with deepspeed.zero.GatheredParameters(parameters):
+            return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    start = weights()
+    ids = torch.arange(3, 27).view(2, 12) + 7 * get_rank()
+    engine.train()
+    for _ in range(4):
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    trained = weights()
+    for name, value in trained.items():
+        assert torch.equal(value, start[name]) != ("lora_" in name), f"{name} moved, or did not"
+
+    engine.eval()
+    with torch.no_grad():
+        unfolded = engine(input_ids=ids).logits
+    with HybridEngine(engine).generation() as module:
+        once = [layer.weight.detach().clone() for _, layer in lora_layers(module)]
+        assert not any(torch.equal(w, trained[f"{name}.weight"]) for w, (name, _) in zip(once, lora_layers(module)))
+        for _, layer in lora_layers(module):
+            layer.fuse_lora_weight()
+        assert all(torch.equal(w, layer.weight) for w, (_, layer) in zip(once, lora_layers(module)))
+        folded = module(input_ids=ids).logits
+    tolerance = 1e-5 if dtype == "fp32" else 0.03
+    torch.testing.assert_close(folded, unfolded, atol=tolerance, rtol=tolerance)
+    after = weights()
+    assert all(torch.equal(value, after[name]) for name, value in trained.items()), "unfolding lost a bit"
+    with torch.no_grad():
+        assert torch.equal(engine(input_ids=ids).logits, unfolded)
+
+    save_hf_format(engine, tokenizer, args)
+    save_lora_adapters(engine, tokenizer, args, model_folder)
+    assert (Path(output) / "adapter/adapter_config.json").is_file()
+
+
+run_main(main)
