@@ -203,6 +203,22 @@ def slow_pair_loss(chosen_values, rejected_values, chosen, rejected, kind, margi
     return sum(terms) / len(terms) + center_coef * (chosen_values[-1] + rejected_values[-1]) ** 2
 
 
+@pytest.fixture
+def merge_lora(monkeypatch, tmp_path):
+    """Run inference/merge_lora.py inside the test process: merge_lora(adapter, flags...) -> the merged folder."""
+
+    def run(adapter: Path, *flags, output: str = "merged") -> Path:
+        sys.path.insert(0, str(PROJECT / "inference"))
+        import merge_lora
+
+        arguments = ["--adapter", adapter, "--output_dir", tmp_path / output, *flags]
+        monkeypatch.setattr(sys, "argv", ["merge_lora.py", *map(str, arguments)])
+        merge_lora.main()
+        return tmp_path / output
+
+    return run
+
+
 def read_metrics(folder: Path, prefix: str = "train") -> list[dict]:
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if any(name.startswith(prefix + "/") for name in row)]

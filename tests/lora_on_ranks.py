@@ -1,5 +1,7 @@
-"""Started by test_lora.py under torchrun: LoRA on ZeRO-3, trained, folded, unfolded and saved. Arguments: model, folder,
-dtype."""
+"""Started by test_lora.py under torchrun: LoRA on ZeRO-3, trained, folded, unfolded, saved.
+
+Arguments: model, output folder, dtype.
+"""
 
 import sys
 from argparse import Namespace
@@ -58,11 +60,11 @@ def main():
     with torch.no_grad():
         unfolded = engine(input_ids=ids).logits
     with HybridEngine(engine).generation() as module:
-        once = [layer.weight.detach().clone() for _, layer in lora_layers(module)]
-        assert not any(torch.equal(w, trained[f"{name}.weight"]) for w, (name, _) in zip(once, lora_layers(module)))
-        for _, layer in lora_layers(module):
+        once = {name: layer.weight.detach().clone() for name, layer in lora_layers(module)}
+        assert not any(torch.equal(weight, trained[f"{name}.weight"]) for name, weight in once.items())
+        for name, layer in lora_layers(module):
             layer.fuse_lora_weight()
-        assert all(torch.equal(w, layer.weight) for w, (_, layer) in zip(once, lora_layers(module)))
+            assert torch.equal(layer.weight, once[name])
         folded = module(input_ids=ids).logits
     tolerance = 1e-5 if dtype == "fp32" else 0.03
     torch.testing.assert_close(folded, unfolded, atol=tolerance, rtol=tolerance)

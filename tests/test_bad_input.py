@@ -41,6 +41,10 @@ BAD = {
         r"(?s)matches no.*q_proj",
     ),
     "only LoRA without LoRA": ({"--only_optimize_lora": None}, r"--lora_dim"),
+    "adapters that would not hold what trained": (
+        {"--lora_dim": 4, "--save_lora_adapters": None},
+        r"--save_lora_adapters needs --only_optimize_lora",
+    ),
     "an output folder that cannot be made": (
         {"--output_dir": "{tmp}/empty.jsonl/out"},
         r"--output_dir .*cannot be written",

@@ -161,6 +161,14 @@ def test_the_flags_reach_the_layers_of_the_model_they_name(model_folder):
     assert {(layer.lora_scaling, layer.lora_dropout.p) for _, layer in lora_layers(critic)} == {(0.5, 0.0)}
 
 
+def test_a_scaling_of_nothing_is_refused(capsys):
+    parser = arguments.new_parser("")
+    arguments.add_lora_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--lora_scaling", "0"])
+    assert "--lora_scaling: 0 is not above 0" in capsys.readouterr().err
+
+
 def test_a_scope_that_matches_nothing_names_layers_that_exist(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     with pytest.raises(UserError, match=r"decoder\.layers\.(.|\n)*self_attn\.q_proj"):
@@ -245,17 +253,17 @@ def test_without_only_optimize_lora_all_but_the_adapted_matrices_train(model_fol
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_on_two_ranks_of_zero_3_folding_after_training_is_exact(model_folder, tmp_path, dtype):
+def test_on_two_ranks_of_zero_3_folding_after_training_is_exact(model_folder, merge_lora, tmp_path, dtype):
     """What is asserted stands in lora_on_ranks.py; the merged adapter is compared with the saved model here."""
     torchrun = Path(sys.executable).parent / "torchrun"
     script = Path(__file__).with_name("lora_on_ranks.py")
     command = [torchrun, "--standalone", "--nproc_per_node=2", script, model_folder, tmp_path, dtype]
     code, console = run_command(command, PYTHONPATH=str(PROJECT))
     assert code == 0, console
-    merge = [sys.executable, PROJECT / "inference/merge_lora.py"]
-    code, console = run_command([*merge, "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged"])
-    assert code == 0, console
-    saved, merged = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+    saved, merged = (
+        load_file(tmp_path / "model.safetensors"),
+        load_file(merge_lora(tmp_path / "adapter") / "model.safetensors"),
+    )
     base = load_file(model_folder / "model.safetensors")
     assert saved.keys() == merged.keys() == base.keys()
     for name, value in saved.items():

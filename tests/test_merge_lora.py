@@ -11,33 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-sys.path.insert(0, str(PROJECT / "inference"))
-import merge_lora
-
 from utils.distributed import UserError
 from utils.model.adapters import save_lora_adapter
 from utils.model.model_utils import create_critic_model, create_hf_model
-from utils.model.saving import save_pretrained_model
+from utils.model.saving import SafetensorsWriter, save_pretrained_model
 from utils.module.lora import convert_linear_layer_to_lora, lora_layers, only_optimize_lora_parameters
 from utils.utils import load_hf_tokenizer
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r tests/requirements.txt")
 
 IDS = torch.arange(3, 27).view(2, 12)
-
-
-@pytest.fixture
-def merge(monkeypatch, tmp_path):
-    """merge(adapter, base) -> the folder of the merged model."""
-
-    def run(adapter: Path, base: Path | None = None, *flags) -> Path:
-        output = tmp_path / "merged"
-        arguments = ["--adapter", adapter, "--output_dir", output, *(["--base_model", base] if base else []), *flags]
-        monkeypatch.setattr(sys, "argv", ["merge_lora.py", *map(str, arguments)])
-        merge_lora.main()
-        return output
-
-    return run
 
 
 def _loaded(folder, auto=AutoModelForCausalLM):
@@ -105,13 +88,13 @@ def test_peft_loads_our_adapter_and_gives_the_same_logits(tmp_path, family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("family", "scope"), [("llama", "all-linear"), ("gpt2", "auto"), ("opt", "self_attn")])
-def test_merging_our_adapter_gives_the_weights_that_training_saved(tmp_path, merge, family, scope, dtype):
+def test_merging_our_adapter_gives_the_weights_that_training_saved(tmp_path, merge_lora, family, scope, dtype):
     folder = make_model(tmp_path / "base", family)
     AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
     model, tokenizer = _ours_trained(folder, scope, dtype)
     save_pretrained_model(model, tokenizer, tmp_path / "saved")
     save_lora_adapter(model, tokenizer, str(folder), tmp_path / "saved/adapter")
-    merged = merge(tmp_path / "saved/adapter")
+    merged = merge_lora(tmp_path / "saved/adapter")
     want, got = load_file(tmp_path / "saved/model.safetensors"), load_file(merged / "model.safetensors")
     assert want.keys() == got.keys()
     assert all(torch.equal(want[name], got[name]) for name in want)
@@ -121,7 +104,7 @@ def test_merging_our_adapter_gives_the_weights_that_training_saved(tmp_path, mer
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_tokens_added_in_training_are_in_the_adapter_and_in_the_merged_model(tmp_path, merge, family):
+def test_tokens_added_in_training_are_in_the_adapter_and_in_the_merged_model(tmp_path, merge_lora, family):
     """Without a pad token in the tokenizer one is added, and the embedding grows, tied to the head or not."""
     folder = make_model(tmp_path / "base", family, pad=None)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -133,7 +116,7 @@ def test_tokens_added_in_training_are_in_the_adapter_and_in_the_merged_model(tmp
     assert rows > AutoConfig.from_pretrained(folder).vocab_size
     save_pretrained_model(model, tokenizer, tmp_path / "saved")
     save_lora_adapter(model, tokenizer, str(folder), tmp_path / "adapter")
-    merged = merge(tmp_path / "adapter")
+    merged = merge_lora(tmp_path / "adapter")
     want, got = load_file(tmp_path / "saved/model.safetensors"), load_file(merged / "model.safetensors")
     assert want.keys() == got.keys()
     assert all(torch.equal(want[name], got[name]) for name in want)
@@ -147,7 +130,7 @@ def test_tokens_added_in_training_are_in_the_adapter_and_in_the_merged_model(tmp
 
 
 @pytest.mark.parametrize("from_reward_model", [False, True])
-def test_a_reward_models_adapter_holds_the_head_and_merges_onto_either_base(tmp_path, merge, from_reward_model):
+def test_a_reward_models_adapter_holds_the_head_and_merges_onto_either_base(tmp_path, merge_lora, from_reward_model):
     """Step 2 starts from a language model, step 3's critic from a reward model."""
     folder = make_model(tmp_path / "base")
     tokenizer = load_hf_tokenizer(folder)
@@ -171,7 +154,7 @@ def test_a_reward_models_adapter_holds_the_head_and_merges_onto_either_base(tmp_
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     torch.testing.assert_close(loaded(IDS).logits.squeeze(-1), want, atol=2e-6, rtol=1e-5)
 
-    merged = merge(tmp_path / "adapter")
+    merged = merge_lora(tmp_path / "adapter")
     assert AutoConfig.from_pretrained(merged).reward_score_mean == 0.5
     stored, expected = load_file(merged / "model.safetensors"), load_file(tmp_path / "saved/model.safetensors")
     assert stored.keys() == expected.keys()
@@ -249,7 +232,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_a_merged_adapter_of_peft_gives_the_logits_of_pefts_model(tmp_path, merge, case):
+def test_a_merged_adapter_of_peft_gives_the_logits_of_pefts_model(tmp_path, merge_lora, case):
     family, settings = SETTINGS[case]
     folder = make_model(tmp_path / "base", family.removeprefix("tied "))
     if family.startswith("tied "):
@@ -257,11 +240,11 @@ def test_a_merged_adapter_of_peft_gives_the_logits_of_pefts_model(tmp_path, merg
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     want = _peft_trained(folder, tmp_path / "adapter", **settings)
-    merged = _loaded(merge(tmp_path / "adapter"))
+    merged = _loaded(merge_lora(tmp_path / "adapter"))
     torch.testing.assert_close(merged(IDS).logits, want, atol=5e-6, rtol=1e-4)
 
 
-def test_a_merged_reward_adapter_of_peft_gives_its_scores(tmp_path, merge):
+def test_a_merged_reward_adapter_of_peft_gives_its_scores(tmp_path, merge_lora):
     folder = make_model(tmp_path / "base")
 
     def with_pad(model):
@@ -269,14 +252,14 @@ def test_a_merged_reward_adapter_of_peft_gives_its_scores(tmp_path, merge):
         return model
 
     want = _peft_trained(folder, tmp_path / "adapter", AutoModelForSequenceClassification, with_pad)
-    merged = _loaded(merge(tmp_path / "adapter"), AutoModelForSequenceClassification)
+    merged = _loaded(merge_lora(tmp_path / "adapter"), AutoModelForSequenceClassification)
     assert merged.config.num_labels == 1
     merged.config.pad_token_id = 0
     torch.testing.assert_close(merged(IDS).logits, want, atol=5e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["bin", "bin shards", "safetensors shards", "no prefix", "adapter bin"])
-def test_every_kind_of_file_is_read_and_shards_are_written(tmp_path, merge, kind):
+def test_every_kind_of_file_is_read_and_shards_are_written(tmp_path, merge_lora, kind):
     folder = make_model(tmp_path / "base")
     want = _peft_trained(folder, tmp_path / "adapter")
     state = load_file(folder / "model.safetensors")
@@ -300,7 +283,7 @@ def test_every_kind_of_file_is_read_and_shards_are_written(tmp_path, merge, kind
             for file in set(half.values()):
                 torch.save({n: state[n] for n in names if half[n] == file}, folder / file)
             (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": half}))
-    merged = merge(tmp_path / "adapter", None, "--max_shard_size", "20KB")
+    merged = merge_lora(tmp_path / "adapter", "--max_shard_size", "20KB")
     assert len(list(merged.glob("model-*.safetensors"))) > 2
     torch.testing.assert_close(_loaded(merged)(IDS).logits, want, atol=5e-6, rtol=1e-4)
 
@@ -384,34 +367,36 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_folded_is_refused_by_name_and_nothing_is_written(adapter, merge, tmp_path, case):
+def test_what_cannot_be_folded_is_refused_by_name_and_nothing_is_written(adapter, merge_lora, tmp_path, case):
     spoil, message = REFUSED[case]
     spoil(adapter[1])
     with pytest.raises(UserError, match=message):
-        merge(adapter[1])
+        merge_lora(adapter[1])
     assert not list((tmp_path / "merged").rglob("*.safetensors"))
 
 
-def test_a_quantised_base_and_a_folder_of_the_input_are_refused(adapter, merge, monkeypatch):
+def test_a_quantised_base_and_a_folder_of_the_input_are_refused(adapter, merge_lora):
     base, folder = adapter
-    monkeypatch.setattr(sys, "argv", ["merge_lora.py", "--adapter", str(folder), "--output_dir", str(base)])
     with pytest.raises(UserError, match=r"--output_dir .*--base_model folder"):
-        merge_lora.main()
+        merge_lora(folder, output="base")
+    with pytest.raises(UserError, match=r"--output_dir .*--adapter folder"):
+        merge_lora(folder, output="adapter")
+    with pytest.raises(UserError, match=r"--max_shard_size many"):
+        merge_lora(folder, "--max_shard_size", "many")
+    with pytest.raises(UserError, match=r"holds no weights|no model could be loaded|nowhere"):
+        merge_lora(folder, "--base_model", base / "nowhere")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
     with pytest.raises(UserError, match=r"is quantised"):
-        merge(folder)
+        merge_lora(folder)
 
 
 def test_it_runs_as_a_program(adapter, tmp_path):
-    command = [sys.executable, PROJECT / "inference/merge_lora.py", "--adapter", adapter[1], "--output_dir"]
-    code, console = run_command([*command, tmp_path / "merged"], cwd=tmp_path)
+    command = [sys.executable, PROJECT / "inference/merge_lora.py", "--adapter", adapter[1]]
+    code, console = run_command([*command, "--output_dir", tmp_path / "merged"], cwd=tmp_path)
     assert code == 0, console
     assert "2 layers folded" in console
-    code, console = run_command([*command, adapter[1]], cwd=tmp_path)
-    assert code == 1
-    assert "error: --output_dir" in console
-    assert "Traceback" not in console
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
 def _own_memory() -> int:
@@ -419,7 +404,7 @@ def _own_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
 
-def test_the_memory_needed_is_not_that_of_the_model(tmp_path, merge, monkeypatch):
+def test_the_memory_needed_is_not_that_of_the_model(tmp_path, merge_lora, monkeypatch):
     """A base of 200 MB in one file, no weight of it above 4 MB."""
     make_tokenizer(tmp_path / "base")
     sizes = dict(hidden_size=1024, intermediate_size=1024, num_hidden_layers=7, num_attention_heads=8, vocab_size=400)
@@ -429,13 +414,13 @@ def test_the_memory_needed_is_not_that_of_the_model(tmp_path, merge, monkeypatch
     save_lora_adapter(model, load_hf_tokenizer(tmp_path / "base"), str(tmp_path / "base"), tmp_path / "adapter")
     del model
     assert (tmp_path / "base/model.safetensors").stat().st_size > 200e6
-    seen, before, write = [], _own_memory(), merge_lora.SafetensorsWriter.write
+    seen, before, write = [], _own_memory(), SafetensorsWriter.write
 
     def watched(self, name, value):
         seen.append(_own_memory() - before)
         write(self, name, value)
 
-    monkeypatch.setattr(merge_lora.SafetensorsWriter, "write", watched)
-    merge(tmp_path / "adapter")
+    monkeypatch.setattr(SafetensorsWriter, "write", watched)
+    merge_lora(tmp_path / "adapter")
     assert len(seen) == 7 * 9 + 3
     assert max(seen) < 60e6

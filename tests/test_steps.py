@@ -451,3 +451,28 @@ def test_plain_text_becomes_blocks_joined_by_eos_and_bad_lines_are_named(model_f
     file.write_text('{"text": "red"}\n{"words": "blue"}\n')
     with pytest.raises(UserError, match=r"field 'text' is missing \(.*text\.jsonl, line 2\); not enough text"):
         get_unsupervised_data(args, tokenizer)
+
+
+def test_adapters_saved_alone_merge_into_the_models_that_each_step_saved(
+    sft, reward, model_folder, pairs_folder, cache_folder, run_step, merge_lora, tmp_path
+):
+    lora = ["--only_optimize_lora", "--save_lora_adapters", "--num_warmup_steps", 0]
+    one = ["--model_name_or_path", model_folder, "--lora_dim", 4, "--lora_scaling", 8, "--lora_dropout", 0.1, *ROWS]
+    data = _data(pairs_folder, cache_folder)
+    run_step(1, [*data, *one, *lora, "--output_dir", tmp_path / "sft"])
+    run_step(2, [*data, *one, *lora, "--output_dir", tmp_path / "reward", "--lora_module_name", "all-linear"])
+    actor = ["--actor_lora_dim", 4, "--actor_lora_scaling", 8, "--actor_lora_learning_rate", 0.01]
+    critic = ["--critic_lora_dim", 2, "--critic_lora_module_name", "self_attn", "--critic_lora_learning_rate", 0.01]
+    arguments = _step3_arguments(sft, reward, pairs_folder, cache_folder, tmp_path / "rlhf")
+    run_step(3, [*arguments, *actor, *critic, *lora, "--enable_test_mode", "--test_stop_step", 1])
+    for name in ("sft", "reward", "rlhf/actor", "rlhf/actor_ema", "rlhf/critic"):
+        saved, merged = tmp_path / name, merge_lora(tmp_path / name / "adapter", output=f"merged/{name}")
+        want, got = load_file(saved / "model.safetensors"), load_file(merged / "model.safetensors")
+        assert want.keys() == got.keys(), name
+        base = load_file((model_folder if name in ("sft", "reward") else sft[0]) / "model.safetensors")
+        moved = [part for part in want if part in base and not torch.equal(want[part], base[part])]
+        assert moved, name
+        for part in want:
+            assert torch.equal(want[part], got[part]), f"{name}: {part}"
+        configs = [json.loads((folder / "config.json").read_text()) for folder in (saved, merged)]
+        assert configs[0] == configs[1], name

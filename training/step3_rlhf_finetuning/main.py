@@ -206,17 +206,16 @@ def main():
     # 5. Save
     if args.output_dir is not None:
         print_rank_0("saving model ...")
-        save_hf_format(rlhf_engine.actor, tokenizer, args, sub_folder="actor")
-        if rlhf_engine.critic is not None:
-            save_hf_format(rlhf_engine.critic, tokenizer, args, sub_folder="critic")
-        if args.enable_ema:
-            save_hf_format(rlhf_engine.actor_ema, tokenizer, args, sub_folder="actor_ema")
-        if args.save_lora_adapters:
-            actor_path, critic_path = args.actor_model_name_or_path, args.critic_model_name_or_path
-            save_lora_adapters(rlhf_engine.actor, tokenizer, args, actor_path, sub_folder="actor")
-            save_lora_adapters(rlhf_engine.critic, tokenizer, args, critic_path, sub_folder="critic")
-            if args.enable_ema:
-                save_lora_adapters(rlhf_engine.actor_ema, tokenizer, args, actor_path, sub_folder="actor_ema")
+        actor_path, critic_path = args.actor_model_name_or_path, args.critic_model_name_or_path
+        for name, engine, start in (
+            ("actor", rlhf_engine.actor, actor_path),
+            ("critic", rlhf_engine.critic, critic_path),
+            ("actor_ema", rlhf_engine.actor_ema, actor_path),
+        ):
+            if engine is not None:
+                save_hf_format(engine, tokenizer, args, sub_folder=name)
+                if args.save_lora_adapters:
+                    save_lora_adapters(engine, tokenizer, args, start, sub_folder=name)
     writer.close()
 
 
