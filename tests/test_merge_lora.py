@@ -80,6 +80,7 @@ def test_peft_loads_our_adapter_and_gives_the_same_logits(tmp_path, family):
     save_lora_adapter(model, tokenizer, str(folder), tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter").eval()
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=2e-6, rtol=1e-5)
+    assert all(".lora_" in key for key in load_file(tmp_path / "adapter/adapter_model.safetensors"))
     layers = [module for module in loaded.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
     assert len(layers) == len(lora_layers(model))
     automatic = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")  # transformers finds the base by itself
@@ -149,6 +150,8 @@ def test_a_reward_models_adapter_holds_the_head_and_merges_onto_either_base(tmp_
     save_lora_adapter(model, tokenizer, str(folder), tmp_path / "adapter")
     save_pretrained_model(model, tokenizer, tmp_path / "saved")
 
+    beside = {key for key in load_file(tmp_path / "adapter/adapter_model.safetensors") if ".lora_" not in key}
+    assert beside == {"base_model.model.score.weight"}
     want = model.eval().forward_value(IDS, torch.ones_like(IDS))["chosen_end_scores"]
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=tokenizer.pad_token_id)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
