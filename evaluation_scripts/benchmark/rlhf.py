@@ -8,7 +8,8 @@ The plain way: `module.generate` under the same ZeRO stage, prompts padded to th
 prompt and answer at once in fp32. Models are random but for --model. Answers end where a schedule says, the same for
 both ways: rows of "full" never, rows of "varied" at lengths spread evenly from an eighth of the maximum up to it.
 
-Each way runs in processes of its own, so that its peak memory is its own. With --latency, one process more: the time
+Each way runs in processes of its own, so that its peak memory is its own. Smaller is faster: --answer_length 32,
+--varied_batch 0, --repeats 1. With --latency, one process more: the time
 per token of a batch of one against the time it takes to read the weights once.
 """
 
