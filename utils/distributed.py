@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import datetime
 import fcntl
-import logging
 import os
 import socket
 import sys
@@ -18,9 +17,6 @@ import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-
-# Without a GPU, DeepSpeed greets every program with a line about it on standard output.
-logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 import deepspeed
 import deepspeed.comm as ds_dist
