@@ -386,7 +386,8 @@ def check_models(args, *names: str) -> None:
     from utils.model.soft_prompt import check_whole_model
 
     for name in names:
-        check_whole_model(getattr(args, name), f"--{name}")
+        if getattr(args, name) is not None:  # step 3 may do without a critic
+            check_whole_model(getattr(args, name), f"--{name}")
 
 
 def check_save_lora_adapters(args) -> None:
