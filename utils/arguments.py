@@ -204,6 +204,7 @@ def add_supervised_arguments(parser, learning_rate: float) -> None:
         help="what is sharded over ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters",
     )
     add_lora_arguments(parser)
+    add_quantize_arguments(parser)
 
 
 def add_schedule_arguments(group, warmup: int) -> None:
@@ -266,6 +267,68 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
             help="beside the whole model, save the LoRA factors alone in PEFT's format, in its folder adapter; "
             "needs --only_optimize_lora",
         )
+
+
+def add_quantize_arguments(parser) -> None:
+    """QLoRA of step 1 and 2."""
+    add = parser.add_argument_group("QLoRA (nf4 and the paged optimizer need the package bitsandbytes)").add_argument
+    add(
+        "--quantize",
+        choices=["nf4", "int8"],
+        default=None,
+        help="pack the frozen weights of all linear layers but the head in 4 or 8 bits; needs --lora_dim; None: off",
+    )
+    add(
+        "--quantize_double",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="nf4: pack the scales of its blocks too, 0.37 bits less per weight",
+    )
+    add(
+        "--quantize_compute_dtype",
+        choices=["fp16", "bf16", "fp32"],
+        default=None,
+        help="precision of products with packed weights; None for --dtype",
+    )
+    add(
+        "--paged_optimizer",
+        action="store_true",
+        help="AdamW whose states move to host memory while the GPU has no room for them (CUDA)",
+    )
+
+
+def check_quantize(args) -> None:
+    """Refuse combinations with --quantize and --paged_optimizer that cannot work; set what QLoRA implies."""
+    if args.paged_optimizer and get_accelerator().device_name() != "cuda":
+        raise UserError(
+            "--paged_optimizer moves optimizer states between the memories of GPU and host, by CUDA's unified memory; "
+            f"this machine has {get_accelerator().device_name()} only"
+        )
+    if args.paged_optimizer and args.offload:
+        raise UserError("--offload keeps the optimizer states on the host already: leave out --paged_optimizer")
+    if importlib.util.find_spec("bitsandbytes") is None and (args.quantize == "nf4" or args.paged_optimizer):
+        flag = "--paged_optimizer" if args.paged_optimizer else "--quantize nf4"
+        raise UserError(f"{flag} needs the package bitsandbytes: pip install bitsandbytes")
+    if args.quantize is None:
+        if args.quantize_compute_dtype is not None:
+            raise UserError("--quantize_compute_dtype does nothing without --quantize")
+        return
+    if args.lora_dim == 0:
+        raise UserError(
+            "--quantize freezes the packed weights: give --lora_dim, as in --lora_dim 16, to train something"
+        )
+    if args.lora_module_name not in ("auto", "all-linear"):
+        raise UserError(
+            f"--lora_module_name {args.lora_module_name}: with --quantize all linear layers but the head are packed "
+            "and adapted; leave the flag out"
+        )
+    if args.zero_stage == 3:
+        raise UserError(
+            "--quantize with --zero_stage 3: ZeRO-3 shards weights that are floating-point numbers, not packed codes; "
+            "use --zero_stage 0, 1 or 2 (packed weights are small, and each rank keeps them whole)"
+        )
+    args.lora_module_name, args.only_optimize_lora = "all-linear", True
+    args.quantize_compute_dtype = args.quantize_compute_dtype or args.dtype
 
 
 def add_soft_prompt_arguments(parser) -> None:
@@ -401,6 +464,7 @@ def check_save_lora_adapters(args) -> None:
 def check_supervised(args) -> None:
     """Refuse combinations of step 1 and 2 that cannot work, before anything is loaded."""
     check_models(args, "model_name_or_path")
+    check_quantize(args)
     if args.only_optimize_lora and args.lora_dim == 0:
         raise UserError("--only_optimize_lora trains nothing without --lora_dim; give it a rank, as in --lora_dim 16")
     check_save_lora_adapters(args)

@@ -164,8 +164,14 @@ def get_optimizer_grouped_parameters(
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(parameter_groups, learning_rate: float, offload: bool, betas=(0.9, 0.95)) -> torch.optim.Optimizer:
-    """AdamW: DeepSpeed's for host memory when offloading, else torch's fused one (nothing to compile)."""
+def make_optimizer(
+    parameter_groups, learning_rate: float, offload: bool, betas=(0.9, 0.95), paged: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW: DeepSpeed's for host memory when offloading, bitsandbytes' when ``paged``, else torch's fused one."""
+    if paged:
+        from bitsandbytes.optim import PagedAdamW32bit
+
+        return PagedAdamW32bit(parameter_groups, lr=learning_rate, betas=betas, weight_decay=0.0)
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

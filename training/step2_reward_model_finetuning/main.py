@@ -171,7 +171,7 @@ def main():
     )
     adapt_model(model, args, gradient_checkpointing=args.gradient_checkpointing, keep_trainable=["v_head.weight"])
     groups = get_optimizer_grouped_parameters(model, args.weight_decay, args.lora_learning_rate)
-    optimizer = make_optimizer(groups, args.learning_rate, offloads_optimizer(ds_config))
+    optimizer = make_optimizer(groups, args.learning_rate, offloads_optimizer(ds_config), paged=args.paged_optimizer)
     steps_per_epoch = sampler.steps()
     scheduler = get_scheduler(
         args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.num_train_epochs * steps_per_epoch

@@ -10,6 +10,7 @@ from transformers import AutoModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from utils.distributed import UserError, agree, get_accelerator, memory_given_back
+from utils.ds_utils import TORCH_DTYPES
 from utils.model.inputs import embedding_rows
 from utils.model.loading import check_checkpoint, find_checkpoint, load_config
 from utils.model.reward_model import RewardModel, empty_classifier
@@ -19,6 +20,7 @@ from utils.module.lora import (
     make_model_gradient_checkpointing_compatible,
     only_optimize_lora_parameters,
 )
+from utils.module.quantize import Packing, describe_packing
 from utils.utils import print_rank_0
 
 
@@ -198,7 +200,13 @@ def causal_lm_model_to_fp32_loss(model):
 def add_lora_layers(model, args, prefix: str = ""):
     """The LoRA layers that a step's flags ask for; ``prefix`` as the flags are named. Rank 0 adds none."""
     names = ("lora_module_name", "lora_dim", "lora_scaling", "lora_dropout")
-    return convert_linear_layer_to_lora(model, *(getattr(args, prefix + name) for name in names))
+    packing = None
+    if getattr(args, "quantize", None) is not None:
+        packing = Packing(args.quantize, args.quantize_double, TORCH_DTYPES[args.quantize_compute_dtype])
+    model = convert_linear_layer_to_lora(model, *(getattr(args, prefix + name) for name in names), packing)
+    if packing is not None:
+        print_rank_0(describe_packing(model))
+    return model
 
 
 def adapt_model(model, args, prefix: str = "", gradient_checkpointing: bool = False, keep_trainable=()):

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from utils.distributed import UserError
+from utils.distributed import UserError, get_accelerator
+from utils.module.quantize import PackedWeight, Packing, packed_weights
 
 
 def fold(weight, right, left, scaling: float, transposed: bool = False) -> torch.Tensor:
@@ -114,6 +115,26 @@ class LinearLayer_LoRA(nn.Module):
         return f"in={in_features}, out={self.lora_left_weight.shape[1]}, r={lora_dim}, folded={self.is_folded}"
 
 
+class QuantizedLinear_LoRA(LinearLayer_LoRA):
+    """QLoRA: the frozen W is packed in 4 or 8 bits, the thin matrices and the bias are as ever.
+
+    The update is folded into the original weights, from their files, never into the packed ones (which would round
+    it away): by inference/merge_lora.py, as the steps do it when they save.
+    """
+
+    def __init__(self, weight, lora_dim, lora_scaling, lora_droppout, bias, transposed, packing: Packing):
+        super().__init__(weight, lora_dim, lora_scaling, lora_droppout, bias, transposed)
+        del self.weight
+        device = torch.device(get_accelerator().current_device_name())
+        self.packed = PackedWeight((weight.T if transposed else weight).to(device), packing)
+
+    def base_product(self, x):
+        return self.packed(x, self.bias)
+
+    def folded_weight(self):
+        raise TypeError("a quantised layer holds no weight to fold into; inference/merge_lora.py takes the original")
+
+
 @contextmanager
 def lora_disabled(model):
     """While open, the LoRA layers of a model are their frozen matrices alone: the model it was before LoRA."""
@@ -172,16 +193,21 @@ def match_lora_scope(model, part_module_name: str) -> list[str]:
     return matched
 
 
-def convert_linear_layer_to_lora(model, part_module_name, lora_dim=0, lora_scaling=1, lora_droppout=0):
-    """Replace the linear layers of a scope by LinearLayer_LoRA; lora_dim 0 leaves the model as it is."""
+def convert_linear_layer_to_lora(
+    model, part_module_name, lora_dim=0, lora_scaling=1, lora_droppout=0, packing: Packing | None = None
+):
+    """Replace the linear layers of a scope by LinearLayer_LoRA; lora_dim 0 leaves the model as it is.
+
+    Args:
+        packing: pack the frozen weights too (QLoRA), layer by layer; None: leave them as they are.
+    """
     if lora_dim <= 0:
         return model
     for name in match_lora_scope(model, part_module_name):
         layer = model.get_submodule(name)
         parent_name, _, child_name = name.rpartition(".")
-        adapted = LinearLayer_LoRA(
-            layer.weight, lora_dim, lora_scaling, lora_droppout, layer.bias, transposed=isinstance(layer, Conv1D)
-        )
+        parts = (layer.weight, lora_dim, lora_scaling, lora_droppout, layer.bias, isinstance(layer, Conv1D))
+        adapted = LinearLayer_LoRA(*parts) if packing is None else QuantizedLinear_LoRA(*parts, packing)
         setattr(model.get_submodule(parent_name), child_name, adapted)
     return model
 
@@ -223,6 +249,7 @@ def make_model_gradient_checkpointing_compatible(model):
 
 
 def count_parameters(model) -> tuple[int, int]:
-    """(trainable, all) parameters, whole ones also where ZeRO-3 shows only shards."""
+    """(trainable, all) parameters, whole ones also where ZeRO-3 shows only shards, and packed ones."""
     sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    sizes += [(False, packed.numel) for packed in packed_weights(model)]
     return sum(size for trains, size in sizes if trains), sum(size for _, size in sizes)
