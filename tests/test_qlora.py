@@ -4,11 +4,14 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import launch, make_model, read_metrics
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+from utils.distributed import UserError
+from utils.ds_utils import allow_optimizer
 from utils.module.lora import (
     LinearLayer_LoRA,
     convert_linear_layer_to_lora,
@@ -17,6 +20,7 @@ from utils.module.lora import (
     only_optimize_lora_parameters,
 )
 from utils.module.quantize import PackedWeight, Packing, describe_packing, packed_weights
+from utils.utils import make_optimizer
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="nf4 needs the package bitsandbytes"
@@ -155,3 +159,108 @@ def test_the_forward_is_that_of_pefts_qlora_on_the_same_weights(model_folder, do
     for name, layer in lora_layers(ours):
         gradient = theirs.base_model.model.get_submodule(name).lora_A["default"].weight.grad
         torch.testing.assert_close(layer.lora_right_weight.grad.T, gradient, atol=1e-6, rtol=1e-4)
+
+
+def step_arguments(step, model_folder, pairs_folder, cache_folder, out, kind, *more):
+    return [
+        *("--model_name_or_path", model_folder, "--data_path", pairs_folder),
+        *("--data_split", {1: "1,0,0", 2: "0,1,0"}[step], "--data_output_path", cache_folder, "--output_dir", out),
+        *("--max_seq_len", 64, "--dtype", "fp32", "--per_device_train_batch_size", 8, "--quantize", kind),
+        *("--lora_dim", 4, "--lora_scaling", 8, "--lora_learning_rate", 1e-2, *more),
+    ]
+
+
+def folded_by_hand(base, adapter, prefix="base_model.model."):
+    """Every weight of the base plus 8 / 4 of the product of its factors, where it has some."""
+    for name, weight in base.items():
+        module = prefix + name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in adapter:
+            weight = weight + 2.0 * adapter[f"{module}.lora_B.weight"] @ adapter[f"{module}.lora_A.weight"]
+        yield name, weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_step_1_lowers_the_loss_and_saves_the_original_weights_plus_the_update(
+    tmp_path, model_folder, pairs_folder, cache_folder, run_step, kind, capsys
+):
+    run_step(1, step_arguments(1, model_folder, pairs_folder, cache_folder, tmp_path, kind))
+    assert f"quantised to {kind}: 14 matrices" in capsys.readouterr().out
+    [first, last] = [row["eval/loss"] for row in read_metrics(tmp_path, "eval")]
+    assert last < first - 0.2
+    base = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert getattr(saved.config, "quantization_config", None) is None
+    moved = 0
+    for name, weight in folded_by_hand(base, adapter):
+        torch.testing.assert_close(saved.state_dict()[name], weight, atol=1e-6, rtol=1e-6)
+        moved += not torch.equal(saved.state_dict()[name], base[name])
+    assert moved == 14
+
+
+def test_step_2_saves_a_whole_reward_model_with_its_trained_head(
+    tmp_path, model_folder, pairs_folder, cache_folder, run_step
+):
+    arguments = step_arguments(
+        2, model_folder, pairs_folder, cache_folder, tmp_path, "int8", "--gradient_checkpointing"
+    )
+    run_step(2, arguments)
+    assert read_metrics(tmp_path, "eval")[-1]["eval/accuracy"] == 1.0
+    base = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert saved.config.num_labels == 1
+    weights = saved.state_dict()
+    assert torch.equal(weights.pop("score.weight"), adapter["base_model.model.score.weight"])
+    for name, weight in folded_by_hand(base, adapter):
+        if name in weights:
+            torch.testing.assert_close(weights[name], weight, atol=1e-6, rtol=1e-6)
+
+
+@needs_bitsandbytes
+def test_two_ranks_with_zero_2_train_as_one_process_does(tmp_path, model_folder, pairs_folder, cache_folder, run_step):
+    run_step(1, step_arguments(1, model_folder, pairs_folder, cache_folder, tmp_path / "one", "nf4"))
+    arguments = step_arguments(1, model_folder, pairs_folder, cache_folder, tmp_path / "two", "nf4", "--zero_stage", 2)
+    arguments[arguments.index("--per_device_train_batch_size") + 1] = 4
+    code, output = launch(1, arguments, "torchrun", ranks=2)
+    assert code == 0, output
+    one, two = ([row["train/loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "two"))
+    assert one == pytest.approx(two, abs=2e-4)
+    assert (tmp_path / "two" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--quantize", "int8"], "give it a rank"),
+        (["--quantize", "int8", "--lora_dim", 4, "--zero_stage", 3], "packed codes"),
+        (["--quantize", "int8", "--lora_dim", 4, "--lora_module_name", "q_proj"], "leave the flag out"),
+        (["--quantize_compute_dtype", "fp32"], "does nothing without --quantize"),
+        (["--quantize", "nf4", "--lora_dim", 4], "pip install bitsandbytes"),
+        (["--paged_optimizer"], "this machine has cpu only"),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 2])
+def test_what_qlora_cannot_do_is_refused(tmp_path, model_folder, run_step, monkeypatch, step, more, reason):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+    with pytest.raises(UserError, match=reason):
+        run_step(step, ["--model_name_or_path", model_folder, "--data_path", tmp_path / "none", *more])
+
+
+def test_step_3_says_where_quantisation_belongs(model_folder, run_step):
+    models = ["--actor_model_name_or_path", model_folder, "--critic_model_name_or_path", model_folder]
+    with pytest.raises(UserError, match="Give it to step 1 and 2"):
+        run_step(3, [*models, "--quantize", "nf4"])
+
+
+@needs_bitsandbytes
+def test_zero_is_told_to_take_the_paged_optimizer_and_no_other():
+    weight = nn.Parameter(torch.ones(3))
+    paged = make_optimizer([weight], 1e-3, offload=False, paged=True)
+    assert type(paged).__name__ == "PagedAdamW32bit"
+    assert paged.is_paged
+    assert paged.defaults["weight_decay"] == 0
+    assert allow_optimizer({}, paged) == {"zero_allow_untested_optimizer": True}
+    assert allow_optimizer({}, make_optimizer([weight], 1e-3, offload=False)) == {}
+    assert allow_optimizer({}, None) == {}

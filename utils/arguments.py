@@ -13,6 +13,7 @@ from transformers.utils import is_flash_attn_2_available
 from utils.distributed import UserError, deepspeed, get_accelerator
 from utils.ds_utils import get_train_ds_config, merge_config_file
 
+QUANTIZATIONS = ("nf4", "int8")
 SOFT_PROMPT_LEARNING_RATES = {"prompt_tuning": 1e-2, "p_tuning": 1e-3}
 
 
@@ -274,7 +275,7 @@ def add_quantize_arguments(parser) -> None:
     add = parser.add_argument_group("QLoRA (nf4 and the paged optimizer need the package bitsandbytes)").add_argument
     add(
         "--quantize",
-        choices=["nf4", "int8"],
+        choices=QUANTIZATIONS,
         default=None,
         help="pack the frozen weights of all linear layers but the head in 4 or 8 bits; needs --lora_dim; None: off",
     )
@@ -314,9 +315,7 @@ def check_quantize(args) -> None:
             raise UserError("--quantize_compute_dtype does nothing without --quantize")
         return
     if args.lora_dim == 0:
-        raise UserError(
-            "--quantize freezes the packed weights: give --lora_dim, as in --lora_dim 16, to train something"
-        )
+        raise UserError("--quantize freezes the packed weights and trains LoRA; give it a rank, as in --lora_dim 16")
     if args.lora_module_name not in ("auto", "all-linear"):
         raise UserError(
             f"--lora_module_name {args.lora_module_name}: with --quantize all linear layers but the head are packed "
@@ -694,6 +693,12 @@ def add_rlhf_arguments(parser) -> None:
 
     add_lora_arguments(parser, "actor_")
     add_lora_arguments(parser, "critic_")
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        default=None,
+        help="not available in step 3: give it to step 1 and 2, which save whole models",
+    )
 
     add = parser.add_argument_group("looking in and testing").add_argument
     add("--print_answers", action="store_true", help="print prompts and sampled answers of rank 0")
@@ -787,6 +792,12 @@ def check_rlhf(args) -> RLHFBatchSizes:
         raise UserError(
             "--hybrid_engine_backend deepspeed: DeepSpeed's generation kernels need CUDA, and this machine computes "
             f"on {get_accelerator().device_name()}; use auto"
+        )
+    if args.quantize is not None:
+        raise UserError(
+            "--quantize is not available in step 3: for generation LoRA is folded into the weights, which packed codes "
+            "cannot take. Give it to step 1 and 2, whose models are whole; --actor_lora_dim with --only_optimize_lora "
+            "and --actor_zero_stage 3 save memory here"
         )
     if args.inference_tp_size > 1:
         raise UserError(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
 
 from utils.distributed import UserError, deepspeed, get_world_size, ranks_per_node
 
@@ -195,7 +196,14 @@ def _check_nvme(flag: str, what: str, settings: dict) -> None:
         raise UserError(f"{flag}: {what} to nvme needs DeepSpeed's async_io, and that libaio (apt install libaio-dev)")
 
 
+def allow_optimizer(ds_config: dict, optimizer) -> dict:
+    """ZeRO asks for consent to optimizers it has no test for (bitsandbytes' paged AdamW)."""
+    untested = optimizer is not None and not is_zero_supported_optimizer(optimizer)
+    return ds_config | {"zero_allow_untested_optimizer": True} if untested else ds_config
+
+
 def initialize(model, ds_config: dict, optimizer=None, lr_scheduler=None):
     """The DeepSpeed engine around a model; without an optimizer one that only runs forward."""
+    ds_config = allow_optimizer(ds_config, optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
     return engine
