@@ -349,6 +349,18 @@ def write_settings(merge: Merge, base_model: str, folder: Path) -> None:
         raise UserError(f"no tokenizer could be loaded from {base_model}: {error}") from error
 
 
+def save_merged_model(base_model: str, adapter: Adapter, folder: Path, max_shard_size) -> None:
+    """Fold an adapter into its base model and write what becomes of it to ``folder``."""
+    merge = Merge(base_model, adapter)
+    print(f"{merge.checkpoint.name} + {adapter.folder}: {merge}", flush=True)
+    try:
+        with atomic_folder(folder) as scratch:
+            write_weights(merge, scratch, max_shard_size)
+            write_settings(merge, base_model, scratch)
+    except OSError as error:
+        raise UserError(f"could not save the merged model to {folder}: {error}") from error
+
+
 def main() -> None:
     args = build_parser().parse_args()
     adapter_folder, output_dir = Path(args.adapter), Path(args.output_dir)
@@ -360,14 +372,7 @@ def main() -> None:
         if folder.is_dir() and folder.resolve() == output_dir.resolve():
             raise UserError(f"--output_dir {output_dir} is the {flag} folder; the merged model needs one of its own")
     check_output_dir(args.output_dir)
-    merge = Merge(base_model, adapter)
-    print(f"{merge.checkpoint.name} + {adapter_folder}: {merge}", flush=True)
-    try:
-        with atomic_folder(output_dir) as scratch:
-            write_weights(merge, scratch, args.max_shard_size)
-            write_settings(merge, base_model, scratch)
-    except OSError as error:
-        raise UserError(f"could not save the merged model to {output_dir}: {error}") from error
+    save_merged_model(base_model, adapter, output_dir, args.max_shard_size)
     print(f"saved {output_dir}")
 
 

@@ -186,7 +186,7 @@ def test_step_1_lowers_the_loss_and_saves_the_original_weights_plus_the_update(
     run_step(1, step_arguments(1, model_folder, pairs_folder, cache_folder, tmp_path, kind))
     assert f"quantised to {kind}: 14 matrices" in capsys.readouterr().out
     [first, last] = [row["eval/loss"] for row in read_metrics(tmp_path, "eval")]
-    assert last < first - 0.2
+    assert last < first - 0.1
     base = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -238,6 +238,7 @@ def test_two_ranks_with_zero_2_train_as_one_process_does(tmp_path, model_folder,
         (["--quantize_compute_dtype", "fp32"], "does nothing without --quantize"),
         (["--quantize", "nf4", "--lora_dim", 4], "pip install bitsandbytes"),
         (["--paged_optimizer"], "this machine has cpu only"),
+        (["--quantize", "int8", "--lora_dim", 4, "--trust_remote_code"], "cannot be folded"),
     ],
 )
 @pytest.mark.parametrize("step", [1, 2])

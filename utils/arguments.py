@@ -326,6 +326,10 @@ def check_quantize(args) -> None:
             "--quantize with --zero_stage 3: ZeRO-3 shards weights that are floating-point numbers, not packed codes; "
             "use --zero_stage 0, 1 or 2 (packed weights are small, and each rank keeps them whole)"
         )
+    if args.trust_remote_code:
+        raise UserError("--quantize with --trust_remote_code: a model with code of its own cannot be folded when saved")
+    if args.output_dir is not None and Path(args.output_dir).resolve() == Path(args.model_name_or_path).resolve():
+        raise UserError("--quantize: --output_dir is the model's own folder, whose original weights are needed to save")
     args.lora_module_name, args.only_optimize_lora = "all-linear", True
     args.quantize_compute_dtype = args.quantize_compute_dtype or args.dtype
 

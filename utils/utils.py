@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 from transformers import AutoTokenizer, set_seed
 
-from utils.distributed import UserError, all_reduce_sum, get_rank, get_world_size, load_operator
+from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, load_operator
 from utils.model.adapters import save_lora_adapter
 from utils.model.saving import save_pretrained_model, save_weights
 from utils.module.lora import lora_layers
@@ -168,6 +168,8 @@ def make_optimizer(
     parameter_groups, learning_rate: float, offload: bool, betas=(0.9, 0.95), paged: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW: DeepSpeed's for host memory when offloading, bitsandbytes' when ``paged``, else torch's fused one."""
+    if paged and offload:
+        raise UserError("--paged_optimizer: the DeepSpeed configuration keeps the optimizer states on the host already")
     if paged:
         from bitsandbytes.optim import PagedAdamW32bit
 
@@ -215,6 +217,23 @@ def save_lora_adapters(model, tokenizer, args, base_model_name_or_path, sub_fold
     module, folder = unwrap(model), Path(args.output_dir) / sub_folder / "adapter"
     if lora_layers(module):
         save_lora_adapter(module, tokenizer, base_model_name_or_path, folder, args.trust_remote_code)
+
+
+def save_quantised_model(model, tokenizer, args, base_model_name_or_path) -> None:
+    """Save a QLoRA model whole: its adapters, and their update folded into the base's own files; on every rank.
+
+    The packed weights are not saved: they are the base's, rounded.
+    """
+    from inference.merge_lora import read_adapter, save_merged_model
+
+    save_lora_adapters(model, tokenizer, args, base_model_name_or_path)
+
+    def merge() -> None:
+        if is_rank_0():
+            folder = Path(args.output_dir)
+            save_merged_model(base_model_name_or_path, read_adapter(folder / "adapter"), folder, args.max_shard_size)
+
+    agree(merge)
 
 
 def save_zero_three_model(model_ema, global_rank, save_dir, zero_stage=0) -> None:

@@ -61,6 +61,7 @@ from utils.utils import (
     progress,
     save_hf_format,
     save_lora_adapters,
+    save_quantised_model,
     set_random_seed,
     take_step,
     to_device,
@@ -224,10 +225,12 @@ def main():
         print_rank_0("saving the final model ...")
         if args.soft_prompt is not None:
             save_soft_prompt(engine.module, tokenizer, Path(args.output_dir))
+        elif args.quantize is not None:
+            save_quantised_model(engine, tokenizer, args, args.model_name_or_path)
         else:
             save_hf_format(engine, tokenizer, args)
-        if args.save_lora_adapters:
-            save_lora_adapters(engine, tokenizer, args, args.model_name_or_path)
+            if args.save_lora_adapters:
+                save_lora_adapters(engine, tokenizer, args, args.model_name_or_path)
     writer.close()
 
 

@@ -48,6 +48,7 @@ from utils.utils import (
     progress,
     save_hf_format,
     save_lora_adapters,
+    save_quantised_model,
     set_random_seed,
     take_step,
     to_device,
@@ -245,9 +246,12 @@ def main():
             last_figures["score_mean"],
             last_figures["score_std"],
         )
-        save_hf_format(engine, tokenizer, args)
-        if args.save_lora_adapters:
-            save_lora_adapters(engine, tokenizer, args, args.model_name_or_path)
+        if args.quantize is not None:
+            save_quantised_model(engine, tokenizer, args, args.model_name_or_path)
+        else:
+            save_hf_format(engine, tokenizer, args)
+            if args.save_lora_adapters:
+                save_lora_adapters(engine, tokenizer, args, args.model_name_or_path)
     writer.close()
 
 

@@ -7,7 +7,6 @@ Packing to nf4 is that of the package ``bitsandbytes``. The product is a plain o
 training, evaluation and every device compute alike (its own int8 product also rounds the activations in evaluation).
 """
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +17,6 @@ INT8_MAX = 127
 
 
 def _functional():
-    # It tells of a kernel collection that it would use for generation if that were installed.
-    logging.getLogger("bitsandbytes").addFilter(lambda record: "kernels-community" not in record.getMessage())
     import bitsandbytes.functional
 
     return bitsandbytes.functional
