@@ -189,7 +189,7 @@ def test_help_fits_100_columns_and_every_flag_explains_itself(step):
 
     code, console = run_command([sys.executable, STEPS[step], "--help"], COLUMNS="200")
     assert code == 0
-    lines = [line for line in console.splitlines() if "kernels-community" not in line]  # said by bitsandbytes on a CPU
+    lines = [line for line in console.splitlines() if "kernels-community" not in line]  # bitsandbytes' own, on a CPU
     assert max(map(len, lines)) <= 100
     assert os.path.basename(STEPS[step]) in console
 
