@@ -177,9 +177,23 @@ def test_what_cannot_be_loaded_is_refused_at_the_start(rewards, named, message, 
         load_reward_functions([named.format(file=rewards, bad=tmp_path / "bad.py")])
 
 
-def test_two_functions_of_one_name_are_refused(rewards):
+def test_two_functions_of_one_name_are_refused(rewards, tmp_path):
     with pytest.raises(UserError, match="one name"):
         load_reward_functions([f"{rewards}:length", f"{rewards}:length:2"])
+    (tmp_path / "mine.py").write_text("def reward_model(prompts, answers): return []")
+    with pytest.raises(UserError, match="one name"):
+        load_reward_functions([f"{tmp_path}/mine.py:reward_model"])
+
+
+def test_a_file_with_two_functions_runs_once_as_a_module_like_any_other(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        f"open({str(tmp_path / 'runs')!r}, 'a').write('x')\n"
+        "@dataclass\nclass State:\n    n: int = 0\n"
+        "def one(prompts, answers): return []\ndef two(prompts, answers): return []\n"
+    )
+    load_reward_functions([f"{tmp_path}/mine.py:one", f"{tmp_path}/mine.py:two"])
+    assert (tmp_path / "runs").read_text() == "x"
 
 
 @pytest.mark.parametrize(
@@ -192,6 +206,8 @@ def test_two_functions_of_one_name_are_refused(rewards):
         ([*GROUPS, "--advantage_estimator", "grpo", "--critic_lora_dim", "2"], "has no critic"),
         (["--only_optimize_lora", "--actor_lora_dim", "2", "--offload_reference_model"], "add --separate_ref"),
         (["--align_overflow"], "fp32 gradients do not overflow"),
+        (["--align_overflow", "--dtype", "bf16", "--critic_zero_stage", "3"], "ZeRO-3 skips no step in bf16"),
+        ([*GROUPS, "--advantage_estimator", "rloo", "--offload", "--critic_zero_stage", "2"], "trains the actor alone"),
     ],
 )
 def test_senseless_combinations_are_refused(folders, flags, message):  # noqa: F811

@@ -37,6 +37,7 @@ def parsed(line: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     args = module.build_parser().parse_args(words[main + 1 :])
+    args.dtype = args.dtype or "bf16"  # as an accelerator that supports it settles it
     arguments.check_supervised(args) if step < 3 else arguments.check_rlhf(args)
     return words[:main], args
 
@@ -50,7 +51,7 @@ def test_a_recipe_s_command_is_one_its_step_understands(script, monkeypatch):
     plain = dry_run(script, *models)
     assert plain.returncode == 0, plain.stderr
     launcher, args = parsed(plain.stdout)
-    assert args.output_dir == "./output"
+    assert args.output_dir == f"./output/step{step}"
     if step == 3:
         assert (args.actor_model_name_or_path, args.critic_model_name_or_path) == ("actor dir", "critic")
         given = [*models, "3", "2", "out dir", "--num_train_epochs", "7"]
@@ -79,9 +80,11 @@ def test_a_hostfile_that_is_not_there_is_named_before_anything_starts(tmp_path):
     recipe = PROJECT / "training_scripts/step1_supervised_finetuning/opt/multi_node/run_66b.sh"
     done = dry_run(recipe, HOSTFILE=str(tmp_path / "none"), DRY_RUN="")
     assert done.returncode == 1 and "set HOSTFILE" in done.stderr
+    done = dry_run(PROJECT / "training_scripts/e2e.sh", tmp_path, HOSTFILE=str(tmp_path / "none"), DRY_RUN="")
+    assert done.returncode == 1 and "set HOSTFILE" in done.stderr
 
 
-@pytest.mark.parametrize("given", [[], ["one"], ["a", "b", "0", "0", "out", "more"], ["a", "b", "--help"]])
+@pytest.mark.parametrize("given", [[], ["one"], ["a", "b", "0", "0", "out", "more"], ["a", "b", "--help"], ["-h"]])
 def test_wrong_arguments_of_a_step_3_recipe_show_its_usage(given):
     done = dry_run(PROJECT / "training_scripts/step3_rlhf_finetuning/opt/single_node/run_1.3b.sh", *given)
     assert done.returncode == 2 and "ACTOR CRITIC [ACTOR_ZERO_STAGE" in done.stderr and not done.stdout
@@ -89,13 +92,13 @@ def test_wrong_arguments_of_a_step_3_recipe_show_its_usage(given):
 
 def test_e2e_chains_the_steps_and_skips_what_is_done(tmp_path):
     script = PROJECT / "training_scripts/e2e.sh"
-    done = dry_run(script, tmp_path, "--data_path", "my pairs", STAGE="3", PPO_FLAGS="--kl_ctl 0.2 --enable_ema")
+    done = dry_run(script, tmp_path, "--data_path", "my pairs", STAGE="3", PPO_FLAGS="--kl_ctl 0.2\n--enable_ema")
     first, second, third = (parsed(line)[1] for line in done.stdout.splitlines())
     assert first.output_dir == third.actor_model_name_or_path and second.output_dir == third.critic_model_name_or_path
     assert first.data_path == second.data_path == third.data_path == ["my pairs"]
     assert (third.actor_zero_stage, third.kl_ctl, third.enable_ema) == (3, 0.2, True)
     (tmp_path / "actor").mkdir()
-    (tmp_path / "actor/config.json").write_text("{}")
+    (tmp_path / "actor/done").touch()
     done = dry_run(script, tmp_path)
     assert len(done.stdout.splitlines()) == 2 and "not run again" in done.stderr
     assert dry_run(script).returncode == 2

@@ -476,3 +476,42 @@ def test_adapters_saved_alone_merge_into_the_models_that_each_step_saved(
             assert torch.equal(want[part], got[part]), f"{name}: {part}"
         configs = [json.loads((folder / "config.json").read_text()) for folder in (saved, merged)]
         assert configs[0] == configs[1], name
+
+
+@pytest.mark.parametrize("name", ["text", "rows"])
+def test_plain_text_files_count_only_where_no_data_file_lies_beside_them(model_folder, tmp_path, name):
+    from types import SimpleNamespace
+
+    from utils.data.data_utils import get_unsupervised_data
+    from utils.utils import load_hf_tokenizer
+
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "LICENSE.txt").write_text("red red red red red red red red\n")
+    if name == "rows":
+        (folder / "train.jsonl").write_text('{"text": "blue blue blue blue blue blue blue blue"}\n')
+    args = SimpleNamespace(
+        unsupervised_dataset_name=str(folder),
+        unsupervised_dataset_config_name=None,
+        data_output_path=str(tmp_path / "cache"),
+        rebuild_cache=False,
+        max_prompt_seq_len=2,
+        max_answer_seq_len=2,
+    )
+    tokenizer = load_hf_tokenizer(model_folder)
+    text = tokenizer.decode(get_unsupervised_data(args, tokenizer)[0]["input_ids"])
+    assert ("blue" in text) == (name == "rows")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--only_optimize_lora", "--lora_dim", 2, "--save_lora_adapters"], ["--soft_prompt", "prompt_tuning"]]
+)
+def test_what_needs_its_base_is_not_saved_over_it(run_step, model_folder, pairs_folder, cache_folder, flags):
+    from utils.distributed import UserError
+
+    if "--soft_prompt" in flags:
+        pytest.importorskip("peft")
+    arguments = [*_data(pairs_folder, cache_folder), "--model_name_or_path", model_folder, *flags]
+    with pytest.raises(UserError, match="another folder"):
+        run_step(1, [*arguments, "--output_dir", model_folder])
+    assert (model_folder / "model.safetensors").exists()

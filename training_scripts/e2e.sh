@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The three steps one after another; a step whose model stands in OUTPUT already is not run again.
+# The three steps one after another; a step that is done is not run again (OUTPUT/STEP/done says so).
 #
 #   bash training_scripts/e2e.sh OUTPUT [FLAGS...]      FLAGS go to all three steps, as in --data_path my/pairs --dtype bf16
 #
@@ -18,27 +18,21 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 hostfile="${HOSTFILE:-}"
 stage="${STAGE:-2}"
-if [ -z "${DRY_RUN:-}" ] && ! command -v deepspeed >/dev/null; then
-    flags=("$@")
-    set --
-    # shellcheck source=training_scripts/setup_env.sh
-    . "$project/training_scripts/setup_env.sh"
-    set -- "${flags[@]}"
-fi
 
-step() { # step NUMBER FOLDER MODEL_FOLDER FLAGS...
-    if [ -f "$output/$3/config.json" ]; then
-        echo "=== step $1: $output/$3 is there, not run again ===" >&2
+step() { # step NUMBER FOLDER FLAGS...
+    if [ -f "$output/$2/done" ]; then
+        echo "=== step $1: $output/$2 is done, not run again ===" >&2
         return
     fi
     echo "=== step $1 ($SECONDS s so far) ===" >&2
-    launch "$1" "$output/$2" "${@:4}"
+    launch "$1" "$output/$2" "${@:3}"
+    if [ -z "${DRY_RUN:-}" ]; then touch "$output/$2/done"; fi
 }
 
-read -ra sft <<<"${SFT_FLAGS:-}"
-read -ra reward <<<"${REWARD_FLAGS:-}"
-read -ra ppo <<<"${PPO_FLAGS:-}"
-step 1 actor actor --model_name_or_path "${ACTOR_MODEL:-facebook/opt-1.3b}" --zero_stage "$stage" "$@" "${sft[@]}"
-step 2 reward reward --model_name_or_path "${REWARD_MODEL:-facebook/opt-350m}" --zero_stage "$stage" "$@" "${reward[@]}"
-step 3 rlhf rlhf/actor --actor_model_name_or_path "$output/actor" --critic_model_name_or_path "$output/reward" \
+read -rd '' -a sft <<<"${SFT_FLAGS:-}" || true
+read -rd '' -a reward <<<"${REWARD_FLAGS:-}" || true
+read -rd '' -a ppo <<<"${PPO_FLAGS:-}" || true
+step 1 actor --model_name_or_path "${ACTOR_MODEL:-facebook/opt-1.3b}" --zero_stage "$stage" "$@" "${sft[@]}"
+step 2 reward --model_name_or_path "${REWARD_MODEL:-facebook/opt-350m}" --zero_stage "$stage" "$@" "${reward[@]}"
+step 3 rlhf --actor_model_name_or_path "$output/actor" --critic_model_name_or_path "$output/reward" \
     --actor_zero_stage "$stage" --critic_zero_stage "$stage" --enable_hybrid_engine "$@" "${ppo[@]}"

@@ -18,15 +18,28 @@ count_ranks() { # 8 for a command that is only printed
     python3 -c 'import os, torch; print(torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0))))'
 }
 
+activate_environment() { # the project's own, unless there is one with deepspeed already
+    if [ -z "${DRY_RUN:-}" ] && ! command -v deepspeed >/dev/null; then
+        set -- # what is sourced must not take them for its own
+        # shellcheck source=training_scripts/setup_env.sh
+        . "$project/training_scripts/setup_env.sh"
+    fi
+}
+
 launch() { # launch STEP OUTPUT FLAGS...
     local step="$1" output="$2" command more where=(--num_gpus "${RANKS:-${ranks:-}}")
     shift 2
+    activate_environment || return
     if [ -n "${hostfile:-}" ]; then
+        if [ -z "${DRY_RUN:-}" ] && [ ! -s "$hostfile" ]; then
+            echo "error: $hostfile is missing or empty: set HOSTFILE to a file with a line 'HOST slots=GPUS' per node" >&2
+            exit 1
+        fi
         where=(--hostfile "$hostfile")
     elif [ -z "${where[1]}" ]; then
         where[1]="$(count_ranks)"
     fi
-    read -ra more <<<"${LAUNCHER_ARGS:-}"
+    read -rd '' -a more <<<"${LAUNCHER_ARGS:-}" || true
     command=(deepspeed "${where[@]}" --master_port "${MASTER_PORT:-29517}" "${more[@]}"
         "$project/training/${steps[step]}/main.py" --output_dir "$output" "$@")
     if [ -n "${DRY_RUN:-}" ]; then
@@ -50,36 +63,28 @@ recipe() { # recipe STEP MACHINE ARGUMENTS... -- FLAGS...
     shift 2
     while [ "$1" != -- ]; do
         # Positional arguments come first; from the first flag on all is the user's own.
-        if [ ${#given[@]} -gt 0 ] || [[ "$1" == --* ]]; then given+=("$1"); else arguments+=("$1"); fi
+        if [ ${#given[@]} -gt 0 ] || [[ "$1" == -* ]]; then given+=("$1"); else arguments+=("$1"); fi
         shift
     done
     shift
-    if [[ " ${given[*]-} " == *" --help "* ]]; then _recipe_usage; fi
+    if [[ " ${given[*]-} " =~ " --help "|" -h " ]]; then _recipe_usage; fi
     if [ "$step" = 3 ]; then
         [ ${#arguments[@]} -ge 2 ] && [ ${#arguments[@]} -le 5 ] || _recipe_usage
         set -- --actor_model_name_or_path "${arguments[0]}" --critic_model_name_or_path "${arguments[1]}" "$@"
         for flag in 2:--actor_zero_stage 3:--critic_zero_stage; do
             if [ -n "${arguments[${flag%%:*}]-}" ]; then set -- "$@" "${flag#*:}" "${arguments[${flag%%:*}]}"; fi
         done
-        output="${arguments[4]:-./output}"
+        output="${arguments[4]:-./output/step$step}"
     else
         [ ${#arguments[@]} -le 2 ] || _recipe_usage
         if [ -n "${arguments[1]-}" ]; then set -- "$@" --zero_stage "${arguments[1]}"; fi
-        output="${arguments[0]:-./output}"
+        output="${arguments[0]:-./output/step$step}"
     fi
     case "$machine" in
     single_gpu) ranks=1 ;;
     multi_node)
         hostfile="${HOSTFILE:-/job/hostfile}"
-        if [ -z "${DRY_RUN:-}" ] && [ ! -s "$hostfile" ]; then
-            echo "error: $hostfile is missing or empty: set HOSTFILE to a file with a line 'HOST slots=GPUS' per node" >&2
-            exit 1
-        fi
         ;;
     esac
-    if [ -z "${DRY_RUN:-}" ] && ! command -v deepspeed >/dev/null; then
-        # shellcheck source=training_scripts/setup_env.sh
-        . "$project/training_scripts/setup_env.sh"
-    fi
     launch "$step" "$output" "$@" ${given[@]+"${given[@]}"}
 }

@@ -5,7 +5,7 @@
 #   bash training_scripts/sweep.sh 3 ACTOR CRITIC OUTPUT [FLAGS...]
 #
 # FLAGS come last and hold for all of them, as in --data_path my/pairs --per_device_train_batch_size 4.
-# A combination that is done is not run again; one that fails is told in the table and in its training.log.
+# A combination that is done is not run again; one that fails is told in the table and in its training.log. Models are not kept.
 #
 # STAGES   "0 1 2 3"      OFFLOAD  "off on"      LORA  "0 64" (ranks, 0 for none)      HYBRID  "off on" (step 3)
 # STEPS    steps of training each (default 8)
@@ -24,10 +24,7 @@ flags=("${@:3+models}")
 set --
 # shellcheck source=training_scripts/launch.sh
 . "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
-if [ -z "${DRY_RUN:-}" ] && ! command -v deepspeed >/dev/null; then
-    # shellcheck source=training_scripts/setup_env.sh
-    . "$project/training_scripts/setup_env.sh"
-fi
+activate_environment
 ranks="${RANKS:-$(count_ranks)}"
 steps_of_each="${STEPS:-8}"
 
@@ -35,7 +32,10 @@ one() { # one NAME FLAGS...
     local folder="$output/$1"
     if [ -z "${DRY_RUN:-}" ] && [ -f "$folder/done" ]; then return; fi
     echo "=== $1 ===" >&2
-    if launch "$number" "$folder" "${@:2}" "${flags[@]}" >&3 && [ -z "${DRY_RUN:-}" ]; then touch "$folder/done"; fi
+    if launch "$number" "$folder" "${@:2}" --max_eval_samples 8 "${flags[@]}" >&3 && [ -z "${DRY_RUN:-}" ]; then
+        find "$folder" -name "*.safetensors" -delete # speed is what was asked
+        touch "$folder/done"
+    fi
 }
 
 exec 3>&1

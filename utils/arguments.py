@@ -260,7 +260,7 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
         add(
             "--only_optimize_lora",
             action="store_true",
-            help="freeze everything but LoRA (and a reward model's value head)",
+            help="of each model that has LoRA, freeze everything but it (and a reward model's value head)",
         )
         add(
             "--save_lora_adapters",
@@ -369,7 +369,11 @@ def check_soft_prompt(args) -> None:
     if args.soft_prompt is None:
         if args.soft_prompt_init_text is not None:
             raise UserError("--soft_prompt_init_text does nothing without --soft_prompt prompt_tuning")
+        for flag in ("soft_prompt_learning_rate", "soft_prompt_hidden_size"):
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} does nothing without --soft_prompt")
         return
+    refuse_in_place("--soft_prompt", args.model_name_or_path, args.output_dir)
     if importlib.util.find_spec("peft") is None:
         raise UserError("--soft_prompt needs the package peft: pip install peft")
     if args.lora_dim > 0:
@@ -456,7 +460,26 @@ def check_models(args, *names: str) -> None:
             check_whole_model(getattr(args, name), f"--{name}")
 
 
+def refuse_in_place(flag: str, base: str | None, folder) -> None:
+    """What is saved needs the model it started from, which saving into its own folder would replace."""
+    if (
+        base is not None
+        and folder is not None
+        and Path(base).is_dir()
+        and Path(base).resolve() == Path(folder).resolve()
+    ):
+        raise UserError(f"{flag} needs the model it starts from: let --output_dir be another folder than {base}")
+
+
 def check_save_lora_adapters(args) -> None:
+    if args.save_lora_adapters and args.output_dir is not None:
+        for name, folders in (
+            ("model_name_or_path", ("",)),
+            ("actor_model_name_or_path", ("actor", "actor_ema")),
+            ("critic_model_name_or_path", ("critic",)),
+        ):
+            for folder in folders:
+                refuse_in_place("--save_lora_adapters", getattr(args, name, None), Path(args.output_dir) / folder)
     if args.save_lora_adapters and not args.only_optimize_lora:
         raise UserError(
             "--save_lora_adapters needs --only_optimize_lora: without it biases, norms and embeddings train too, and "
@@ -809,6 +832,8 @@ def check_rlhf(args) -> RLHFBatchSizes:
         )
     if args.align_overflow and args.dtype == "fp32":
         raise UserError("--align_overflow: fp32 gradients do not overflow, and no step is skipped for it")
+    if args.align_overflow and args.dtype == "bf16" and 3 in (args.actor_zero_stage, args.critic_zero_stage):
+        raise UserError("--align_overflow: DeepSpeed's ZeRO-3 skips no step in bf16, so there is nothing to align")
     if args.enable_mixed_precision_lora:
         if get_accelerator().device_name() != "cuda":
             raise UserError("--enable_mixed_precision_lora: ZeRO++'s quantised gathers need CUDA")
@@ -864,6 +889,10 @@ def _check_rewards(args) -> None:
         )
     if not needs_model:
         args.critic_model_name_or_path = None
+    if args.reward_model_weight == 0 and args.offload_reward_model:
+        raise UserError("--offload_reward_model: --reward_model_weight 0 leaves the reward model out")
+    if args.offload and estimator != "gae" and args.actor_zero_stage == 0:
+        raise UserError(f"--offload: {estimator} trains the actor alone, and that needs --actor_zero_stage 1, 2 or 3")
     if not (args.only_optimize_lora and args.actor_lora_dim):
         args.separate_ref = True
     elif args.offload_reference_model and not args.separate_ref:

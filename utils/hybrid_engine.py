@@ -17,7 +17,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from utils.distributed import UserError, all_reduce_sum, get_world_size
+from utils.distributed import UserError, all_gather_objects, all_reduce_sum, get_world_size
 from utils.model.inputs import model_inputs
 from utils.module.fused_linear import find_shared_inputs, fused_linears
 from utils.module.lora import lora_layers
@@ -141,9 +141,11 @@ class HybridEngine:
                     stack.enter_context(_hooks_set_aside(module))
                 if self.enabled and not self.needs_lockstep and self.backend != "deepspeed":
                     stack.enter_context(_lora_folded(module))
-                    if self._groups is None:
-                        self._groups = find_shared_inputs(module)
-                    stack.enter_context(fused_linears(module, self._groups))
+                    # Fused copies take memory that an accelerator rarely has to spare, and were measured on a CPU only.
+                    if self.backend == "own" and get_accelerator().device_name() == "cpu":
+                        if self._groups is None:
+                            self._groups = find_shared_inputs(module)
+                        stack.enter_context(fused_linears(module, self._groups))
                 yield module
         finally:
             module.train(was_training)
@@ -177,7 +179,8 @@ class HybridEngine:
                 "--hybrid_engine_backend deepspeed: DeepSpeed has no kernels for "
                 f"{type(self.engine.module).__name__}; use auto"
             )
-        problem = self._difference_from_generate()
+        # One answer for all ranks: they would wait for each other in different loops.
+        problem = next(filter(None, all_gather_objects(self._difference_from_generate())), None)
         if problem is not None and wanted != "auto":
             raise UserError(f"--hybrid_engine_backend {wanted}: {problem}; use auto")
         if problem is not None:

@@ -25,6 +25,7 @@ from training.step3_rlhf_finetuning.ppo_trainer import (
     DeepSpeedPPOTrainer,
     DeepSpeedPPOTrainerUnsupervised,
     MicroBatch,
+    reward_scale,
 )
 from training.step3_rlhf_finetuning.reward_functions import load_reward_functions
 from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
@@ -40,6 +41,7 @@ from utils.data.data_utils import datasets_of_step, get_unsupervised_data
 from utils.data.encoding import RLHF
 from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, run_main
 from utils.metrics import make_writer
+from utils.model.loading import load_config
 from utils.model.model_utils import check_model
 from utils.perf import Stopwatch, print_throughput_step3
 from utils.utils import (
@@ -123,6 +125,8 @@ def main():
     if args.critic_model_name_or_path is not None:
         check_tokenizers(args, tokenizer)
         check_model(AutoModel, args.critic_model_name_or_path, args.trust_remote_code, trained_head=True)
+        if args.normalize_reward:
+            reward_scale(load_config(args.critic_model_name_or_path, args.trust_remote_code))
     check_model(AutoModelForCausalLM, args.actor_model_name_or_path, args.trust_remote_code)
     prompts, _ = datasets_of_step(args, tokenizer, RLHF, args.max_prompt_seq_len)
     sampler = StepBatchSampler(prompts.lengths, batch.prompts_per_round, batch.rounds, seed=args.seed, drop_last=True)

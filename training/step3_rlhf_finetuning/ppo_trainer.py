@@ -37,6 +37,18 @@ def align_overflow(*engines) -> None:
         answer_once(engine.optimizer)
 
 
+def reward_scale(config) -> tuple[float, float]:
+    """Mean and std of a reward model's scores, as step 2 saved them.
+
+    Raises:
+        UserError: the config has none.
+    """
+    mean, std = getattr(config, "reward_score_mean", None), getattr(config, "reward_score_std", None)
+    if not std:
+        raise UserError("--normalize_reward: the reward model's config has no reward_score_mean and reward_score_std")
+    return mean, std
+
+
 @dataclass
 class MicroBatch:
     """What one forward and backward pass of an update sees: rollouts, and text for the ptx loss if there is some."""
@@ -60,15 +72,7 @@ class DeepSpeedPPOTrainer:
         self.generate_time = 0.0
         self.generated_steps = 0
         self.skipped_updates = 0
-        self.reward_scale = None
-        if args.normalize_reward:
-            config = self.reward_model.module.config
-            mean, std = getattr(config, "reward_score_mean", None), getattr(config, "reward_score_std", None)
-            if not std:
-                raise UserError(
-                    "--normalize_reward: the reward model's config has no reward_score_mean and reward_score_std"
-                )
-            self.reward_scale = (mean, std)
+        self.reward_scale = reward_scale(self.reward_model.module.config) if args.normalize_reward else None
 
     # ------------------------------------------------------------ experience
 

@@ -9,6 +9,7 @@ def polite(prompts: list[str], answers: list[str]) -> list[float]:
 import importlib.util
 import math
 import numbers
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def load_reward_functions(named: list[str]) -> list[RewardFunction]:
         if not math.isfinite(value):
             raise UserError(f"--reward_function {text}: the weight {weight!r} is no number")
         functions.append(RewardFunction(name, _load_function(Path(f"{file}.py"), name), value))
-    names = [function.name for function in functions]
+    names = ["reward_model", *(function.name for function in functions)]  # the model's own score has that name
     if len(set(names)) < len(names):
         raise UserError(f"--reward_function: two functions have one name ({', '.join(names)}); metrics need one each")
     return functions
@@ -76,12 +77,16 @@ def load_reward_functions(named: list[str]) -> list[RewardFunction]:
 def _load_function(file: Path, name: str) -> Callable:
     if not file.is_file():
         raise UserError(f"--reward_function: there is no file {file}")
-    spec = importlib.util.spec_from_file_location(f"reward_functions_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
+    name_of_module = f"reward_functions:{file.resolve()}"
     try:
-        spec.loader.exec_module(module)
+        if name_of_module not in sys.modules:  # a file with two functions runs once
+            spec = importlib.util.spec_from_file_location(name_of_module, file)
+            sys.modules[name_of_module] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name_of_module]
         raise UserError(f"--reward_function: {file} cannot be run: {type(error).__name__}: {error}") from error
+    module = sys.modules[name_of_module]
     function = getattr(module, name, None)
     if not callable(function):
         found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

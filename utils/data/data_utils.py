@@ -32,7 +32,7 @@ from utils.data.encoding import (
     columns_of_step,
 )
 from utils.data.raw_datasets import DataError, PromptRawDataset, RowReport, SkipRow, open_raw_dataset, text
-from utils.data.readers import ConcatRows, Rows, TextFile, content_fingerprint, open_splits, splits_of_hub
+from utils.data.readers import ConcatRows, Rows, TextFile, content_fingerprint, file_kind, open_splits, splits_of_hub
 from utils.distributed import UserError, get_local_rank, once_per_node
 from utils.utils import print_rank_0, progress
 
@@ -407,8 +407,9 @@ def _unsupervised_rows(name: str, config_name: str | None) -> tuple[Rows, str]:
     """(rows with a field ``text``, fingerprint of their content): lines of .txt files, any other file or folder of
     rows, or a hub dataset."""
     path = Path(name)
-    plain = [path] if path.is_file() and path.suffix == ".txt" else sorted(path.rglob("*.txt"))
-    if plain:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    plain = [file for file in files if file.suffix == ".txt"]
+    if plain and not any(file_kind(file) for file in files):  # beside data files they are a licence, say
         return ConcatRows([TextFile(file) for file in plain]), content_fingerprint(plain)
     splits = open_splits(path, config_name) if path.exists() else splits_of_hub(name, config_name, [path])
     splits.keep_columns(["text"])

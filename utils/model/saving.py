@@ -206,8 +206,12 @@ def _umask() -> int:
     return mask
 
 
+# What a loader would take for a part of the model that is saved now: other weights, or an adapter over another base.
+EARLIER_MODEL = ("model*.safetensors", "model*.safetensors.index.json", "adapter_config.json", "adapter_model.*")
+
+
 @contextmanager
-def atomic_folder(folder: Path, replaces=("model*.safetensors", "model*.safetensors.index.json")):
+def atomic_folder(folder: Path, replaces=EARLIER_MODEL):
     """A scratch folder whose files move into ``folder`` one by one when the block ends well, and vanish otherwise.
 
     Within one file system a move replaces a file in one step. The weights' index moves last; then files of an earlier
