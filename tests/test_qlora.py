@@ -210,6 +210,7 @@ def test_step_2_saves_a_whole_reward_model_with_its_trained_head(
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert saved.config.num_labels == 1
+    assert saved.config.reward_score_std == read_metrics(tmp_path, "eval")[-1]["eval/score_std"]
     weights = saved.state_dict()
     assert torch.equal(weights.pop("score.weight"), adapter["base_model.model.score.weight"])
     for name, weight in folded_by_hand(base, adapter):

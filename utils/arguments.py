@@ -14,7 +14,7 @@ from utils.distributed import UserError, deepspeed, get_accelerator
 from utils.ds_utils import get_train_ds_config, merge_config_file
 
 QUANTIZATIONS = ("nf4", "int8")
-SOFT_PROMPT_LEARNING_RATES = {"prompt_tuning": 1e-2, "p_tuning": 1e-3}
+SOFT_PROMPT_LEARNING_RATES = {"prompt_tuning": 1e-2, "p_tuning": 1e-4}
 
 
 def cache_folder() -> str:
@@ -328,8 +328,7 @@ def check_quantize(args) -> None:
         )
     if args.trust_remote_code:
         raise UserError("--quantize with --trust_remote_code: a model with code of its own cannot be folded when saved")
-    if args.output_dir is not None and Path(args.output_dir).resolve() == Path(args.model_name_or_path).resolve():
-        raise UserError("--quantize: --output_dir is the model's own folder, whose original weights are needed to save")
+    refuse_in_place("--quantize", args.model_name_or_path, args.output_dir)
     args.lora_module_name, args.only_optimize_lora = "all-linear", True
     args.quantize_compute_dtype = args.quantize_compute_dtype or args.dtype
 
