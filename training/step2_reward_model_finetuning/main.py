@@ -65,8 +65,8 @@ def build_parser():
     group.add_argument(
         "--rm_loss",
         choices=["per_token", "end_token"],
-        default="per_token",
-        help="compare the pair at every token from where it differs (published), or at its ends (InstructGPT)",
+        default="end_token",
+        help="compare the pair at its ends (InstructGPT), or at every token from where it differs (per_token, published)",
     )
     group.add_argument(
         "--rm_margin",
