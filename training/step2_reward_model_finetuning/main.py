@@ -66,7 +66,7 @@ def build_parser():
         "--rm_loss",
         choices=["per_token", "end_token"],
         default="end_token",
-        help="compare the pair at its ends (InstructGPT), or at each token from where it differs (per_token, published)",
+        help="compare the pair at its ends (InstructGPT), or at every token that differs (per_token, published)",
     )
     group.add_argument(
         "--rm_margin",

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,7 @@ __all__ = [  # what other people's code imports from here, wherever it is writte
 
 CACHE_VERSION = 3  # part of every cache key: raise it when the rules change what is stored
 ROWS_PER_CHUNK = 1000  # rows read, tokenised and written at a time: bounds the memory of preparation
+CHUNKS_AHEAD = 2  # chunks in the tokenizer's hands: one is always there when another comes back
 
 
 def get_raw_dataset(dataset_name, output_path, seed, local_rank, columns=None) -> PromptRawDataset:
@@ -195,16 +197,15 @@ def create_dataset_split(raw_dataset, rows, indices, tokenizer, rules: TokenRule
     encoder = RowEncoder(raw_dataset, tokenizer, rules)
     chunks = [indices[begin : begin + ROWS_PER_CHUNK] for begin in range(0, len(indices), ROWS_PER_CHUNK)]
     schema = pa.schema(columns_of_step(rules.train_phase))
-    with _arrow_file(file, schema, encoder.counts) as writer, ThreadPoolExecutor(1) as pool:
-        pending = None
+    with _arrow_file(file, schema, encoder.counts) as writer, ThreadPoolExecutor(CHUNKS_AHEAD) as pool:
+        pending = deque()
+        # The tokenizer works without Python's lock: meanwhile the last chunk is finished here and the next one read.
         for chunk in progress(chunks, f"tokenising {raw_dataset.dataset_name}"):
-            # While the tokenizer works on this chunk, without Python's lock, the last one is finished here.
-            following = pool.submit(encoder.tokenise, encoder.read(rows, chunk))
-            if pending is not None:
-                writer.write_batch(encoder.finish(*pending.result()))
-            pending = following
-        if pending is not None:
-            writer.write_batch(encoder.finish(*pending.result()))
+            pending.append(pool.submit(encoder.tokenise, encoder.read(rows, chunk)))
+            if len(pending) > CHUNKS_AHEAD:
+                writer.write_batch(encoder.finish(*pending.popleft().result()))
+        for tokenised in pending:
+            writer.write_batch(encoder.finish(*tokenised.result()))
         encoder.report.raise_if_none(rows, NEEDED_TEXTS[rules.train_phase])
         encoder.counts.read = str(encoder.report)
     return encoder.counts

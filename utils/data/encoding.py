@@ -113,6 +113,9 @@ class TextEncoder:
             state = json.loads(tokenizer.backend_tokenizer.to_str())
             self.token_bytes = byte_lengths(state)
             self.normal_form = (state["normalizer"] or {}).get("type")
+            # Here and not before every batch: a tokenizer at work in another thread cannot be changed.
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
 
     def keeps(self, text: str) -> bool:
         """Whether the tokenizer's normaliser leaves this text as it is."""
@@ -125,7 +128,7 @@ class TextEncoder:
         elif self.token_bytes is None:
             encoded = self.with_offsets(texts)
         else:  # a quarter less work than with offsets
-            found = self._backend().encode_batch_fast(texts, add_special_tokens=self.special_tokens)
+            found = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=self.special_tokens)
             encoded = [Ids(row.ids, text, self) for row, text in zip(found, texts, strict=True)]
         eos = self.tokenizer.eos_token_id
         for row in encoded:
@@ -134,14 +137,8 @@ class TextEncoder:
         return encoded
 
     def with_offsets(self, texts: list[str]) -> list[Ids]:
-        found = self._backend().encode_batch(texts, add_special_tokens=self.special_tokens)
+        found = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=self.special_tokens)
         return [Ids(row.ids, text, self, row) for row, text in zip(found, texts, strict=True)]
-
-    def _backend(self):
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        return backend
 
 
 def byte_lengths(state: dict) -> np.ndarray | None:
