@@ -7,6 +7,8 @@
 # RANKS  processes to train with (default: the GPUs, or 2 on a CPU with two or more cores)
 # SEED   of everything (default 1234)
 # SFT_ROWS, PAIRS, PROMPTS   rows of the three steps (default 8000, 4000, 5120): fewer for a quick look
+# FROM   output folder of an earlier quickstart: its models of step 1 and 2 are taken, only step 3 runs
+# PPO_FLAGS   more flags of step 3, in one string, as in "--ppo_epochs 4"; they win
 set -euo pipefail
 project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 output="$(realpath -m "${1:-$project/output/quickstart}")"
@@ -31,24 +33,30 @@ step() { # step NUMBER FLAGS...
 
 common=(--data_path local/demo --data_split "4,3,3" --data_output_path "$output/data" --dtype fp32 --seed "$seed")
 
-echo "=== base: a model from scratch ==="
-(cd "$project" && TQDM_DISABLE=1 python -m utils.demo.tiny_model --output "$output/base" --seed "$seed")
+read -rd '' -a ppo_flags <<<"${PPO_FLAGS:-}" || true
 
-step 1 "${common[@]}" \
-    --model_name_or_path "$output/base" --max_seq_len 48 --per_device_train_batch_size "$rows" \
-    --max_train_samples "${SFT_ROWS:-8000}" --learning_rate 2e-3 --num_train_epochs 2 --num_warmup_steps 20 \
-    --no-group_by_length --log_interval 100
+if [ -n "${FROM:-}" ]; then
+    for folder in base step1 step2; do ln -sfn "$(realpath "$FROM/$folder")" "$output/$folder"; done
+else
+    echo "=== base: a model from scratch ==="
+    (cd "$project" && TQDM_DISABLE=1 python -m utils.demo.tiny_model --output "$output/base" --seed "$seed")
 
-step 2 "${common[@]}" \
-    --model_name_or_path "$output/step1" --max_seq_len 48 --per_device_train_batch_size "$rows" \
-    --learning_rate 5e-4 --num_train_epochs 1 --num_warmup_steps 10 --max_train_samples "${PAIRS:-4000}" --log_interval 50
+    step 1 "${common[@]}" \
+        --model_name_or_path "$output/base" --max_seq_len 48 --per_device_train_batch_size "$rows" \
+        --max_train_samples "${SFT_ROWS:-8000}" --learning_rate 2e-3 --num_train_epochs 2 --num_warmup_steps 20 \
+        --no-group_by_length --log_interval 100
+
+    step 2 "${common[@]}" \
+        --model_name_or_path "$output/step1" --max_seq_len 48 --per_device_train_batch_size "$rows" \
+        --learning_rate 5e-4 --num_train_epochs 1 --num_warmup_steps 10 --max_train_samples "${PAIRS:-4000}" --log_interval 50
+fi
 
 step 3 "${common[@]}" \
     --actor_model_name_or_path "$output/step1" --critic_model_name_or_path "$output/step2" \
     --max_prompt_seq_len 24 --max_answer_seq_len 40 --per_device_generation_batch_size $((2 * answers)) \
     --per_device_training_batch_size "$answers" --ppo_epochs 2 --actor_learning_rate 1e-4 --critic_learning_rate 3e-4 \
     --num_warmup_steps 5 --kl_ctl 0.1 --normalize_reward --enable_ema --enable_hybrid_engine \
-    --max_train_samples "${PROMPTS:-5120}"
+    --max_train_samples "${PROMPTS:-5120}" ${ppo_flags[@]+"${ppo_flags[@]}"}
 
 echo
 echo "=== report ==="
