@@ -89,7 +89,7 @@ def make_model(folder: Path, family: str = "llama", pad: str | None = "<pad>", s
     config = AutoConfig.for_model(
         **FAMILIES[family],
         vocab_size=size,
-        max_position_embeddings=128,
+        max_position_embeddings=512,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -21,6 +21,7 @@ from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
 from utils import arguments
 from utils.data.batching import pad_rows
 from utils.distributed import get_rank, init_distributed, run_main
+from utils.hybrid_engine import HybridEngine
 from utils.model.model_utils import create_critic_model
 from utils.sampling import Decoding, sample_answers
 from utils.utils import load_hf_tokenizer, print_rank_0, save_hf_format, set_random_seed
@@ -110,6 +111,18 @@ def main():
                     assert len(ours) == len(theirs) > 2
                     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), (flags, way)
                 print_rank_0(f"equal: {flags} {way}, {len(plain[1])} tensors, lengths {lengths}")
+    check_that_ranks_agree(folder / "actor")
+
+
+def check_that_ranks_agree(actor: Path) -> None:
+    """What the start-up check finds on the last rank alone decides for all."""
+    if get_rank() == dist.get_world_size() - 1:
+        HybridEngine._difference_from_generate = lambda self: "a fault of this rank"
+    engine = SimpleNamespace(module=AutoModelForCausalLM.from_pretrained(actor), train=lambda mode=True: None)
+    backends = [None] * dist.get_world_size()
+    dist.all_gather_object(backends, HybridEngine(engine).backend)
+    assert set(backends) == {"transformers"}, backends
+    print_rank_0("all ranks fall back")
 
 
 run_main(main)

@@ -49,6 +49,7 @@ BAD = {
         {"--output_dir": "{tmp}/empty.jsonl/out"},
         r"--output_dir .*cannot be written",
     ),
+    "rows longer than the model": ({"--max_seq_len": 513}, r"--max_seq_len 513 is more than the 512 positions"),
     "offload without ZeRO": ({"--offload": None}, r"--zero_stage"),
     "a configuration that is not there": ({"--deepspeed_config": "{tmp}/nowhere.json"}, r"nowhere\.json"),
     "a share of nothing": ({"--data_split": "0,1,1"}, r"no train row"),

@@ -444,3 +444,4 @@ def test_tokens_and_weights_are_those_of_training_without_it_at_every_zero_stage
     code, output = run_command(command, timeout=600, PYTHONPATH=f"{PROJECT}:{PROJECT / 'tests'}")
     assert code == 0, output[-4000:]
     assert output.count("equal: ") == 10, output[-4000:]
+    assert "all ranks fall back" in output, output[-4000:]

@@ -202,6 +202,17 @@ def test_an_empty_answer_weighs_nothing_and_a_batch_of_them_is_skipped(folders, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("engine", [[], ["--enable_hybrid_engine"]], ids=["generate", "hybrid engine"])
+def test_prompts_and_answers_may_fill_every_position_of_the_models(folders, engine):
+    limit = 512 - 16  # of the models' positions, less those of the answer
+    trainer = _trainer(folders, "--max_prompt_seq_len", str(limit), "--max_answer_seq_len", "16", *engine)
+    rows = [[10 + i % 30 for i in range(width)] for width in (limit, 3, limit, 1)]
+    experience = _experience(trainer, rows=rows)
+    assert experience.prompt_width == limit and experience.answer_mask.any(dim=1).all()
+    metrics = trainer.train_rlhf(_window(experience))
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-5)
+
+
 def test_a_missing_eos_costs_the_penalty(folders, monkeypatch):
     trainer = _trainer(folders, "--missing_eos_penalty", "2.5", "--kl_ctl", "0")
     answers = torch.tensor([[9, 8, trainer.tokenizer.eos_token_id], [9, 9, 9]]).repeat(2, 1)

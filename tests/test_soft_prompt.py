@@ -149,7 +149,7 @@ def test_a_trained_prompt_lowers_the_loss_and_loads_in_peft_and_here_as_it_was(
         theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path).eval()
         logits = theirs(input_ids=ids, attention_mask=mask).logits[:, N:]
         torch.testing.assert_close(logits[mask.bool()], want[mask.bool()])
-    assert lm.max_positions == 128 - N
+    assert lm.max_positions == 512 - N
     alone = [generate_ids(lm, [row], max_new_tokens=5, do_sample=False)[0] for row in ROWS]
     assert generate_ids(lm, ROWS, max_new_tokens=5, do_sample=False) == alone
 
@@ -193,7 +193,7 @@ def test_zero_3_on_two_ranks_trains_and_saves_the_vectors_that_one_process_does(
     [
         (["--lora_dim", 4], "freezes the whole model"),
         (["--packing"], "a block holds many"),
-        (["--num_virtual_tokens", 100], "128 positions"),
+        (["--num_virtual_tokens", 500], "512 positions"),
         (["--soft_prompt_init_text", ""], "holds no token"),
         (["--add_eot_token", "--eot_token", "<|new|>"], "is new to"),
         (["--soft_prompt_hidden_size", 8], "no network"),

@@ -131,7 +131,8 @@ def main():
     set_random_seed(args.seed)
 
     # 2. Tokenizer and data, after a look whether the model's files are all there and fit
-    check_model(AutoModel, args.model_name_or_path, args.trust_remote_code)
+    lengths = {"--max_seq_len": args.max_seq_len}
+    check_model(AutoModel, args.model_name_or_path, args.trust_remote_code, lengths=lengths)
     tokenizer = load_hf_tokenizer(
         args.model_name_or_path,
         add_special_tokens=args.end_of_conversation_token,

@@ -122,12 +122,15 @@ def main():
         add_special_tokens=args.end_of_conversation_token,
         trust_remote_code=args.trust_remote_code,
     )
+    lengths = {"--max_prompt_seq_len": args.max_prompt_seq_len, "--max_answer_seq_len": args.max_answer_seq_len}
     if args.critic_model_name_or_path is not None:
         check_tokenizers(args, tokenizer)
-        check_model(AutoModel, args.critic_model_name_or_path, args.trust_remote_code, trained_head=True)
+        check_model(
+            AutoModel, args.critic_model_name_or_path, args.trust_remote_code, trained_head=True, lengths=lengths
+        )
         if args.normalize_reward:
             reward_scale(load_config(args.critic_model_name_or_path, args.trust_remote_code))
-    check_model(AutoModelForCausalLM, args.actor_model_name_or_path, args.trust_remote_code)
+    check_model(AutoModelForCausalLM, args.actor_model_name_or_path, args.trust_remote_code, lengths=lengths)
     prompts, _ = datasets_of_step(args, tokenizer, RLHF, args.max_prompt_seq_len)
     sampler = StepBatchSampler(prompts.lengths, batch.prompts_per_round, batch.rounds, seed=args.seed, drop_last=True)
     loader = make_loader(

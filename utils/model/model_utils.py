@@ -56,13 +56,25 @@ def grow_embedding(model, tokenizer) -> None:
         model.resize_token_embeddings(8 * math.ceil(len(tokenizer) / 8))
 
 
-def check_model(model_class, model_name_or_path, trust_remote_code=False, trained_head=False):
+def check_positions(config, model_name_or_path, lengths: dict[str, int]) -> None:
+    """Refuse rows longer than what the model was made for: learned positions end there, rotary ones mean nothing."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and sum(lengths.values()) > positions:
+        asked = " and ".join(f"{flag} {length}" for flag, length in lengths.items())
+        raise UserError(
+            f"{asked} {'are' if len(lengths) > 1 else 'is'} more than the {positions} positions of "
+            f"{str(model_name_or_path)!r}; lower {'one of them' if len(lengths) > 1 else 'it'}"
+        )
+
+
+def check_model(model_class, model_name_or_path, trust_remote_code=False, trained_head=False, lengths=None):
     """Read configuration and names of weights alone: whether the model is there, whole and of the right kind.
 
     Every rank must call this.
 
     Args:
         trained_head: a reward model is wanted, with its value head.
+        lengths: flag -> tokens it asks for; their sum must not exceed the positions the model has.
 
     Returns:
         (configuration, options that ``from_pretrained`` needs for these files)
@@ -75,6 +87,7 @@ def check_model(model_class, model_name_or_path, trust_remote_code=False, traine
     def check() -> None:
         nonlocal checked
         config = load_config(model_name_or_path, trust_remote_code)
+        check_positions(config, model_name_or_path, lengths or {})
         checkpoint = find_checkpoint(model_name_or_path)
         if checkpoint.is_published_reward:
             config.num_labels = 1

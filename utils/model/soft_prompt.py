@@ -19,7 +19,6 @@ from torch import nn
 
 from utils.distributed import UserError, agree, barrier, deepspeed, get_rank
 from utils.model.inputs import embedding_width, forward_accepts, position_ids_from_mask
-from utils.model.loading import load_config
 from utils.model.saving import atomic_folder
 from utils.utils import load_hf_tokenizer
 
@@ -129,13 +128,6 @@ def check_soft_prompt_inputs(args, tokenizer) -> None:
         and not tokenizer(args.soft_prompt_init_text, add_special_tokens=False)["input_ids"]
     ):
         raise UserError("--soft_prompt_init_text holds no token; leave it out to start from random tokens")
-    config = load_config(args.model_name_or_path, args.trust_remote_code).get_text_config()
-    room = getattr(config, "max_position_embeddings", None)
-    if room is not None and args.num_virtual_tokens + args.max_seq_len > room:
-        raise UserError(
-            f"--num_virtual_tokens {args.num_virtual_tokens} and --max_seq_len {args.max_seq_len} are more than the "
-            f"{room} positions of {args.model_name_or_path}; lower one of them"
-        )
 
 
 def make_soft_prompt_model(base_model, tokenizer, args) -> SoftPromptModel:
