@@ -1,0 +1,84 @@
+"""Curves of runs: what is read, what is drawn, and what is said of files that hold none."""
+
+import json
+import sys
+
+import pytest
+from conftest import PROJECT
+
+sys.path.insert(0, str(PROJECT / "evaluation_scripts"))
+
+import plot_run
+
+from utils.distributed import UserError
+
+
+def _run(folder, scale=1.0, end=""):
+    folder.mkdir(parents=True)
+    rows = [{"step": i, "train/score": scale * i, "train/kl": 0.1, "train/note": "text"} for i in range(5)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
+    return folder
+
+
+def _plot(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["plot_run.py", *map(str, arguments)])
+    plot_run.main()
+
+
+def test_curves_hold_every_number_and_a_line_that_is_being_written_is_left(tmp_path):
+    curves = plot_run.read_curves(_run(tmp_path / "a", end='{"step": 5, "train/sc'))
+    assert curves == {"train/score": [(i, i) for i in range(5)], "train/kl": [(i, 0.1) for i in range(5)]}
+
+
+def test_smoothing_has_no_bias_towards_zero_and_weight_zero_changes_nothing():
+    curve = [(0, 2.0), (1, 4.0), (2, 1.0)]
+    assert plot_run.smooth(curve, 0.0) == curve
+    # weights 0.5 and 1 of the first two, then 0.25, 0.5 and 1
+    expected = [2.0, (0.5 * 2 + 4) / 1.5, (0.25 * 2 + 0.5 * 4 + 1) / 1.75]
+    assert [value for _, value in plot_run.smooth(curve, 0.5)] == pytest.approx(expected)
+
+
+def test_a_picture_beside_the_run_and_a_page_that_needs_no_other_file(tmp_path, monkeypatch, capsys):
+    first, second = _run(tmp_path / "a<b>/step3"), _run(tmp_path / "c/step3", scale=2.0)
+    _plot(monkeypatch, first)
+    assert (first / "curves.png").read_bytes().startswith(b"\x89PNG")
+    _plot(monkeypatch, first, second, "--output", tmp_path / "page.html", "--smooth", "0.5")
+    page = (tmp_path / "page.html").read_text()
+    assert "<svg" in page and "a&lt;b&gt;/step3" in page and "<b>" not in page
+    assert "<td>train/score</td><td>2</td><td>4</td>" in page  # the means of 0..4 and of their doubles
+    assert "2 curves of 2 runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content, arguments, message",
+    [
+        (None, [], "metrics.jsonl cannot be read: .*output/step3"),
+        ("", [], "holds no metrics yet"),
+        ("no row\n{}\n", [], "line 1: no row of metrics"),
+        ('{"step": 1, "train/loss": 2}\n', ["--metrics", "train/los"], "--metrics train/los: .*train/loss"),
+        ('{"step": 1, "train/loss": 2}\n', ["--output", "curves.pdf"], "a .png or .html file"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(content, arguments, message, tmp_path, monkeypatch):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        _plot(monkeypatch, tmp_path, *arguments)
+
+
+def test_the_study_names_what_a_run_did_not_reach(tmp_path, monkeypatch, capsys):
+    import study_report
+
+    before = {"manner": 0.5, "right": 0.7, "ended": 0.8, "kl": 0.0}
+    runs = {
+        "seed_1": {"manner": 0.95, "right": 0.7, "ended": 1.0, "kl": 10.0},
+        "lora_1": {"manner": 0.94, "right": 0.69, "ended": 1.0, "kl": 10.1},
+    }
+    for name, after in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({"models": {"SFT": before, "RLHF": after}}))
+    monkeypatch.setattr(sys, "argv", ["study_report.py", str(tmp_path)])
+    study_report.main()
+    quickstart, lora = (line for line in capsys.readouterr().out.splitlines() if "->" in line)
+    assert "not reached" not in quickstart
+    assert lora.endswith("not reached: manner, right, KL")
