@@ -14,6 +14,7 @@ from utils.distributed import UserError, deepspeed, get_accelerator
 from utils.ds_utils import get_train_ds_config, merge_config_file
 
 QUANTIZATIONS = ("nf4", "int8")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 SOFT_PROMPT_LEARNING_RATES = {"prompt_tuning": 1e-2, "p_tuning": 1e-4}
 
 
@@ -408,7 +409,16 @@ def add_run_arguments(parser, step: int) -> None:
     add("--seed", type=int, default=1234, help="of data order, fresh weights, dropout and sampling")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     add("--log_interval", type=_positive, default=1, help="optimizer steps between throughput lines")
-    add("--enable_tensorboard", action="store_true", help="write TensorBoard files under --tensorboard_path")
+    add(
+        "--report_to",
+        nargs="*",
+        choices=TRACKERS,
+        default=[],
+        help="where the numbers of metrics.jsonl go too: tensorboard, wandb, trackio (the last two are packages to "
+        "install); nothing after it, or no flag: nowhere",
+    )
+    add("--run_name", default=None, help="of the run in wandb or trackio; None for the last part of --output_dir")
+    add("--enable_tensorboard", action="store_true", help="the same as --report_to tensorboard")
     add("--tensorboard_path", default=f"step{step}_tensorboard", help="folder of the TensorBoard files")
     deepspeed.add_config_arguments(parser)
 
@@ -432,8 +442,11 @@ def resolve_common(args) -> None:
             raise UserError("--attn_implementation flash_attention_2 computes in fp16 or bf16, not in --dtype fp32")
     args.deepspeed_config_overrides = args.deepspeed_config_overrides or args.deepspeed_config
     args.end_of_conversation_token = args.eot_token if args.add_eot_token else None
-    if args.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--enable_tensorboard needs the package tensorboard: pip install tensorboard")
+    if args.enable_tensorboard and "tensorboard" not in args.report_to:
+        args.report_to = ["tensorboard", *args.report_to]
+    for name in args.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--report_to {name} needs the package {name}: pip install {name}")
 
 
 def check_output_dir(output_dir: str | None) -> None:

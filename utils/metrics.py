@@ -1,44 +1,75 @@
-"""What a run writes down: one JSON object per line in metrics.jsonl, and the same numbers to TensorBoard; rollouts for
-a person to read in samples.jsonl."""
+"""What a run writes down: one JSON object per line in metrics.jsonl, and the same numbers to TensorBoard, wandb or
+trackio; rollouts for a person to read in samples.jsonl."""
 
+import importlib
 import json
 import math
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from utils.distributed import UserError
+from utils.distributed import UserError, agree
 from utils.utils import is_rank_0
+
+PROJECT = "three-steps-to-chat"  # among the projects of a tracker, unless WANDB_PROJECT or TRACKIO_PROJECT names one
+
+
+class TensorBoard:
+    """Scalars for TensorBoard."""
+
+    def __init__(self, folder: str | Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Tracker:
+    """wandb or trackio: two packages with one interface. Keys and offline mode: by their environment variables."""
+
+    def __init__(self, package: str, run_name: str | None, settings: dict):
+        self._package = importlib.import_module(package)
+        project = os.environ.get(f"{package.upper()}_PROJECT", PROJECT)
+        try:
+            self._package.init(project=project, name=run_name, config=settings)
+        except Exception as error:  # no key, no network, ...: theirs to say, before the first step
+            raise UserError(f"--report_to {package}: {error}") from error
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._package.log(values, step=step)
+
+    def close(self) -> None:
+        self._package.finish()
 
 
 class MetricsWriter:
-    """Writes rows to ``folder/metrics.jsonl`` and, if asked, scalars to TensorBoard; each row is flushed as written."""
+    """Writes rows to ``folder/metrics.jsonl`` and numbers to each tracker; a row is flushed as written."""
 
-    def __init__(self, folder: str | Path | None, tensorboard_path: str | Path | None = None):
-        self._file, self._samples, self._tensorboard = None, None, None
+    def __init__(self, folder: str | Path | None, trackers: Sequence[TensorBoard | Tracker] = ()):
+        self._file, self._samples, self._trackers = None, None, trackers
         self._start = time.time()
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self._file = (Path(folder) / "metrics.jsonl").open("w", encoding="utf-8")
             self._samples = Path(folder) / "samples.jsonl"
             self._samples.unlink(missing_ok=True)
-        if tensorboard_path is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError(
-                    "--enable_tensorboard needs the package tensorboard: pip install tensorboard"
-                ) from error
-            self._tensorboard = SummaryWriter(str(tensorboard_path))
 
     def write(self, step: int, values: dict, prefix: str = "train") -> None:
         """One row: {"step", "time", "prefix/name": value, ...}; a number that is not finite becomes null."""
-        row = {"step": step, "time": round(time.time() - self._start, 3)}
-        for name, value in values.items():
-            is_number = isinstance(value, int | float)
-            row[f"{prefix}/{name}"] = None if is_number and not math.isfinite(value) else value
-            if is_number and self._tensorboard is not None:
-                self._tensorboard.add_scalar(f"{prefix}/{name}", value, step)
+        row = {f"{prefix}/{name}": value for name, value in values.items()}
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        row |= {name: None for name, value in numbers.items() if not math.isfinite(value)}
+        for tracker in self._trackers:
+            tracker.log(numbers, step)
         if self._file is not None:
+            row = {"step": step, "time": round(time.time() - self._start, 3)} | row
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
 
@@ -51,8 +82,8 @@ class MetricsWriter:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class NullWriter:
@@ -69,9 +100,22 @@ class NullWriter:
 
 
 def make_writer(args) -> MetricsWriter | NullWriter:
-    if not is_rank_0():
-        return NullWriter()
-    return MetricsWriter(args.output_dir, args.tensorboard_path if args.enable_tensorboard else None)
+    """The writer of this rank, with the trackers of ``--report_to``; every rank must call this."""
+    writer = NullWriter()
+
+    def open_writer() -> None:
+        nonlocal writer
+        settings = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float | list)}
+        trackers = [
+            TensorBoard(args.tensorboard_path)
+            if name == "tensorboard"
+            else Tracker(name, args.run_name or (args.output_dir and Path(args.output_dir).name), settings)
+            for name in args.report_to
+        ]
+        writer = MetricsWriter(args.output_dir, trackers)
+
+    agree(open_writer if is_rank_0() else lambda: None)
+    return writer
 
 
 def read_rows(folder: Path, prefix: str) -> list[dict]:

@@ -141,6 +141,7 @@ def main():
     train_loader = make_loader(train_dataset, sampler, collator)
 
     # 3. Model, optimizer, engine
+    writer = make_writer(args)
     ds_config = get_train_ds_config(args.offload, args.dtype, args.zero_stage)
     ds_config = with_batch_sizes(
         merge_config_file(ds_config, args.deepspeed_config_overrides),
@@ -173,7 +174,6 @@ def main():
     )
     engine = initialize(model, ds_config, optimizer, scheduler)
     label_log_probs = LabelLogProbs(engine)
-    writer = make_writer(args)
 
     def evaluate_and_report(epoch: int) -> None:
         print_rank_0(f"***** Evaluating perplexity, Epoch {epoch}/{args.num_train_epochs} *****")

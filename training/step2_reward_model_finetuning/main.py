@@ -153,6 +153,7 @@ def main():
     )
 
     # 3. Model, optimizer, engine
+    writer = make_writer(args)
     ds_config = get_train_ds_config(args.offload, args.dtype, args.zero_stage)
     ds_config = with_batch_sizes(
         merge_config_file(ds_config, args.deepspeed_config_overrides),
@@ -179,7 +180,6 @@ def main():
         args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.num_train_epochs * steps_per_epoch
     )
     engine = initialize(model, ds_config, optimizer, scheduler)
-    writer = make_writer(args)
 
     def evaluate_and_report(epoch: int, iterations: int) -> dict[str, float]:
         print_rank_0(f"***** Evaluating reward, Epoch {epoch}/{args.num_train_epochs} *****")

@@ -145,13 +145,13 @@ def main():
     unsupervised = unsupervised_batches(args, tokenizer) if args.unsupervised_dataset_name else None
 
     # 3. The engines and the trainer
+    writer = make_writer(args)
     optimizer_steps = args.num_train_epochs * updates * args.ppo_epochs * batch.steps_per_pass
     rlhf_engine = DeepSpeedRLHFEngine(
         args.actor_model_name_or_path, args.critic_model_name_or_path, tokenizer, args, optimizer_steps
     )
     trainer_class = DeepSpeedPPOTrainerUnsupervised if unsupervised else DeepSpeedPPOTrainer
     trainer = trainer_class(rlhf_engine, args, reward_functions)
-    writer = make_writer(args)
     set_random_seed(args.seed + 1000 * get_rank())  # from here on ranks sample different answers
     shuffler = np.random.default_rng([args.seed, get_rank()])
 
