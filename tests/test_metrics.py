@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from utils import arguments
+from utils import arguments, perf, utils
 from utils.distributed import UserError
 from utils.metrics import MetricsWriter, make_writer, read_rows
 
@@ -76,3 +76,18 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, model_folder, p
     flags = ["--model_name_or_path", model_folder, "--data_path", pairs_folder, "--report_to", "trackio"]
     with pytest.raises(UserError, match="--report_to trackio needs the package trackio: pip install trackio"):
         run_step(1, flags)
+
+
+def test_a_log_gets_lines_with_what_is_left_and_the_last_note(monkeypatch, capsys):
+    monkeypatch.setattr(utils, "PROGRESS_SECONDS", 0)
+    bar = utils.progress(range(4), "epoch 1/1")
+    for i in bar:
+        bar.note(f"{i} tokens/s")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(", ")[-1] for line in lines] == ["0 tokens/s", "1 tokens/s", "2 tokens/s"]
+    assert lines[1].startswith("epoch 1/1 [###############...............] 2/4, 0:00:00 left")
+
+
+def test_pace_is_tokens_a_second_and_the_highest_memory(monkeypatch):
+    monkeypatch.setattr(perf, "peak_memory", lambda: 3 * 2**29)
+    assert perf.pace(10_000, 4.0) == "2,500 tokens/s, 1.5 GiB"

@@ -6,9 +6,12 @@ pass costs twice a forward pass; recomputing activations costs one forward more.
 over all devices.
 """
 
+import resource
+import sys
 import time
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from utils.distributed import get_world_size
 from utils.module.lora import count_parameters
@@ -68,6 +71,7 @@ def print_throughput(hf_model, args, seconds: float, tokens: int, rows: int) -> 
         "tflops": tflops,
         "samples_per_second": rows / seconds,
         "tokens_per_second": tokens / seconds,
+        "memory_gib": peak_memory() / 2**30,
     }
 
 
@@ -115,6 +119,7 @@ def print_throughput_step3(
         "tflops": (generation + training) / e2e_time / world / 1e12,
         "token_latency_ms": generate_time / steps * 1e3,
         "bandwidth_gb_per_second": actor * bytes_per_parameter * steps / generate_time / 1e9,
+        "memory_gib": peak_memory() / 2**30,
     }
     print_rank_0(
         f"End-to-End => Latency: {e2e_time:.2f}s, TFLOPs: {figures['tflops']:.2f}, "
@@ -128,6 +133,19 @@ def print_throughput_step3(
         rank,
     )
     return figures
+
+
+def peak_memory() -> int:
+    """Bytes of this rank at their highest so far: on the accelerator, or of the process where there is none."""
+    if get_accelerator().device_name() != "cpu":
+        return get_accelerator().max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def pace(tokens: float, seconds: float) -> str:
+    """What a progress bar says of the last step."""
+    return f"{tokens / seconds:,.0f} tokens/s, {peak_memory() / 2**30:.1f} GiB"
 
 
 class Stopwatch:

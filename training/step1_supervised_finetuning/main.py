@@ -52,7 +52,7 @@ from utils.model.inputs import forward_accepts, sft_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.model_utils import adapt_model, check_model, create_hf_model
 from utils.model.soft_prompt import check_soft_prompt_inputs, make_soft_prompt_model, save_soft_prompt
-from utils.perf import Stopwatch, print_throughput
+from utils.perf import Stopwatch, pace, print_throughput
 from utils.utils import (
     get_optimizer_grouped_parameters,
     load_hf_tokenizer,
@@ -190,7 +190,8 @@ def main():
         engine.train()
         watch = Stopwatch()
         windows = accumulation_windows(train_loader, args.gradient_accumulation_steps)
-        for step, window in enumerate(progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch)):
+        bar = progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch)
+        for step, window in enumerate(bar):
             counts = torch.tensor([count_batch(batch) for batch in window], dtype=torch.float32, device=device).sum(0)
             learned, tokens, rows = all_reduce_sum(counts).tolist()
             step_loss = torch.zeros((), device=device)
@@ -216,6 +217,7 @@ def main():
                     f"Time: {now()}, Epoch: {epoch}, Step: {step}, Rank: {get_rank()}, loss = {mean_loss}", flush=True
                 )
             seconds = watch.lap()
+            bar.note(pace(tokens, seconds))
             figures = {"loss": mean_loss, "lr": scheduler.get_last_lr()[0], "grad_norm": grad_norm}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
                 figures |= print_throughput(engine, args, seconds, int(tokens), int(rows))

@@ -39,7 +39,7 @@ from utils.ds_utils import (
 from utils.metrics import make_writer
 from utils.model.model_utils import adapt_model, check_model, create_critic_model
 from utils.model.reward_model import pair_accuracy
-from utils.perf import Stopwatch, print_throughput
+from utils.perf import Stopwatch, pace, print_throughput
 from utils.utils import (
     get_optimizer_grouped_parameters,
     load_hf_tokenizer,
@@ -201,7 +201,8 @@ def main():
         engine.train()
         watch, epoch_loss = Stopwatch(), 0.0
         windows = accumulation_windows(train_loader, args.gradient_accumulation_steps)
-        for step, window in enumerate(progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch)):
+        bar = progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch)
+        for step, window in enumerate(bar):
             counts = [
                 sum(float(batch["pair_weights"].sum()) for batch in window),
                 sum(int(batch["attention_mask"].sum()) for batch in window),
@@ -229,6 +230,7 @@ def main():
                 grad_norm = take_step(engine)
             epoch_loss += mean_loss
             seconds = watch.lap()
+            bar.note(pace(tokens, seconds))
             figures = {"loss": mean_loss, "accuracy": accuracy, "margin": mean_margin}
             figures |= {"lr": scheduler.get_last_lr()[0], "grad_norm": grad_norm}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:

@@ -43,7 +43,7 @@ from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_wo
 from utils.metrics import make_writer
 from utils.model.loading import load_config
 from utils.model.model_utils import check_model
-from utils.perf import Stopwatch, print_throughput_step3
+from utils.perf import Stopwatch, pace, print_throughput_step3
 from utils.utils import (
     ExponentialMovingAverage,
     MovingAverage,
@@ -162,7 +162,8 @@ def main():
         print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Generation Batches {len(loader)}")
         sampler.set_epoch(epoch)
         batches = iter(loader)
-        for _ in progress(range(updates), f"epoch {epoch + 1}/{args.num_train_epochs}", updates):
+        bar = progress(range(updates), f"epoch {epoch + 1}/{args.num_train_epochs}")
+        for _ in bar:
             # 4a. Experience: answers of the current policy, seen by all four models
             watch, times, rounds = Stopwatch(), StepTimes(), []
             for _ in range(batch.rounds):
@@ -201,7 +202,8 @@ def main():
             times.training = watch.lap()
 
             # 4d. Report
-            reporter.report(epoch, step, experience, metrics, losses, times)
+            answer_tokens = reporter.report(epoch, step, experience, metrics, losses, times)
+            bar.note(pace(answer_tokens, times.total))
             step += 1
             stop = args.enable_test_mode and step >= args.test_stop_step
             if stop:
@@ -247,8 +249,12 @@ class Reporter:
         self.args, self.engine, self.trainer, self.writer = args, rlhf_engine, trainer, writer
         self.samples_per_second, self.score = MovingAverage(), ExponentialMovingAverage()
 
-    def report(self, epoch, step, experience, metrics, losses, times: StepTimes) -> None:
-        """``metrics`` of the experience, ``losses`` of its updates; an update without a usable answer has none."""
+    def report(self, epoch, step, experience, metrics, losses, times: StepTimes) -> int:
+        """``metrics`` of the experience, ``losses`` of its updates; an update without a usable answer has none.
+
+        Returns:
+            answer tokens over all ranks
+        """
         tokens = experience.attention_mask.sum(), experience.attention_mask[:, experience.prompt_width :].sum()
         rows = torch.tensor(len(experience), device=experience.input_ids.device)
         all_tokens, answer_tokens, rows = all_reduce_sum(torch.stack([*tokens, rows])).tolist()
@@ -307,6 +313,7 @@ class Reporter:
             "training_seconds": times.training,
         }
         self.writer.write(step, metrics | averaged | throughput | run)
+        return answer_tokens
 
 
 if __name__ == "__main__":
