@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation_scripts.prompts import PROMPTS, check_writable, read_prompts, write_jsonl, write_text
 from utils.data.prompt_format import cut_at_next_human, encode_prompt, prompt_from_text
+from utils.data.special_tokens import unmarked
 from utils.distributed import UserError, run_main
 from utils.generation import (
     add_base_model_argument,
@@ -149,7 +150,7 @@ def answer_all(title: str, path: str, prompts: list[str], modes: dict[str, dict]
         texts = [prompt_from_text(prompt, args.prompt_style, lm.tokenizer) for prompt in prompts]
     except ValueError as error:
         raise UserError(f"a prompt cannot be written in the style {args.prompt_style}: {error}") from error
-    ids = [encode_prompt(text, lm.tokenizer, args.prompt_style) for text in texts]
+    ids = [encode_prompt(text, lm.tokenizer, args.prompt_style, args.allow_special_tokens) for text in texts]
     records = []
     for mode, settings in modes.items():
         print(f"{title} ({path}): {mode}, {len(prompts)} prompts", file=sys.stderr, flush=True)
@@ -163,7 +164,7 @@ def answer_all(title: str, path: str, prompts: list[str], modes: dict[str, dict]
                 {
                     "prompt_number": number,
                     "prompt": prompt,
-                    "formatted_prompt": text,
+                    "formatted_prompt": unmarked(text),
                     "title": title,
                     "model": path,
                     "mode": mode,

@@ -151,7 +151,7 @@ def record_texts(record: Record, tokenizer, style: str | None) -> tuple[str, lis
         # A row in the form of the datasets was trained on as it stands, blanks at the end included.
         as_trained = prompt == record["prompt"] and all(answer.startswith(" ") for answer in answers)
         if not as_trained:
-            answers = [format_answer(answer, style) for answer in answers]
+            answers = [format_answer(answer, style, tokenizer) for answer in answers]
     return prompt, [prompt + answer for answer in answers]
 
 
@@ -218,7 +218,9 @@ def score_records(judge: Judge, records: list[Record], args) -> list[tuple[float
         warn(f"--max_seq_len {args.max_seq_len}: the model holds {limit} tokens, so {limit} it is")
     max_seq_len = min(limit, args.max_seq_len)
     style = args.prompt_style or (PLAIN if args.data_path is None else None)
-    rules = TokenRules(REWARD, max_seq_len, chat_template=style == CHAT_TEMPLATE)
+    rules = TokenRules(
+        REWARD, max_seq_len, chat_template=style == CHAT_TEMPLATE, allow_special_tokens=args.allow_special_tokens
+    )
     row_maker = RewardRows(None, judge.tokenizer, rules)
     try:
         encoded = [encode_record(record, row_maker, style) for record in records]

@@ -63,13 +63,16 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def build_prompt(turns: list[dict], tokenizer, style: str, max_input_tokens: int | None) -> tuple[list[int], int]:
+def build_prompt(
+    turns: list[dict], tokenizer, style: str, max_input_tokens: int | None, allow_special_tokens: bool = False
+) -> tuple[list[int], int]:
     """Token ids of the conversation, and how many of its oldest turns had to be left out.
 
     Question and answer go together. If the last question alone is too long, it loses its beginning; BOS stays.
     """
     for dropped in range(0, len(turns), 2):
-        ids = encode_prompt(format_prompt(turns[dropped:], style, tokenizer), tokenizer, style)
+        text = format_prompt(turns[dropped:], style, tokenizer)
+        ids = encode_prompt(text, tokenizer, style, allow_special_tokens)
         if max_input_tokens is None or len(ids) <= max_input_tokens:
             return ids, dropped
     return truncate_left(ids, max_input_tokens, tokenizer.bos_token_id), dropped
@@ -148,7 +151,9 @@ def read_message() -> str | None:
     return message
 
 
-def chat(lm: LanguageModel, settings: dict, style: str, max_input_tokens: int | None):
+def chat(
+    lm: LanguageModel, settings: dict, style: str, max_input_tokens: int | None, allow_special_tokens: bool = False
+):
     """The conversation, until the user leaves."""
     turns = []
     already_told = False
@@ -160,7 +165,7 @@ def chat(lm: LanguageModel, settings: dict, style: str, max_input_tokens: int | 
             print("(a new conversation)\n")
             continue
         turns.append({"role": "user", "content": message})
-        prompt_ids, dropped = build_prompt(turns, lm.tokenizer, style, max_input_tokens)
+        prompt_ids, dropped = build_prompt(turns, lm.tokenizer, style, max_input_tokens, allow_special_tokens)
         check_ids([prompt_ids], lm.model, lm.name)
         if dropped and not already_told:
             print(f"(the conversation is longer than {max_input_tokens} tokens: its oldest turns are forgotten)")
@@ -201,7 +206,7 @@ def main(argv=None):
     print(f"{args.path} on {lm.model.device} in {dtype}, {'sampling' if do_sample else 'greedy'}.")
     leave = "' or '".join(LEAVING)
     print(f"'{FORGETTING}' forgets the conversation, '{leave}' ends, Ctrl-C cuts an answer short.\n")
-    chat(lm, settings, args.prompt_style, max_input_tokens)
+    chat(lm, settings, args.prompt_style, max_input_tokens, args.allow_special_tokens)
 
 
 if __name__ == "__main__":

@@ -455,12 +455,15 @@ def _byte_level(trim_offsets, bos, normalizer=None, words=()):
 
 
 @pytest.mark.parametrize("bos", [True, False], ids=["bos", "no bos"])
-@given(text=st.text(max_size=30) | st.text(alphabet="a :\n你é</s>", max_size=30))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_an_answer_begins_at_the_token_that_holds_its_first_character(byte_level, bos, text):
+@pytest.mark.parametrize("allow", [True, False], ids=["special tokens", "text"])
+@given(text=st.text(max_size=30) | st.lists(st.sampled_from(["a", " :", "\n", "é", "</s>", "<s>", "<"])).map("".join))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_answer_begins_at_the_token_that_holds_its_first_character(byte_level, bos, allow, text):
     # Offsets that keep their blanks are an outsider's answer; ours come from the bytes of the tokens.
-    [encoded] = TextEncoder(byte_level(True, bos)).encode([text])
-    reference = byte_level(False, bos).backend_tokenizer.encode(text)
+    [encoded] = TextEncoder(byte_level(True, bos), allow_special_tokens=allow).encode([text])
+    backend = byte_level(False, bos).backend_tokenizer
+    backend.encode_special_tokens = not allow
+    reference = backend.encode(text)
     for char in range(len(text)):
         assert encoded.token_at(char) == min(reference.char_to_token(char), len(encoded.ids))
     assert encoded.token_at(len(text)) == len(encoded.ids)

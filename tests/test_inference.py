@@ -208,13 +208,12 @@ def test_an_answer_is_cut_where_the_next_human_turn_begins():
 
 
 def test_an_eos_that_the_tokenizer_appends_is_not_part_of_a_prompt(tokenizer):
-    class Closing:
-        eos_token_id = EOS
-
-        def __call__(self, text, **kwargs):
-            return {"input_ids": tokenizer(text, **kwargs)["input_ids"] + [EOS]}
-
-    assert pf.encode_prompt("q", Closing()) == tokenizer("q")["input_ids"]
+    closing = make_tokenizer()
+    closing.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    assert closing("q")["input_ids"] == [*tokenizer("q")["input_ids"], EOS]
+    assert pf.encode_prompt("q", closing) == tokenizer("q")["input_ids"]
 
 
 # ---------------------------------------------------------------- chat

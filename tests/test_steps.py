@@ -440,6 +440,7 @@ def test_plain_text_becomes_blocks_joined_by_eos_and_bad_lines_are_named(model_f
         unsupervised_dataset_config_name=None,
         data_output_path=str(tmp_path / "cache"),
         rebuild_cache=False,
+        allow_special_tokens=False,
         max_prompt_seq_len=4,
         max_answer_seq_len=4,
     )
@@ -495,6 +496,7 @@ def test_plain_text_files_count_only_where_no_data_file_lies_beside_them(model_f
         unsupervised_dataset_config_name=None,
         data_output_path=str(tmp_path / "cache"),
         rebuild_cache=False,
+        allow_special_tokens=False,
         max_prompt_seq_len=2,
         max_answer_seq_len=2,
     )

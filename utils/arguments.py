@@ -118,6 +118,11 @@ def add_data_arguments(parser, step: int) -> None:
         action="store_true",
         help="write conversations and prompts by the tokenizer's chat template; off for the datasets' own text",
     )
+    add(
+        "--allow_special_tokens",
+        action="store_true",
+        help="texts of the data that spell a special token (<|endoftext|>, </s> ...) mean it; off: they are plain text",
+    )
     add("--rebuild_cache", action="store_true", help="tokenise again even if the cache has this very data")
     add("--max_train_samples", type=_positive, default=None, help="use at most this many training rows; None for all")
     add("--max_eval_samples", type=_positive, default=None, help="use at most this many evaluation rows; None for all")

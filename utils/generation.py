@@ -64,6 +64,11 @@ def add_loading_arguments(parser, style: str | None = PLAIN, style_help: str = "
     )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: the accelerator if there is one")
     group.add_argument(
+        "--allow_special_tokens",
+        action="store_true",
+        help="a prompt that spells a special token (<|endoftext|>, </s> ...) means it (off: it is plain text)",
+    )
+    group.add_argument(
         "--trust_remote_code", action="store_true", help="run Python code that comes with the model (off: refuse it)"
     )
 
@@ -162,7 +167,10 @@ def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_
         raise UserError(
             f"{weights_path} is a reward model and writes no text; evaluation_scripts/rw_eval.py scores with it"
         )
-    stop_ids = find_stop_ids(model, tokenizer)
+    try:
+        stop_ids = find_stop_ids(model, tokenizer)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     # Nothing of the folder's generation settings may work unseen: what the flags say is what is done.
     model.generation_config = GenerationConfig()
     max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

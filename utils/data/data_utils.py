@@ -51,7 +51,7 @@ __all__ = [  # what other people's code imports from here, wherever it is writte
     "get_unsupervised_data",
 ]
 
-CACHE_VERSION = 3  # part of every cache key: raise it when the rules change what is stored
+CACHE_VERSION = 4  # part of every cache key: raise it when the rules change what is stored
 ROWS_PER_CHUNK = 1000  # rows read, tokenised and written at a time: bounds the memory of preparation
 CHUNKS_AHEAD = 2  # chunks in the tokenizer's hands: one is always there when another comes back
 
@@ -255,6 +255,7 @@ def create_dataset(
     *,
     truncation_side="left",
     chat_template=False,
+    allow_special_tokens=False,
     columns=None,
     max_train_samples=None,
     max_eval_samples=None,
@@ -263,7 +264,7 @@ def create_dataset(
     """(train, eval) PromptDatasets of one dataset for one step; ``data_split`` None uses it whole."""
     try:
         raw_dataset = get_raw_dataset(dataset_name, output_path, seed, local_rank, columns)
-        rules = TokenRules(train_phase, max_seq_len, truncation_side, chat_template)
+        rules = TokenRules(train_phase, max_seq_len, truncation_side, chat_template, allow_special_tokens)
         share = None if data_split is None else train_phase - 1
         return tuple(
             _prepare(raw_dataset, split, tokenizer, rules, output_path, data_split, share, seed, limit, rebuild)
@@ -304,6 +305,7 @@ def create_prompt_dataset(
     *,
     truncation_side="left",
     chat_template=False,
+    allow_special_tokens=False,
     columns=None,
     max_train_samples=None,
     max_eval_samples=None,
@@ -314,6 +316,7 @@ def create_prompt_dataset(
     Args:
         end_of_conversation_token: accepted for old callers; every answer ends with the tokenizer's EOS.
         max_seq_len: tokens of a row; of a prompt in step 3.
+        allow_special_tokens: special tokens spelled in the data's texts become these tokens; else they are text.
         reload: tokenise again even if the cache has this very data.
         columns: own column names of a path's files, by prompt, chosen, rejected, messages.
         preprocessing_num_workers: threads of the tokenizer; None for all cores.
@@ -325,6 +328,7 @@ def create_prompt_dataset(
     if preprocessing_num_workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(preprocessing_num_workers)
     options = dict(truncation_side=truncation_side, chat_template=chat_template, columns=columns, rebuild=reload)
+    options |= dict(allow_special_tokens=allow_special_tokens)
     options |= dict(max_train_samples=max_train_samples, max_eval_samples=max_eval_samples)
     named = [(name, data_split) for name in data_path]
     if train_phase == SFT:
@@ -361,6 +365,7 @@ def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int):
         reload=args.rebuild_cache,
         truncation_side=args.truncation_side,
         chat_template=args.chat_template,
+        allow_special_tokens=args.allow_special_tokens,
         columns=columns,
         max_train_samples=args.max_train_samples,
         max_eval_samples=args.max_eval_samples,
@@ -417,9 +422,9 @@ def _unsupervised_rows(name: str, config_name: str | None) -> tuple[Rows, str]:
     return splits["train"], splits.fingerprint
 
 
-def _write_blocks(name: str, rows: Rows, tokenizer, block: int, file: Path) -> None:
+def _write_blocks(name: str, rows: Rows, encoder: TextEncoder, block: int, file: Path) -> None:
     """Texts joined by EOS and cut into blocks; a last one that is not full is left."""
-    encoder, report, counts = TextEncoder(tokenizer, special_tokens=False), RowReport(name), PreparationCounts()
+    report, counts = RowReport(name), PreparationCounts()
     stream = np.zeros(0, np.int32)
     with _arrow_file(file, pa.schema({"input_ids": pa.list_(pa.int32())}), counts) as writer:
         for begin in progress(range(0, len(rows), ROWS_PER_CHUNK), f"tokenising {name}"):
@@ -431,7 +436,8 @@ def _write_blocks(name: str, rows: Rows, tokenizer, block: int, file: Path) -> N
                 except SkipRow as skip:
                     reason = str(skip)
                 report.note(position, reason, rows)
-            parts = [np.array([*encoded.ids, tokenizer.eos_token_id], np.int32) for encoded in encoder.encode(texts)]
+            eos = encoder.tokenizer.eos_token_id
+            parts = [np.array([*encoded.ids, eos], np.int32) for encoded in encoder.encode(texts)]
             stream = np.concatenate([stream, *parts])
             count = len(stream) // block
             writer.write_batch(block_batch(stream[: count * block], block))
@@ -451,10 +457,15 @@ def get_unsupervised_data(args, tokenizer) -> PromptDataset:
     name, block = args.unsupervised_dataset_name, args.max_prompt_seq_len + args.max_answer_seq_len
     try:
         rows, fingerprint = _unsupervised_rows(name, args.unsupervised_dataset_config_name)
-        key = _key_of(tokenizer, "unsupervised", fingerprint, block)
+        key = _key_of(tokenizer, "unsupervised", fingerprint, block, args.allow_special_tokens)
         label = re.sub(r"[^\w.-]+", "_", Path(name).name)
         file = Path(args.data_output_path) / "tokenised" / f"{label}_unsupervised_{key}.arrow"
-        once_per_node(file, lambda: _write_blocks(name, rows, tokenizer, block, file), args.rebuild_cache)
+
+        def build() -> None:
+            encoder = TextEncoder(tokenizer, special_tokens=False, allow_special_tokens=args.allow_special_tokens)
+            _write_blocks(name, rows, encoder, block, file)
+
+        once_per_node(file, build, args.rebuild_cache)
     except DataError as error:
         raise UserError(f"--unsupervised_dataset_name {error}") from error
     _print_counts("unsupervised", file)

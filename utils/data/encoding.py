@@ -4,15 +4,17 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from tokenizers import Encoding, Tokenizer
 
 from utils.data import prompt_format
 from utils.data.raw_datasets import ConversationDataset, DataError, PromptRawDataset, RowReport
+from utils.data.special_tokens import any_of, is_marked, pieces_of, special_spellings, unmarked
 
 SFT, REWARD, RLHF = 1, 2, 3
 NEEDED_TEXTS = {SFT: ("prompt", "chosen"), REWARD: ("prompt", "chosen", "rejected"), RLHF: ("prompt",)}
@@ -26,6 +28,7 @@ class TokenRules:
     max_seq_len: int
     truncation_side: str = "left"
     chat_template: bool = False
+    allow_special_tokens: bool = False
 
 
 @dataclass
@@ -57,41 +60,59 @@ class Ids:
     """The ids of one text, and how to find the token in which a character stands."""
 
     ids: list[int]
-    text: str
+    given: str  # the text as it came, marks of special_tokens.py included: callers count its characters
     encoder: "TextEncoder"
     offsets: object | None = None  # the tokenizers library's record of them, where byte counts cannot tell
     stripped: int = 0  # EOS tokens taken off the end
 
     def token_at(self, char: int) -> int:
         """The first token that holds the text from character ``char`` on; len(ids) if there is none."""
+        text, before = self.encoder.readable(self.given), self.encoder.readable(self.given[:char])
         if self.offsets is None and self.encoder.token_bytes is not None:
-            position = self._token_at_byte(_byte_count(self.text[:char]))
+            position = self._token_at_byte(text, _byte_count(before))
             if position is not None:
                 return position
-            self.offsets = self.encoder.with_offsets([self.text])[0].offsets
+            self.offsets = self.encoder.with_offsets([text])[0].offsets
         if self.offsets is not None:
             # Some tokenizers leave blanks out of a token's span, so the first character that has a token decides.
-            for position in range(char, len(self.text)):
+            for position in range(len(before), len(text)):
                 token = self.offsets.char_to_token(position)
                 if token is not None:
                     return min(token, len(self.ids))
             return len(self.ids)
-        alone = self.encoder.encode([self.text[:char]])[0].ids
+        alone = self.encoder.encode([self.given[:char]])[0].ids
         pairs = zip(self.ids, alone, strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.ids), len(alone)))
 
-    def _token_at_byte(self, byte: int) -> int | None:
+    def _token_at_byte(self, text: str, byte: int) -> int | None:
         """None where the tokens' bytes are not the text's: a token swallowed blanks, or the text was normalised."""
         sizes, leading = self.encoder.token_bytes, self.encoder.leading
         ends = np.cumsum(sizes[self.ids[leading:]])
-        rest = _byte_count(self.text) - (int(ends[-1]) if len(ends) else 0)
+        rest = _byte_count(text) - (int(ends[-1]) if len(ends) else 0)
         if rest not in (0, self.stripped * sizes[self.encoder.tokenizer.eos_token_id]):
             return None
-        return leading + int(np.searchsorted(ends, byte, side="right")) if self.encoder.keeps(self.text) else None
+        return leading + int(np.searchsorted(ends, byte, side="right")) if self.encoder.keeps(text) else None
 
 
 def _byte_count(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
+
+
+@dataclass
+class _JoinedOffsets:
+    """Offsets of a text that was encoded in pieces, each behind a few characters that are no part of the text.
+
+    Attributes:
+        parts: (first character of the piece, characters before it, first token, what the tokenizer recorded) of each;
+            the token counts from what stands before the piece.
+    """
+
+    parts: list[tuple[int, int, int, Encoding]] = field(default_factory=list)
+
+    def char_to_token(self, char: int) -> int | None:
+        start, before, first_token, record = next(part for part in reversed(self.parts) if part[0] <= char)
+        token = record.char_to_token(char - start + before)
+        return None if token is None else first_token + token
 
 
 class TextEncoder:
@@ -100,45 +121,117 @@ class TextEncoder:
     A final EOS of the tokenizer's own is taken off, since the one EOS of a finished answer is added by the rules of
     the row.
 
+    Args:
+        special_tokens: whether the tokenizer puts its own BOS and the like around a text.
+        template: the texts come from a chat template, which writes its special tokens itself; spellings of them in
+            contents are marked (special_tokens.py).
+        allow_special_tokens: a special token spelled in a text becomes that token; else it is encoded as text.
+
     Attributes:
         leading: how many tokens (BOS and the like) the tokenizer puts before every text.
         token_bytes: see ``byte_lengths``; None where only offsets can tell which characters a token stands for.
     """
 
-    def __init__(self, tokenizer, special_tokens: bool = True):
-        self.tokenizer, self.special_tokens = tokenizer, special_tokens
-        self.leading = leading_specials(tokenizer) if special_tokens else 0
+    def __init__(self, tokenizer, special_tokens=True, template=False, allow_special_tokens=False):
+        self.tokenizer, self.template = tokenizer, template
+        self.special_tokens, self.allow_special_tokens = special_tokens and not template, allow_special_tokens
+        self.leading = leading_specials(tokenizer) if self.special_tokens else 0
+        self._first_ids = tokenizer("a")["input_ids"][: self.leading]
         self.token_bytes, self.normal_form = None, None
         if tokenizer.is_fast:
-            state = json.loads(tokenizer.backend_tokenizer.to_str())
+            self._written, self._backends = tokenizer.backend_tokenizer.to_str(), {}
+            state = json.loads(self._written)
             self.token_bytes = byte_lengths(state)
             self.normal_form = (state["normalizer"] or {}).get("type")
-            # Here and not before every batch: a tokenizer at work in another thread cannot be changed.
-            tokenizer.backend_tokenizer.no_truncation()
-            tokenizer.backend_tokenizer.no_padding()
+        self._unsafe = None if allow_special_tokens else self._found_in_text()
+
+    def _found_in_text(self) -> re.Pattern | None:
+        """Special tokens that are found even in what is read as text, by vocabularies of whole words (Unigram, say)."""
+        spellings = sorted(special_spellings(self.tokenizer) - {self.tokenizer.unk_token})
+        rows = zip(spellings, self._ids(spellings, as_text=True), strict=True)
+        return any_of(s for s, ids in rows if len(s) > 1 and self.tokenizer.convert_tokens_to_ids(s) in ids)
+
+    def _backend(self, as_text: bool) -> Tokenizer:
+        """A copy of the Rust tokenizer that reads special tokens as text, or as themselves.
+
+        A copy, because the switch lies in the tokenizer: others who use it turn it, and while it is at work in another
+        thread it cannot be changed.
+        """
+        if as_text not in self._backends:
+            copy = Tokenizer.from_str(self._written)
+            copy.encode_special_tokens = as_text
+            copy.no_truncation()
+            copy.no_padding()
+            self._backends[as_text] = copy
+        return self._backends[as_text]
+
+    def readable(self, text: str) -> str:
+        return unmarked(text) if self.template else text
 
     def keeps(self, text: str) -> bool:
         """Whether the tokenizer's normaliser leaves this text as it is."""
         return self.normal_form is None or text.isascii() or unicodedata.is_normalized(self.normal_form, text)
 
+    @property
+    def _as_text(self) -> bool:
+        return not (self.template or self.allow_special_tokens)
+
     def encode(self, texts: list[str]) -> list[Ids]:
-        if not self.tokenizer.is_fast:
-            ids = self.tokenizer(texts, add_special_tokens=self.special_tokens)["input_ids"] if texts else []
-            encoded = [Ids(row, text, self) for row, text in zip(ids, texts, strict=True)]
-        elif self.token_bytes is None:
+        if self.tokenizer.is_fast and self.token_bytes is None:
             encoded = self.with_offsets(texts)
-        else:  # a quarter less work than with offsets
-            found = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=self.special_tokens)
-            encoded = [Ids(row.ids, text, self) for row, text in zip(found, texts, strict=True)]
+        else:  # of a fast tokenizer a quarter less work than with offsets
+            rows = self._ids([self.readable(text) for text in texts], self._as_text, self.special_tokens)
+            encoded = [Ids(ids, text, self) for ids, text in zip(rows, texts, strict=True)]
+        encoded = [self._in_pieces(row.given) if self._holds_spellings(row.given) else row for row in encoded]
         eos = self.tokenizer.eos_token_id
         for row in encoded:
             while row.ids and row.ids[-1] == eos:
                 row.ids, row.stripped = row.ids[:-1], row.stripped + 1
         return encoded
 
+    def _ids(self, texts: list[str], as_text: bool, special_tokens: bool = False) -> list[list[int]]:
+        if self.tokenizer.is_fast:
+            rows = self._backend(as_text).encode_batch_fast(texts, add_special_tokens=special_tokens)
+            return [row.ids for row in rows]
+        options = dict(add_special_tokens=special_tokens, split_special_tokens=as_text)
+        return self.tokenizer(texts, **options)["input_ids"] if texts else []
+
     def with_offsets(self, texts: list[str]) -> list[Ids]:
-        found = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=self.special_tokens)
-        return [Ids(row.ids, text, self, row) for row, text in zip(found, texts, strict=True)]
+        backend, readable = self._backend(self._as_text), [self.readable(text) for text in texts]
+        rows = backend.encode_batch(readable, add_special_tokens=self.special_tokens)
+        return [Ids(row.ids, text, self, row) for row, text in zip(rows, texts, strict=True)]
+
+    def _holds_spellings(self, text: str) -> bool:
+        """Whether a text has spellings of special tokens in it that one pass would not leave text."""
+        if self.allow_special_tokens:
+            return False
+        return is_marked(text) if self.template else self._unsafe is not None and bool(self._unsafe.search(text))
+
+    def _pieces(self, text: str) -> list[tuple[str, bool]]:
+        """(piece, whether it is to be read as text); within text, unsafe spellings are cut after their first letter."""
+        pieces = []
+        for piece, as_text in pieces_of(text) if self.template else [(text, True)]:
+            found = self._unsafe.finditer(piece) if as_text and self._unsafe is not None else ()
+            cuts = [0, *(match.start() + 1 for match in found), len(piece)]
+            pieces += [(piece[start:end], as_text) for start, end in pairwise(cuts)]
+        return pieces
+
+    def _in_pieces(self, text: str) -> Ids:
+        row = Ids(self._first_ids, text, self, _JoinedOffsets() if self.tokenizer.is_fast else None)
+        [newline] = self._ids(["\n"], as_text=True)
+        char = 0
+        for piece, as_text in self._pieces(text):
+            # Some tokenizers put a blank before a text. Behind a line's end, which is taken off again, they do not.
+            before, skipped = ("\n", len(newline)) if char else ("", 0)
+            [ids] = self._ids([before + piece], as_text)
+            if ids[:skipped] != newline[:skipped]:
+                before, skipped, [ids] = "", 0, self._ids([piece], as_text)
+            if row.offsets is not None:
+                record = self._backend(as_text).encode(before + piece, add_special_tokens=False)
+                row.offsets.parts.append((char, len(before), len(row.ids) - skipped, record))
+            row.ids = row.ids + ids[skipped:]
+            char += len(piece)
+        return row
 
 
 def byte_lengths(state: dict) -> np.ndarray | None:
@@ -213,8 +306,7 @@ class _Rows:
         self.raw, self.tokenizer, self.rules = raw_dataset, tokenizer, rules
         self.eos = tokenizer.eos_token_id
         self.counts = PreparationCounts()
-        # A chat template writes its own special tokens into the text.
-        self.encoder = TextEncoder(tokenizer, self.special_tokens and not rules.chat_template)
+        self.encoder = TextEncoder(tokenizer, self.special_tokens, rules.chat_template, rules.allow_special_tokens)
         self.leading = self.encoder.leading
 
     def prompt_text(self, sample) -> str | None:
@@ -228,10 +320,13 @@ class _Rows:
         prompt = self.prompt_text(sample)
         if self.rules.chat_template:
             bare = [getattr(self.raw, f"get_{answer}")(sample) for answer in answers]
-            full = [None if prompt is None or text is None else prompt + text.strip() for text in bare]
+            full = [None if None in (prompt, text) else prompt + self._template_answer(text) for text in bare]
         else:
             full = [getattr(self.raw, f"get_prompt_and_{answer}")(sample) for answer in answers]
         return None if prompt is None or None in full else (prompt, full)
+
+    def _template_answer(self, text: str) -> str:
+        return prompt_format.format_answer(text, prompt_format.CHAT_TEMPLATE, self.tokenizer)
 
     def tokens_to_drop(self, length: int, prompt_length: int) -> int:
         if self.rules.truncation_side == "right":
@@ -304,9 +399,6 @@ class ConversationRows(SftRows):
         return self.fitted(ids, spans)
 
 
-GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
 class TemplateConversationRows(SftRows):
     """A conversation as the tokenizer's chat template writes it; only answers and the EOS behind them are learned.
 
@@ -316,20 +408,20 @@ class TemplateConversationRows(SftRows):
 
     answers_only = True
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.has_markers = bool(GENERATION_MARKER.search(self.tokenizer.chat_template or ""))
-
     def texts(self, sample):
         messages = answered(self.raw.get_messages(sample))
-        return (messages, [self.tokenizer.apply_chat_template(messages, tokenize=False)]) if messages else None
+        if not messages:
+            return None
+        rendered, answers = prompt_format.render(messages, self.tokenizer)
+        if not prompt_format.has_generation_markers(self.tokenizer):
+            answers = self._rendered_answers(messages, rendered)
+        return answers, [rendered]
 
-    def row(self, messages, encoded):
+    def row(self, answers, encoded):
         [whole] = encoded
-        spans = self._marked_spans(messages) if self.has_markers else self._rendered_spans(messages, whole)
         ids = list(whole.ids)
         learned = []
-        for start, end in spans:
+        for start, end in ((whole.token_at(start), whole.token_at(end)) for start, end in answers):
             # The EOS belongs to the answer, whatever blanks the template puts behind it.
             while end > start + 1 and end <= len(ids) and ids[end - 1] != self.eos and self.eos in ids[start : end - 1]:
                 end -= 1
@@ -340,25 +432,21 @@ class TemplateConversationRows(SftRows):
             ids, learned[-1] = [*ids, self.eos], (learned[-1][0], end + 1)
         return self.fitted(ids, learned)
 
-    def _marked_spans(self, messages):
-        marked = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        edges = np.flatnonzero(np.diff([0, *marked["assistant_masks"], 0])).tolist()
-        return list(zip(edges[::2], edges[1::2], strict=True))
-
-    def _rendered_spans(self, messages, whole):
-        spans = []
+    def _rendered_answers(self, messages, whole: str) -> list[tuple[int, int]]:
+        """[start, end) of each answer in the characters of the whole rendering."""
+        answers = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self.tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            answered = self.tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-            if not answered.startswith(asked) or not whole.text.startswith(answered.rstrip()):
+            asked, _ = prompt_format.render(messages[:i], self.tokenizer, add_generation_prompt=True)
+            answered, _ = prompt_format.render(messages[: i + 1], self.tokenizer)
+            if not answered.startswith(asked) or not whole.startswith(answered.rstrip()):
                 raise DataError(
                     "--chat_template: the tokenizer's template writes earlier turns differently once later ones "
                     "follow, so answers cannot be told from the rest; one with {% generation %} markers says it itself"
                 )
-            spans.append((whole.token_at(len(asked)), whole.token_at(len(answered.rstrip()))))
-        return spans
+            answers.append((len(asked), len(answered.rstrip())))
+        return answers
 
 
 class Pair(NamedTuple):
@@ -455,7 +543,12 @@ class RowEncoder:
         found = []
         for position in positions.tolist():
             sample = rows[position]
-            made = self.rows.texts(sample)
+            try:
+                made = self.rows.texts(sample)
+            except DataError:
+                raise
+            except ValueError as error:  # of a chat template
+                raise DataError(f"--chat_template: {rows.where(position)}: {error}") from error
             reason = None
             if made is None:
                 reason = self.raw.skip_reason(sample, NEEDED_TEXTS[self.rules.train_phase]) or "a text is missing"

@@ -8,9 +8,14 @@ A conversation is a list of turns {"role": "user" | "assistant", "content": str}
 """
 
 import re
+from functools import lru_cache
 from itertools import pairwise
 
 from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from utils.data.chat_template_guard import check_template_ends
+from utils.data.special_tokens import mark_spellings
 
 PLAIN, HH, CHAT_TEMPLATE = "plain", "hh", "chat_template"
 STYLES = (PLAIN, HH, CHAT_TEMPLATE)
@@ -33,20 +38,55 @@ def format_prompt(turns, style=PLAIN, tokenizer=None):
     _check_style(style)
     _check_turns(turns)
     if style == CHAT_TEMPLATE:
-        _check_has_template(tokenizer)
-        try:
-            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from error
+        return render(turns, tokenizer, add_generation_prompt=True)[0]
     marks = _MARKS[style]
     text = "".join(f"{marks[turn['role']]} {turn['content'].strip()}" for turn in turns)
     return text + marks["assistant"]
 
 
-def format_answer(text, style=PLAIN):
-    """An answer as it follows its prompt: after exactly one blank, or with none in a chat template."""
+def format_answer(text, style=PLAIN, tokenizer=None):
+    """An answer as it follows its prompt: after exactly one blank, or with none in a chat template, where special
+    tokens spelled in it are marked if its tokenizer is given."""
     _check_style(style)
-    return text.strip() if style == CHAT_TEMPLATE else " " + text.strip()
+    if style != CHAT_TEMPLATE:
+        return " " + text.strip()
+    return text.strip() if tokenizer is None else mark_spellings(text.strip(), tokenizer, "assistant")
+
+
+def render(messages, tokenizer, add_generation_prompt=False):
+    """A conversation as the tokenizer's chat template writes it.
+
+    Returns:
+        (text, [start, end) of what stands between its generation markers, in characters of the text). Special tokens
+        that contents spell are marked in the text (special_tokens.py); ``unmarked`` takes the marks out for reading.
+
+    Raises:
+        ValueError: no template, or one that refuses these messages, fails at them or does not end.
+    """
+    _check_has_template(tokenizer)
+    special = tokenizer.special_tokens_map
+    check_template_ends(tokenizer.get_chat_template(), special)
+    contents = [turn | {"content": mark_spellings(turn["content"], tokenizer, turn["role"])} for turn in messages]
+    try:
+        [text], spans = render_jinja_template(
+            [contents],
+            chat_template=tokenizer.get_chat_template(),
+            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=has_generation_markers(tokenizer),
+            **special,
+        )
+    except Exception as error:  # a template is a program of a stranger's: it may fail in any way
+        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"the tokenizer's chat template refuses the conversation: {reason}") from error
+    return text, spans[0] if spans else []
+
+
+_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def has_generation_markers(tokenizer):
+    """Whether the chat template says itself what the assistant writes, by {% generation %}."""
+    return bool(_GENERATION_MARKER.search(tokenizer.get_chat_template()))
 
 
 def is_formatted(text):
@@ -83,14 +123,22 @@ def prompt_from_text(text, style=PLAIN, tokenizer=None):
     return format_prompt(parse_turns(text), style, tokenizer)
 
 
-def encode_prompt(text, tokenizer, style=PLAIN):
-    """Token ids of a formatted prompt, with the tokenizer's BOS once and without an EOS at its end."""
-    # A chat template writes its own special tokens into the text.
-    ids = tokenizer(text, add_special_tokens=style != CHAT_TEMPLATE)["input_ids"]
-    # Some tokenizers close every text with EOS; here the answer is still to come.
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
-    return ids
+def encode_prompt(text, tokenizer, style=PLAIN, allow_special_tokens=False):
+    """Token ids of a formatted prompt, with the tokenizer's BOS once and without an EOS at its end.
+
+    Args:
+        allow_special_tokens: special tokens spelled in what users wrote become these tokens; else they are text.
+    """
+    encoder = _prompt_encoder(tokenizer, len(tokenizer), style == CHAT_TEMPLATE, allow_special_tokens)
+    return encoder.encode([text])[0].ids
+
+
+@lru_cache(maxsize=8)
+def _prompt_encoder(tokenizer, size, template, allow_special_tokens):
+    """``size`` is part of the key because tokens may be added to a tokenizer."""
+    from utils.data.encoding import TextEncoder  # which needs this module
+
+    return TextEncoder(tokenizer, template=template, allow_special_tokens=allow_special_tokens)
 
 
 def truncate_left(ids, max_tokens, bos_token_id=None):
@@ -121,7 +169,7 @@ def end_of_turn_id(tokenizer):
         return None
     answer = "an answer"
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
-    closing = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2]
+    closing = render(turns, tokenizer)[0].rpartition(answer)[2]
     ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
     return next((i for i in ids if i in tokenizer.all_special_ids), None)
 
