@@ -123,6 +123,60 @@ def test_logits_that_are_no_numbers_end_all_ranks_with_the_step(models, pairs_fo
     assert not (tmp_path / "out/actor").exists()
 
 
+def test_a_rank_that_stops_answering_ends_the_others_with_a_message(model_folder, pairs_folder, cache_folder, tmp_path):
+    script = tmp_path / "stopping.py"
+    script.write_text(
+        f"import os, runpy, signal, sys\nsys.path.insert(0, {str(PROJECT)!r})\n"
+        "from utils import utils\n"
+        "take_step, calls = utils.take_step, []\n"
+        "def patched(engine):\n"
+        "    calls.append(engine)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    return take_step(engine)\n"
+        "utils.take_step = patched\n"
+        f"runpy.run_path({str(STEPS[1])!r}, run_name='__main__')\n"
+    )
+    arguments = [
+        *("--model_name_or_path", model_folder, "--data_path", pairs_folder, "--data_output_path", cache_folder),
+        *("--output_dir", tmp_path / "out", "--dtype", "fp32", "--per_device_train_batch_size", 2),
+        *(
+            "--zero_stage",
+            2,
+            "--comm_timeout",
+            10,
+            "--max_train_samples",
+            8,
+            "--max_eval_samples",
+            2,
+        ),  # ZeRO's groups are not the first one
+    ]
+    port = str(20000 + hash(tmp_path) % 20000)
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, script, *map(str, arguments)]
+    ranks = [
+        subprocess.Popen(
+            [str(part) for part in command],
+            env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE if rank == "0" else subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        told = ranks[0].communicate(timeout=180)[1]
+        state = Path(f"/proc/{ranks[1].pid}/stat").read_text().rpartition(")")[2].split()[0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[0].returncode == 1 and state == "T", told
+    assert "error: rank 0: another rank did not take part within --comm_timeout" in told
+    assert "10000ms" in told and "Traceback" not in told
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
 # ---------------------------------------------------------------- the lock of an operator's build
 
 

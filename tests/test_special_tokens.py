@@ -166,7 +166,9 @@ def test_marks_cannot_be_forged_and_answers_may_hold_tokens_that_are_not_special
     assert ids.count(tokenizer.eos_token_id) == 1
     assert unmarked(text).count("<|im_end|>") == 2 and OPEN not in unmarked(text)
     # In plain text the same characters are nothing but text.
-    encoded = TextEncoder(tokenizer).encode([forged])[0]
+    encoder = TextEncoder(tokenizer)
+    assert encoder._unsafe is None  # one pass over a text is enough
+    encoded = encoder.encode([forged])[0]
     assert tokenizer.decode(encoded.ids[1:]) == forged
     thinking = "<think>red"
     assert mark_spellings(thinking, tokenizer) == mark_spellings(thinking, tokenizer, "assistant") == thinking

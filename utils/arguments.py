@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import SchedulerType
 from transformers.utils import is_flash_attn_2_available
 
-from utils.distributed import UserError, deepspeed, get_accelerator
+from utils.distributed import COMM_TIMEOUT, UserError, deepspeed, get_accelerator
 from utils.ds_utils import get_train_ds_config, merge_config_file
 
 QUANTIZATIONS = ("nf4", "int8")
@@ -413,6 +413,12 @@ def add_run_arguments(parser, step: int) -> None:
     )
     add("--seed", type=int, default=1234, help="of data order, fresh weights, dropout and sampling")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
+    add(
+        "--comm_timeout",
+        type=_positive,
+        default=COMM_TIMEOUT,
+        help="seconds a rank waits for the others in a collective before the run ends with an error",
+    )
     add("--log_interval", type=_positive, default=1, help="optimizer steps between throughput lines")
     add(
         "--report_to",

@@ -9,6 +9,7 @@ import ctypes
 import datetime
 import fcntl
 import os
+import re
 import socket
 import sys
 import time
@@ -142,11 +143,14 @@ def memory_given_back():
         libc.malloc_trim(0)
 
 
+COMM_TIMEOUT = 1800  # seconds, the default of --comm_timeout
+
+
 def init_distributed(args) -> torch.device:
     """Join the process group and return this rank's device.
 
     Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one on a free local port). Sets
-    ``args.local_rank`` and ``args.global_rank``.
+    ``args.local_rank`` and ``args.global_rank``. ``args.comm_timeout`` (seconds) bounds every collective.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
@@ -162,7 +166,10 @@ def init_distributed(args) -> torch.device:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(get_local_rank())
     load_operator("ShareMemCommBuilder")
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    timeout = datetime.timedelta(seconds=getattr(args, "comm_timeout", COMM_TIMEOUT))
+    # DeepSpeed makes further groups of the same ranks for ZeRO, which get torch's default, not that of the first group.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     args.local_rank, args.global_rank = get_local_rank(), get_rank()
     return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
 
@@ -248,6 +255,10 @@ def once_per_node(result: Path, build: Callable[[], None], rebuild: bool = False
             time.sleep(poll_seconds)
 
 
+# What gloo, NCCL and the store say of a collective that others do not join.
+TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Call a script's main(); turn what the user can mend into one readable line and exit code 1 on every rank.
 
@@ -266,10 +277,17 @@ def run_main(main: Callable[[], None]) -> None:
             time.sleep(0 if isinstance(error, SharedError) else OWN_ERROR_SECONDS)
         if get_rank() == 0 or not isinstance(error, SharedError):
             print(f"\nerror: {'' if get_rank() == 0 else f'rank {get_rank()}: '}{error}", file=sys.stderr)
-    except Exception:
+    except Exception as error:
         exit_code = 1
-        print(f"rank {get_rank()} failed:", file=sys.stderr)
-        traceback.print_exc()
+        if isinstance(error, RuntimeError) and TIMED_OUT.search(str(error)):
+            print(
+                f"\nerror: rank {get_rank()}: another rank did not take part within --comm_timeout seconds; it hangs, "
+                f"was stopped, or is slower than that ({str(error).splitlines()[0]})",
+                file=sys.stderr,
+            )
+        else:
+            print(f"rank {get_rank()} failed:", file=sys.stderr)
+            traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     if not dist.is_initialized():
