@@ -1,12 +1,14 @@
 """Generation of rollouts: choosing tokens, the sampling loop against generate(), the hybrid engine around it."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES, PROJECT, run_command
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -14,6 +16,7 @@ from utils.hybrid_engine import HybridEngine, first_difference
 from utils.module.fused_linear import can_pack, find_shared_inputs, fused_linears
 from utils.module.lora import convert_linear_layer_to_lora, lora_layers
 from utils.sampling import (
+    CompiledStep,
     Decoding,
     PreallocatedLayer,
     Rollout,
@@ -445,3 +448,38 @@ def test_tokens_and_weights_are_those_of_training_without_it_at_every_zero_stage
     assert code == 0, output[-4000:]
     assert output.count("equal: ") == 10, output[-4000:]
     assert "all ranks fall back" in output, output[-4000:]
+
+
+def test_the_compiled_step_is_one_graph_for_all_widths_and_gives_the_same_rollouts(llama):
+    """torch.compile with a backend that runs the captured graph as it is: what is tested is the capture."""
+    counter = CompileCounterWithBackend("eager")
+    compiled = CompiledStep(llama, 32, backend=counter)
+    for width in (4, 9, 9):
+        mask = (torch.arange(width) >= torch.tensor([[width - 2], [0], [width - 4]])).long()
+        prompts = torch.arange(5, 5 + 3 * width).view(3, width)
+        for temperature in (0.0, 1.0):
+            rollouts = []
+            for step in (None, compiled):
+                torch.manual_seed(width)
+                rollouts.append(sample_answers(llama, prompts, mask, _decoding(temperature=temperature), compiled=step))
+            assert torch.equal(rollouts[0].sequences, rollouts[1].sequences)
+            torch.testing.assert_close(rollouts[0].log_probs, rollouts[1].log_probs)
+    assert counter.frame_count == 1
+    with pytest.raises(ValueError, match="do not fit a cache of 32"):
+        sample_answers(llama, prompts.repeat(1, 4), mask.repeat(1, 4), _decoding(), compiled=compiled)
+
+
+def test_the_compiled_step_follows_weights_that_change_and_folded_lora(monkeypatch):
+    monkeypatch.setattr("utils.hybrid_engine.CompiledStep", partial(CompiledStep, backend="eager"))
+    model = convert_linear_layer_to_lora(_model("llama"), "auto", 4)
+    engine = HybridEngine(_Engine(model), compiled_length=32)
+    prompts, mask = _prompts()
+    decoding = _decoding(temperature=0.0)
+    for _ in range(2):
+        answers = engine.generate(prompts, mask, decoding).sequences
+        assert torch.equal(answers, generate_by_transformers(model, prompts, mask, decoding).sequences)
+        for _, layer in lora_layers(model):
+            nn.init.normal_(layer.lora_left_weight, std=0.5)
+    engine.release_cache = True
+    engine.generate(prompts, mask, decoding)
+    assert not engine._compiled._caches

@@ -726,6 +726,12 @@ def add_rlhf_arguments(parser) -> None:
         help="who generates: own (this project's loop), transformers (its generate()), deepspeed (its kernels, CUDA "
         "only); auto: own where its greedy tokens equal those of generate() on a check batch, else transformers",
     )
+    add(
+        "--compile_generation",
+        action="store_true",
+        help="compile the step that makes one token (torch.compile; CUDA graphs on a GPU), over a cache of the full "
+        "length: a minute or more at the start; off: as it is",
+    )
     add("--unpin_actor_parameters", action="store_true", help="gather layer by layer after all: slower, less memory")
     add("--release_inference_cache", action="store_true", help="give cached memory back after each generation phase")
     add("--inference_tp_size", type=_positive, default=1, help="tensor-parallel ranks in generation; only 1 so far")
@@ -837,6 +843,15 @@ def check_rlhf(args) -> RLHFBatchSizes:
         raise UserError(
             f"--hybrid_engine_backend {args.hybrid_engine_backend} says how --enable_hybrid_engine generates; without "
             "it generate() does"
+        )
+    if args.compile_generation and (
+        not args.enable_hybrid_engine
+        or args.hybrid_engine_backend in ("transformers", "deepspeed")
+        or (args.unpin_actor_parameters and args.actor_zero_stage == 3)
+    ):
+        raise UserError(
+            "--compile_generation compiles the loop of --enable_hybrid_engine (backend auto or own), "
+            "over whole weights (no --unpin_actor_parameters)"
         )
     if args.hybrid_engine_backend == "deepspeed" and get_accelerator().device_name() != "cuda":
         raise UserError(

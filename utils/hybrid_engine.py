@@ -21,7 +21,7 @@ from utils.distributed import UserError, all_gather_objects, all_reduce_sum, get
 from utils.model.inputs import model_inputs
 from utils.module.fused_linear import find_shared_inputs, fused_linears
 from utils.module.lora import lora_layers
-from utils.sampling import Decoding, Rollout, generate_by_transformers, sample_answers
+from utils.sampling import CompiledStep, Decoding, Rollout, generate_by_transformers, sample_answers
 from utils.utils import print_rank_0
 
 HOOK_TABLES = (
@@ -102,6 +102,7 @@ class HybridEngine:
         gather_all: off leaves ZeRO-3 weights sharded and gathers them layer by layer for each token: slower, less
             memory.
         release_cache: give the accelerator's cached memory back after each generation phase.
+        compiled_length: compile the own loop's step for this many tokens of prompt and answer; None: do not.
         backend: own, the loop of sampling.py; transformers, its generate(); deepspeed, the kernels of DeepSpeed's
             hybrid engine; auto, own where it gives generate()'s tokens, else transformers.
 
@@ -119,6 +120,7 @@ class HybridEngine:
         gather_all: bool = True,
         release_cache: bool = False,
         backend: str = "auto",
+        compiled_length: int | None = None,
     ):
         self.engine, self.enabled, self.release_cache = engine, enabled, release_cache
         self._sharded = [param for param in engine.module.parameters() if hasattr(param, "ds_id")]
@@ -126,6 +128,7 @@ class HybridEngine:
         self.gathers = enabled and gather_all and bool(self._sharded) and backend != "deepspeed"
         self.needs_lockstep = bool(self._sharded) and not self.gathers
         self._groups: list[list[str]] | None = None  # linear layers that can run as one, once they are known
+        self._compiled = None if compiled_length is None else CompiledStep(engine.module, compiled_length)
         self.backend = self._checked(backend) if enabled else "transformers"
 
     @contextmanager
@@ -142,7 +145,7 @@ class HybridEngine:
                 if self.enabled and not self.needs_lockstep and self.backend != "deepspeed":
                     stack.enter_context(_lora_folded(module))
                     # Fused copies take memory that an accelerator rarely has to spare, and were measured on a CPU only.
-                    if self.backend == "own" and get_accelerator().device_name() == "cpu":
+                    if self.backend == "own" and self._compiled is None and get_accelerator().device_name() == "cpu":
                         if self._groups is None:
                             self._groups = find_shared_inputs(module)
                         stack.enter_context(fused_linears(module, self._groups))
@@ -150,6 +153,8 @@ class HybridEngine:
         finally:
             module.train(was_training)
             if self.release_cache:
+                if self._compiled is not None:
+                    self._compiled.release()
                 get_accelerator().empty_cache()
 
     def generate(self, prompts, mask, decoding: Decoding, rewrite_logits: Callable | None = None) -> Rollout:
@@ -165,7 +170,9 @@ class HybridEngine:
         with self.generation() as model:
             if self.backend == "transformers":
                 return generate_by_transformers(model, prompts, mask, decoding, ranks_wait, rewrite_logits)
-            return sample_answers(model, prompts, mask, decoding, _rows_left if ranks_wait else None, rewrite_logits)
+            return sample_answers(
+                model, prompts, mask, decoding, _rows_left if ranks_wait else None, rewrite_logits, self._compiled
+            )
 
     # ------------------------------------------------------------ the check at the start
 
@@ -186,7 +193,10 @@ class HybridEngine:
         if problem is not None:
             print_rank_0(f"generation: by transformers' generate(), because of the own loop: {problem}")
             return "transformers"
-        print_rank_0(f"generation: {self.backend} (its greedy tokens equal those of generate() on a check batch)")
+        compiled = "" if self._compiled is None else ", compiled"
+        print_rank_0(
+            f"generation: {self.backend}{compiled} (its greedy tokens equal those of generate() on a check batch)"
+        )
         return self.backend
 
     def _difference_from_generate(self) -> str | None:

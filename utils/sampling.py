@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from utils.model.inputs import embedding_rows, forward_accepts, position_ids_from_mask
@@ -148,6 +148,40 @@ def make_cache(model, capacity: int) -> DynamicCache:
     return cache
 
 
+class CompiledStep:
+    """The forward pass of one token per row, compiled by torch, over a cache of fixed size.
+
+    Shapes and addresses stay as they are from token to token and from round to round, so that a GPU replays one CUDA
+    graph instead of launching hundreds of kernels. The price: attention reads the whole cache, rows do not leave the
+    batch, and each batch size is compiled once.
+
+    Args:
+        capacity: positions of the cache, prompt and answer together.
+        backend: of ``torch.compile``.
+    """
+
+    def __init__(self, model, capacity: int, backend: str = "inductor"):
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        mode = "reduce-overhead" if on_gpu and backend == "inductor" else None
+        self.capacity, self._config, self._caches = capacity, model.config, {}
+        self._forward = torch.compile(model.forward, backend=backend, mode=mode, dynamic=False)
+
+    def cache(self, batch: int) -> StaticCache:
+        """An empty cache for this many rows; the same one each time."""
+        if batch not in self._caches:
+            self._caches[batch] = StaticCache(config=self._config, max_cache_len=self.capacity)
+        else:
+            self._caches[batch].reset()
+        return self._caches[batch]
+
+    def release(self) -> None:
+        self._caches.clear()
+
+    def __call__(self, **inputs):
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._forward(**inputs)
+
+
 # ---------------------------------------------------------------- the loops
 
 
@@ -159,6 +193,7 @@ def sample_answers(
     decoding: Decoding,
     rows_left_anywhere: Callable[[int], int] | None = None,
     rewrite_logits: Callable | None = None,
+    compiled: CompiledStep | None = None,
 ) -> Rollout:
     """Answer each prompt.
 
@@ -170,9 +205,11 @@ def sample_answers(
         rows_left_anywhere: given where a forward pass is a collective (ZeRO-3 weights gathered layer by layer): turns
             this rank's count of unfinished rows into that of all ranks. A rank that is done goes along until all are.
         rewrite_logits: called as (logits [b, V], rows [b], position in the answer) -> logits [b, V], before choosing.
+        compiled: makes the passes after the prompt's.
 
     Raises:
         FloatingPointError: when logits were not finite.
+        ValueError: when prompt and answer do not fit the compiled step's cache.
     """
     batch, prompt_width = prompts.shape
     limit, device = decoding.max_new_tokens, prompts.device
@@ -184,8 +221,11 @@ def sample_answers(
     # What follows is about the rows still in the batch: which rows they are, which of them still run.
     rows = torch.arange(batch, device=device)
     runs = torch.ones(batch, dtype=torch.bool, device=device)
-    mask = torch.cat([mask, mask.new_ones(batch, limit)], dim=1)
-    cache = make_cache(model, prompt_width + limit)
+    capacity = prompt_width + limit if compiled is None else compiled.capacity
+    if prompt_width + limit > capacity:
+        raise ValueError(f"{prompt_width} prompt and {limit} answer tokens do not fit a cache of {capacity}")
+    mask = torch.cat([mask, mask.new_ones(batch, capacity - prompt_width)], dim=1)
+    cache = make_cache(model, capacity) if compiled is None else compiled.cache(batch)
     options = {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
     takes_positions = forward_accepts(model, "position_ids")
     tokens, positions = prompts, position_ids_from_mask(mask[:, :prompt_width])
@@ -193,9 +233,9 @@ def sample_answers(
     for step in range(limit):
         if takes_positions:
             options["position_ids"] = positions
-        output = model(
-            input_ids=tokens, attention_mask=mask[:, :width], past_key_values=cache, use_cache=True, **options
-        )
+        forward = model if step == 0 or compiled is None else compiled
+        seen = mask[:, :width] if compiled is None else mask  # causality hides what is yet to come
+        output = forward(input_ids=tokens, attention_mask=seen, past_key_values=cache, use_cache=True, **options)
         logits = output.logits[:, -1, : decoding.vocabulary]
         if rewrite_logits is not None:
             logits = rewrite_logits(logits, rows, step)
@@ -208,7 +248,7 @@ def sample_answers(
         if (rows_left_anywhere(left) if rows_left_anywhere else left) == 0:
             break
         tokens, positions, width = chosen.unsqueeze(1), positions[:, -1:] + 1, width + 1
-        if left and left <= (1 - LEAVE_SHARE) * len(rows):
+        if compiled is None and left and left <= (1 - LEAVE_SHARE) * len(rows):
             stay = runs.nonzero().squeeze(1)
             rows, runs, mask, tokens, positions = (x[stay] for x in (rows, runs, mask, tokens, positions))
             cache.batch_select_indices(stay)

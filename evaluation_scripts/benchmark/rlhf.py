@@ -54,6 +54,7 @@ def build_parser():
     add("--repeats", type=int, default=2, help="measurements of each figure, after a warm-up; the fastest counts")
     add("--skip_step", action="store_true", help="generation only, no whole PPO step")
     add("--latency", action="store_true", help="time per token of one prompt, against the memory's speed")
+    add("--compiled", action="store_true", help="--latency with --compile_generation too: a minute more")
     add(
         "--cpu_time",
         action="store_true",
@@ -332,10 +333,11 @@ def measure_latency(args) -> None:
     weights = matmul_parameters(trainer.actor_model) * (4 if args.dtype == "fp32" else 2)
     rewrite = ends_at(schedules(args, 1)["full"], trainer.tokenizer.eos_token_id)
     figures = {"read bandwidth": f"{bandwidth / 1e9:.1f} GB/s", "weights": f"{weights / 1e6:.0f} MB"}
-    for way, generator in (
-        ("plain", HybridEngine(trainer.actor_model, False)),
-        ("ours", trainer.rlhf_engine.generator),
-    ):
+    generators = {"plain": HybridEngine(trainer.actor_model, False), "ours": trainer.rlhf_engine.generator}
+    if args.compiled:
+        length = args.prompt_length + args.answer_length
+        generators["compiled"] = HybridEngine(trainer.actor_model, backend="own", compiled_length=length)
+    for way, generator in generators.items():
         seconds = fastest(args, lambda g=generator: g.generate(ids, mask, decoding, rewrite_logits=rewrite))
         seconds /= args.answer_length
         figures[way] = f"{seconds * 1e3:.1f} ms per token = {weights / bandwidth / seconds:.0%} of the limit"

@@ -47,6 +47,7 @@ class DeepSpeedRLHFEngine:
             not args.unpin_actor_parameters,
             args.release_inference_cache,
             args.hybrid_engine_backend,
+            args.max_prompt_seq_len + args.max_answer_seq_len if args.compile_generation else None,
         )
         self.ref = self._init_ref(actor_model_name_or_path) if args.separate_ref else None
         self.actor_ema = self._init_ema(actor_model_name_or_path) if args.enable_ema else None
