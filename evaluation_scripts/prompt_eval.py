@@ -17,12 +17,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation_scripts.prompts import PROMPTS, check_writable, read_prompts, write_jsonl, write_text
+from evaluation_scripts.prompts import PROMPTS, read_prompts
 from utils.data.prompt_format import cut_at_next_human, encode_prompt, prompt_from_text
 from utils.data.special_tokens import unmarked
 from utils.distributed import UserError, run_main
+from utils.files import check_writable, write_jsonl, write_text
 from utils.generation import (
     add_base_model_argument,
+    add_load_in_4bit_argument,
     add_loading_arguments,
     check_model_folder,
     choosing_settings,
@@ -91,6 +93,7 @@ def parse_args(argv=None):
     )
     add_base_model_argument(parser)
     add_loading_arguments(parser)
+    add_load_in_4bit_argument(parser)
     args = parser.parse_args(argv)
     check_args(args, parser)
     return args

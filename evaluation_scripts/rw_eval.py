@@ -20,13 +20,14 @@ from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation_scripts.prompts import PAIRS, check_writable, write_jsonl
+from evaluation_scripts.prompts import PAIRS
 from utils.data.batching import pad_rows
 from utils.data.encoding import REWARD, RewardRows, TokenRules
 from utils.data.prompt_format import CHAT_TEMPLATE, PLAIN, format_answer, is_formatted, prompt_from_text
 from utils.data.raw_datasets import EVAL_SPLITS, RowReport, SkipRow, text
 from utils.data.readers import DataError, Rows, no_such_columns, open_splits
 from utils.distributed import UserError, run_main
+from utils.files import check_writable, write_jsonl
 from utils.generation import (
     END_OF_TEXT,
     add_loading_arguments,

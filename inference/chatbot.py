@@ -1,7 +1,8 @@
-"""Talk to a trained model in the terminal.
+"""Talk to trained models in the terminal.
 
     python inference/chatbot.py --path output/actor
-    printf 'What is 2 plus 3?\\nquit\\n' | python inference/chatbot.py --path output/actor --greedy
+    python inference/chatbot.py --path output/sft output/actor --history talk.json     # side by side, kept for later
+    python inference/chatbot.py --path output/actor --task_prompt 'Say it politely: {input}' < sentences.txt
 
 Each answer appears while it is written and ends at EOS or where the model would begin the next human turn. The whole
 conversation is the prompt of each answer; what no longer fits is forgotten from the oldest turn on.
@@ -9,134 +10,161 @@ conversation is the prompt of each answer; what no longer fits is forgotten from
 
 import argparse
 import contextlib
+import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from transformers import StoppingCriteria
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.data.prompt_format import PLAIN, cut_at_next_human, encode_prompt, format_prompt, stop_strings, truncate_left
-from utils.distributed import UserError, run_main
-from utils.generation import (
-    LanguageModel,
-    add_base_model_argument,
-    add_loading_arguments,
-    check_ids,
-    choosing_settings,
-    decode_answer,
-    generate_ids,
-    load_language_model,
-    room_for_prompt,
-    warn,
+from inference.conversation import (
+    TEMPERATURE,
+    AnswerStream,
+    add_conversation_arguments,
+    answer_settings,
+    build_prompt,
+    describe,
+    input_limit,
+    load_models,
 )
+from utils.data.prompt_format import encode_prompt, prompt_from_text, truncate_left
+from utils.distributed import UserError, run_main
+from utils.files import check_writable, write_text
+from utils.generation import LanguageModel, check_ids, check_model_folder, generate_ids, warn
 from utils.utils import set_random_seed
 
 LEAVING = ("quit", "stop")
 FORGETTING = "clear"
+INPUT = "{input}"  # what an input takes the place of in --task_prompt
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Talk to a model folder that training saved (or any causal language model in Hugging Face format).",
+        description="Talk to model folders that training saved (or any causal language models in Hugging Face format).",
         epilog=f"In the chat: '{FORGETTING}' begins a new conversation; '{LEAVING[0]}', '{LEAVING[1]}' or Ctrl-D ends; "
         "Ctrl-C cuts an answer short. Input may come from a pipe, one message a line.",
     )
-    parser.add_argument("--path", required=True, help="the model folder, for instance output/actor")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer in tokens (128)")
     parser.add_argument(
-        "--max_input_tokens",
-        type=int,
-        default=None,
-        help="longest conversation in tokens that an answer takes into account; the oldest turns are lost first "
-        "(default: what the model holds, less --max_new_tokens)",
+        "--path", nargs="+", required=True, help="the model folder, for instance output/actor; several answer in turn"
     )
-    choice = parser.add_argument_group("how the next token is chosen")
-    choice.add_argument("--greedy", action="store_true", help="always the most probable token; the flags below rest")
-    choice.add_argument("--temperature", type=float, default=0.7, help="0: greedy; 1: as the model says (0.7)")
-    choice.add_argument("--top_p", type=float, default=0.9, help="likeliest tokens of this total share (0.9; 1: off)")
-    choice.add_argument("--top_k", type=int, default=0, help="so many of the likeliest tokens (default 0: off)")
-    choice.add_argument("--seed", type=int, default=None, help="makes answers repeatable (default: not)")
-    add_base_model_argument(parser)
-    add_loading_arguments(parser)
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--history",
+        metavar="JSON",
+        help="file that the conversations are kept in: it is read if it exists, and written after every answer; a row "
+        "for each model with its messages (default: kept nowhere)",
+    )
+    parser.add_argument(
+        "--task_prompt",
+        metavar="TEXT",
+        help=f"do one task over and over: each line of input takes the place of {INPUT} in this text and is answered "
+        "on its own, greedily unless --temperature says otherwise (default: a conversation)",
+    )
+    parser.add_argument("--seed", type=int, default=None, help="makes answers repeatable (default: not)")
+    add_conversation_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.task_prompt is not None and INPUT not in args.task_prompt:
+        raise UserError(f"--task_prompt {args.task_prompt!r}: {INPUT} is missing, where each input is to stand")
+    if args.task_prompt is not None and args.history:
+        raise UserError("--history: with --task_prompt each input is answered on its own, so there is none")
+    return args
 
 
-def build_prompt(
-    turns: list[dict], tokenizer, style: str, max_input_tokens: int | None, allow_special_tokens: bool = False
-) -> tuple[list[int], int]:
-    """Token ids of the conversation, and how many of its oldest turns had to be left out.
+@dataclass
+class Conversation:
+    """What one model and the user have said to each other."""
 
-    Question and answer go together. If the last question alone is too long, it loses its beginning; BOS stays.
+    lm: LanguageModel
+    max_input_tokens: int | None
+    speaker: str  # how the model's lines begin
+    style: str
+    allow_special_tokens: bool = False
+    turns: list[dict] = field(default_factory=list)
+    told_of_forgetting: bool = False
+
+    def clear(self) -> None:
+        self.turns, self.told_of_forgetting = [], False
+
+    def say(self, message: str, settings: dict) -> None:
+        """Answer a message, as the next turn."""
+        self.turns.append({"role": "user", "content": message})
+        prompt_ids, dropped = build_prompt(
+            self.turns, self.lm.tokenizer, self.style, self.max_input_tokens, self.allow_special_tokens
+        )
+        if dropped and not self.told_of_forgetting:
+            print(f"(the conversation is longer than {self.max_input_tokens} tokens: its oldest turns are forgotten)")
+            self.told_of_forgetting = True
+        self.turns.append({"role": "assistant", "content": self.answer(prompt_ids, settings)})
+
+    def do_task(self, text: str, settings: dict) -> None:
+        """Answer a text that knows of no other; too long a one loses its beginning."""
+        tokenizer = self.lm.tokenizer
+        prompt = prompt_from_text(text, self.style, tokenizer)
+        ids = encode_prompt(prompt, tokenizer, self.style, self.allow_special_tokens)
+        limit = self.max_input_tokens
+        if limit is not None and len(ids) > limit:
+            warn(f"an input of {len(ids)} tokens is longer than {limit}: it loses its beginning")
+            ids = truncate_left(ids, limit, tokenizer.bos_token_id)
+        self.answer(ids, settings)
+
+    def answer(self, prompt_ids: list[int], settings: dict) -> str:
+        """Generate while printing. Ctrl-C ends an answer early; what was said until then counts as the answer."""
+        check_ids([prompt_ids], self.lm.model, self.lm.name)
+        print(f"{self.speaker}: ", end="", flush=True)
+        lm, show = self.lm, lambda piece: print(piece, end="", flush=True)
+        stream = AnswerStream(lm.tokenizer, len(prompt_ids), lm.stop_ids, self.style, show)
+        note = ""
+        try:
+            generate_ids(lm, [prompt_ids], stopping_criteria=[stream], **settings)
+        except KeyboardInterrupt:
+            note = " [cut short]"
+        answer = stream.close()
+        print(note, flush=True)
+        return answer
+
+
+def start_conversations(lms: list[LanguageModel], args) -> list[Conversation]:
+    """One for each model, with an empty history."""
+    limits = [input_limit(lm, args.max_input_tokens, args.max_new_tokens) for lm in lms]
+    speakers = ["Assistant"] if len(lms) == 1 else [f"Assistant {n} ({lm.name})" for n, lm in enumerate(lms, start=1)]
+    return [
+        Conversation(*parts, args.prompt_style, args.allow_special_tokens)
+        for parts in zip(lms, limits, speakers, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------- the history file
+
+
+def read_history(path: str, num_models: int) -> list[list[dict]]:
+    """The turns of each conversation in a history file; none if there is no file yet.
+
+    Raises UserError that names what is wrong in the file.
     """
-    for dropped in range(0, len(turns), 2):
-        text = format_prompt(turns[dropped:], style, tokenizer)
-        ids = encode_prompt(text, tokenizer, style, allow_special_tokens)
-        if max_input_tokens is None or len(ids) <= max_input_tokens:
-            return ids, dropped
-    return truncate_left(ids, max_input_tokens, tokenizer.bos_token_id), dropped
-
-
-def settled_part(text: str, style: str) -> tuple[str, bool]:
-    """The part of a growing answer that no further token can take back, and whether the answer is over.
-
-    Held back are an unfinished character, blanks at the end, and what may become the mark of the next human turn.
-    """
-    answer = cut_at_next_human(text, style)
-    if answer != text:
-        return answer.rstrip(), True
-    answer = text.rstrip("\ufffd")  # bytes of a character whose other bytes are still to come
-    beginnings = (stop[:length] for stop in stop_strings(style) for length in range(1, len(stop)))
-    held_back = max((len(part) for part in beginnings if answer.endswith(part)), default=0)
-    return answer[: len(answer) - held_back].rstrip(), False
-
-
-class AnswerStream(StoppingCriteria):
-    """Prints an answer while it grows, and ends it where the next human turn would begin.
-
-    A stopping criterion because generate() shows those every new token and lets them say when to stop.
-    """
-
-    def __init__(self, tokenizer, prompt_length: int, stop_ids: list[int], style: str = PLAIN, out=None):
-        self.tokenizer, self.prompt_length, self.stop_ids, self.style = tokenizer, prompt_length, stop_ids, style
-        self.out = out or sys.stdout
-        self.shown = ""
-        self.unsettled = ""
-
-    def __call__(self, input_ids, scores, **kwargs):
-        over = self.update(input_ids[0, self.prompt_length :].tolist())
-        return torch.full((1,), over, dtype=torch.bool, device=input_ids.device)
-
-    def update(self, answer_ids: list[int]) -> bool:
-        """Print what is new in the answer so far; returns whether it is over."""
-        answer_ids = [token for token in answer_ids if token not in self.stop_ids]
-        self.unsettled = decode_answer(answer_ids, self.tokenizer)
-        text, over = settled_part(self.unsettled, self.style)
-        self._show(text.lstrip())
-        return over
-
-    def close(self, note: str = "") -> str:
-        """Print what was held back and the note, end the line and return the whole answer."""
-        self._show(cut_at_next_human(self.unsettled, self.style).rstrip("\ufffd").strip())
-        self.out.write(note + "\n")
-        self.out.flush()
-        return self.shown
-
-    def _show(self, text):
-        self.out.write(text[len(self.shown) :])
-        self.out.flush()
-        self.shown = text if len(text) > len(self.shown) else self.shown
-
-
-def answer(lm: LanguageModel, prompt_ids: list[int], settings: dict, style: str) -> str:
-    """Generate one answer while printing it. Ctrl-C ends it early; what was said until then counts as the answer."""
-    stream = AnswerStream(lm.tokenizer, len(prompt_ids), lm.stop_ids, style)
+    if not Path(path).exists():
+        return [[] for _ in range(num_models)]
     try:
-        generate_ids(lm, [prompt_ids], stopping_criteria=[stream], **settings)
-    except KeyboardInterrupt:
-        return stream.close(" [cut short]")
-    return stream.close()
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        histories = [[{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]] for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--history {path}: expected a JSON list of objects with 'messages' of 'role' and 'content'; {error!r}"
+        ) from error
+    for number, turns in enumerate(histories, start=1):
+        if any(not isinstance(turn["content"], str) for turn in turns):
+            raise UserError(f"--history {path}: conversation {number} has a message whose content is no text")
+        if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+            raise UserError(f"--history {path}: in conversation {number} user and assistant do not take turns")
+    if len(histories) != num_models:
+        raise UserError(f"--history {path} holds {len(histories)} conversations, but --path names {num_models} models")
+    return histories
+
+
+def write_history(path: str, conversations: list[Conversation]) -> None:
+    rows = [{"model": one.lm.name, "messages": one.turns} for one in conversations]
+    write_text(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------- the terminal
 
 
 def read_message() -> str | None:
@@ -151,50 +179,41 @@ def read_message() -> str | None:
     return message
 
 
-def chat(
-    lm: LanguageModel, settings: dict, style: str, max_input_tokens: int | None, allow_special_tokens: bool = False
-):
-    """The conversation, until the user leaves."""
-    turns = []
-    already_told = False
+def chat(conversations: list[Conversation], settings: dict, history: str | None = None):
+    """The conversations, until the user leaves."""
     while (message := read_message()) is not None and message.lower() not in LEAVING:
         if not message:
             continue
-        if message.lower() == FORGETTING:
-            turns, already_told = [], False
-            print("(a new conversation)\n")
+        forgetting = message.lower() == FORGETTING
+        for conversation in conversations:
+            if forgetting:
+                conversation.clear()
+            else:
+                conversation.say(message, settings)
+        if history:
+            write_history(history, conversations)
+        print("(a new conversation)\n" if forgetting else "")
+
+
+def do_tasks(conversations: list[Conversation], settings: dict, task_prompt: str):
+    """The task with each line of input. In a pipe every line is an input, also one that reads "stop"."""
+    while (text := read_message()) is not None and not (sys.stdin.isatty() and text.lower() in LEAVING):
+        if not text:
             continue
-        turns.append({"role": "user", "content": message})
-        prompt_ids, dropped = build_prompt(turns, lm.tokenizer, style, max_input_tokens, allow_special_tokens)
-        check_ids([prompt_ids], lm.model, lm.name)
-        if dropped and not already_told:
-            print(f"(the conversation is longer than {max_input_tokens} tokens: its oldest turns are forgotten)")
-            already_told = True
-        print("Assistant: ", end="", flush=True)
-        turns.append({"role": "assistant", "content": answer(lm, prompt_ids, settings, style)})
+        for conversation in conversations:
+            conversation.do_task(task_prompt.replace(INPUT, text), settings)
         print()
-
-
-def input_limit(lm: LanguageModel, asked: int | None, max_new_tokens: int) -> int | None:
-    """Longest prompt in tokens: what the user asks for, as far as the model has room for it."""
-    room = room_for_prompt(lm, max_new_tokens)
-    if asked is None:
-        return room
-    if asked < 1:
-        raise UserError(f"--max_input_tokens {asked}: must be at least 1")
-    if room is not None and asked > room:
-        warn(f"--max_input_tokens {asked}: {lm.name} has room for {room} beside the answer")
-        return room
-    return asked
 
 
 def main(argv=None):
     args = parse_args(argv)
-    do_sample = not args.greedy and args.temperature != 0
-    settings = choosing_settings(do_sample, args.temperature, args.top_p, args.top_k)
-    settings["max_new_tokens"] = args.max_new_tokens
-    lm = load_language_model(args.path, args, allow_hub_name=False)
-    max_input_tokens = input_limit(lm, args.max_input_tokens, args.max_new_tokens)
+    is_task = args.task_prompt is not None
+    settings = answer_settings(args, temperature=0 if is_task else TEMPERATURE)
+    for path in args.path:
+        check_model_folder(path, allow_hub_name=False, allow_soft_prompt=True)
+    check_writable(args.history)
+    histories = read_history(args.history, len(args.path)) if args.history else [[] for _ in args.path]
+    conversations = start_conversations(load_models(args.path, args), args)
     set_random_seed(args.seed)
     # A pipe may hold bytes that are no text, and a terminal may lack a letter: neither ends the chat.
     for stream in (sys.stdin, sys.stdout):
@@ -202,11 +221,19 @@ def main(argv=None):
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() arrow keys and a history, where the system has it
 
-    dtype = str(lm.model.dtype).removeprefix("torch.")
-    print(f"{args.path} on {lm.model.device} in {dtype}, {'sampling' if do_sample else 'greedy'}.")
+    for conversation in conversations:
+        print(describe(conversation.lm, settings))
     leave = "' or '".join(LEAVING)
+    if is_task:
+        print(f"Each input is answered on its own; '{leave}' ends, Ctrl-C cuts an answer short.\n")
+        do_tasks(conversations, settings, args.task_prompt)
+        return
     print(f"'{FORGETTING}' forgets the conversation, '{leave}' ends, Ctrl-C cuts an answer short.\n")
-    chat(lm, settings, args.prompt_style, max_input_tokens, args.allow_special_tokens)
+    for conversation, turns in zip(conversations, histories, strict=True):
+        conversation.turns = turns
+    if any(histories):
+        print(f"({args.history}: the conversation goes on after {len(histories[0]) // 2} questions)\n")
+    chat(conversations, settings, args.history)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 import io
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +27,10 @@ from transformers import (
 
 from evaluation_scripts import prompt_eval
 from evaluation_scripts.prompts import PROMPTS, read_prompts
-from inference import chatbot
+from inference import chatbot, serve
+from inference.conversation import AnswerStream, build_prompt
 from utils.data import prompt_format as pf
+from utils.data.data_utils import create_prompt_dataset
 from utils.distributed import UserError
 from utils.generation import LanguageModel, find_stop_ids, generate_answers, load_language_model, up_to_stop
 
@@ -223,7 +228,7 @@ def test_the_oldest_turns_are_lost_first_and_bos_stays(tokenizer):
     turns = [user("one"), assistant("1"), user("two"), assistant("2"), user("three")]
 
     def built(limit):
-        ids, dropped = chatbot.build_prompt(turns, tokenizer, "plain", limit)
+        ids, dropped = build_prompt(turns, tokenizer, "plain", limit)
         return tokenizer.decode(ids[1:]), ids[0], len(ids), dropped
 
     whole = " Human: one Assistant: 1 Human: two Assistant: 2 Human: three Assistant:"
@@ -236,7 +241,7 @@ def test_the_oldest_turns_are_lost_first_and_bos_stays(tokenizer):
 
 def test_an_answer_appears_bit_by_bit_without_marks_or_half_characters(tokenizer):
     shown = io.StringIO()
-    stream = chatbot.AnswerStream(tokenizer, 0, [EOS], "plain", shown)
+    stream = AnswerStream(tokenizer, 0, [EOS], "plain", shown.write)
     ids = tokenizer(" héllo  Hum?\n\nHuman: again", add_special_tokens=False)["input_ids"]
     seen = []
     for length in range(1, len(ids) + 1):
@@ -248,20 +253,20 @@ def test_an_answer_appears_bit_by_bit_without_marks_or_half_characters(tokenizer
     assert "h" in seen and "hé" in seen and "héllo" in seen
     assert not any("\ufffd" in text or text.endswith((" ", " H", " Hu")) for text in seen)
     assert stream.close() == "héllo  Hum?"
-    assert shown.getvalue() == "héllo  Hum?\n"
+    assert shown.getvalue() == "héllo  Hum?"
 
 
 def test_an_empty_answer_before_the_next_turn_stays_empty(tokenizer):
-    stream = chatbot.AnswerStream(tokenizer, 0, [EOS], "plain", io.StringIO())
+    stream = AnswerStream(tokenizer, 0, [EOS], "plain", io.StringIO().write)
     assert stream.update(tokenizer("\n\nHuman: x", add_special_tokens=False)["input_ids"])
     assert stream.close() == ""
 
 
 def test_text_held_back_is_shown_when_the_answer_ends(tokenizer):
     shown = io.StringIO()
-    stream = chatbot.AnswerStream(tokenizer, 0, [EOS], "plain", shown)
+    stream = AnswerStream(tokenizer, 0, [EOS], "plain", shown.write)
     ids = tokenizer(" a Hum", add_special_tokens=False)["input_ids"] + [EOS]
-    assert not stream.update(ids)
+    assert stream.update(ids)
     assert shown.getvalue() == "a"
     assert stream.close() == "a Hum"
 
@@ -292,7 +297,8 @@ def chat_with(monkeypatch, capsys, lm, lines, **changes):
     original = chatbot.build_prompt
     monkeypatch.setattr(chatbot, "build_prompt", remember)
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
-    chatbot.chat(lm, {"do_sample": False, "max_new_tokens": 20}, "plain", changes.get("max_input_tokens"))
+    conversation = chatbot.Conversation(lm, changes.get("max_input_tokens"), "Assistant", "plain")
+    chatbot.chat([conversation], {"do_sample": False, "max_new_tokens": 20})
     return prompts, capsys.readouterr().out
 
 
@@ -325,6 +331,104 @@ def test_ctrl_c_cuts_the_answer_and_keeps_what_was_said(monkeypatch, capsys, tra
     prompts, out = chat_with(monkeypatch, capsys, trained, ["hi", "hi"])
     assert "[cut short]" in out
     assert prompts[1] == ["hi", "hell", "hi"]
+
+
+def typed(monkeypatch, text):
+    """Lines that come through a pipe."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **kwargs: None, raising=False)
+
+
+def test_several_models_answer_side_by_side_and_their_histories_go_on(folders, monkeypatch, capsys, tmp_path):
+    history = tmp_path / "talk.json"
+    both = [folders["trained"], folders["trained"]]
+    typed(monkeypatch, "hi\nquit\n")
+    chatbot.main(["--path", *both, "--greedy", "--device", "cpu", "--history", str(history)])
+    out = capsys.readouterr().out
+    assert f"Assistant 1 ({both[0]}): hello <b>you</b>\nAssistant 2 ({both[1]}): hello <b>you</b>\n\n" in out
+    said = [user("hi"), assistant("hello <b>you</b>")]
+    assert json.loads(history.read_text()) == [{"model": path, "messages": said} for path in both]
+
+    def started(*paths):
+        args = chatbot.parse_args(["--path", *paths, "--history", str(history)])
+        return chatbot.read_history(args.history, len(args.path))
+
+    assert started(*both) == [said, said]
+    with pytest.raises(UserError, match="holds 2 conversations, but --path names 1"):
+        started(both[0])
+
+
+def test_a_history_goes_into_the_next_prompt_and_clear_empties_the_file(monkeypatch, capsys, trained, tmp_path):
+    history = tmp_path / "talk.json"
+    history.write_text(json.dumps([{"messages": [user("a"), assistant("b")]}]))
+    conversation = chatbot.Conversation(trained, None, "Assistant", "plain")
+    conversation.turns = chatbot.read_history(str(history), 1)[0]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    prompts = []
+    original = chatbot.build_prompt
+    monkeypatch.setattr(
+        chatbot, "build_prompt", lambda turns, *rest: prompts.append(turns[:]) or original(turns, *rest)
+    )
+    chatbot.chat([conversation], {"do_sample": False, "max_new_tokens": 3}, str(history))
+    assert prompts == [[user("a"), assistant("b"), user("hi")]]
+    assert len(json.loads(history.read_text())[0]["messages"]) == 4
+    monkeypatch.setattr(sys, "stdin", io.StringIO("clear\n"))
+    chatbot.chat([conversation], {}, str(history))
+    assert json.loads(history.read_text())[0]["messages"] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "expected a JSON list"),
+        ('[{"turns": []}]', "expected a JSON list"),
+        ('[{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]}]', "is no text"),
+        ('[{"messages": [{"role": "user", "content": "q"}]}]', "do not take turns"),
+    ],
+)
+def test_a_broken_history_is_named(tmp_path, content, message):
+    path = tmp_path / "talk.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        chatbot.read_history(str(path), 1)
+
+
+def test_each_input_of_a_task_is_answered_on_its_own_and_greedily(folders, monkeypatch, capsys):
+    typed(monkeypatch, "h\nstop\nh\n")
+    prompts = []
+    original = chatbot.encode_prompt
+    monkeypatch.setattr(chatbot, "encode_prompt", lambda text, *rest: prompts.append(text) or original(text, *rest))
+    chatbot.main(
+        ["--path", folders["trained"], "--task_prompt", "{input}i", "--device", "cpu", "--max_new_tokens", "30"]
+    )
+    assert prompts == [f" Human: {line} Assistant:" for line in ("hi", "stopi", "hi")]
+    out = capsys.readouterr().out
+    assert "greedy" in out and out.count("Assistant: hello <b>you</b>\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task_prompt", "Translate"], "is missing"),
+        (["--task_prompt", "{input}", "--history", "x.json"], "there is none"),
+    ],
+)
+def test_task_flags_that_make_no_sense_are_errors(folders, flags, message):
+    with pytest.raises(UserError, match=message):
+        chatbot.main(["--path", folders["random"], *flags])
+
+
+def test_weights_in_4_bits_answer_alike_and_a_missing_package_is_named(folders, trained, monkeypatch):
+    args = chat_args(folders["trained"], "--load_in_4bit")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        load_language_model(folders["trained"], args)
+    monkeypatch.undo()
+    pytest.importorskip("bitsandbytes")
+    packed = load_language_model(folders["trained"], args)
+    assert packed.model.get_memory_footprint() < 0.6 * trained.model.get_memory_footprint()
+    [[answer]] = generate_answers(packed, prompts_of(packed, "hi"), 1, do_sample=False, max_new_tokens=60)
+    assert (answer.text, answer.ended) == (LESSONS["hi"], True)
 
 
 def test_a_path_without_a_model_is_an_error_and_no_traceback(folders, tmp_path):
@@ -433,6 +537,135 @@ def test_ids_that_the_model_does_not_know_are_an_error(random_lm):
 def test_saved_generation_settings_add_stop_ids_only_if_they_are_special(random_lm):
     model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=[EOS, PAD, 50]))
     assert find_stop_ids(model, random_lm.tokenizer) == [EOS, PAD]
+
+
+# ---------------------------------------------------------------- the web page, without a browser
+
+
+@pytest.fixture
+def host(trained, random_lm, tmp_path):
+    settings = {"do_sample": False, "max_new_tokens": 60}
+    votes = serve.VotesFile(str(tmp_path / "votes" / "votes.jsonl"))
+    return serve.Host([trained, random_lm], settings, "plain", [196, 196], votes, blind=False)
+
+
+def asked(host, question, session=None):
+    session = session or serve.Session()
+    for _ in host.ask(session, question):
+        pass
+    return session
+
+
+def rows_of(host):
+    return [json.loads(line) for line in host.votes.path.read_text().splitlines()]
+
+
+def test_two_answers_grow_at_the_same_time_and_the_better_one_goes_on(host):
+    session, seen = serve.Session(), []
+    for _ in host.ask(session, " hi "):
+        seen.append(list(session.answers))
+        assert not session.open_to_vote or len(seen) > 2
+    assert session.open_to_vote and session.ended == [True, False]
+    assert seen[0] == ["", ""] and seen[-1] == session.answers and session.answers[0] == "hello <b>you</b>"
+    assert all(later[side].startswith(before[side]) for before, later in pairwise(seen) for side in (0, 1))
+    assert "B stopped at 60 tokens" in host.verdict(session)
+    worse = session.answers[1]
+    told = host.vote(session, 0)
+    assert "row 1 of" in told and f"A was {host.lms[0].name}" in told
+    assert session.turns == [user("hi"), assistant("hello <b>you</b>")] and not session.open_to_vote
+    assert rows_of(host) == [
+        {"prompt": " Human: hi Assistant:", "chosen": " hello <b>you</b>", "rejected": " " + worse}
+    ]
+
+
+def test_votes_are_a_data_path_of_step_2(host, trained, tmp_path):
+    session = asked(host, "hi")
+    host.vote(session, 0)
+    asked(host, "hi", session)
+    host.vote(session, 1)
+    for _ in range(4):
+        host.vote(asked(host, "hi"), 1)
+    train, _ = create_prompt_dataset(
+        -1, [str(host.votes.path)], "0,1,0", str(tmp_path / "cache"), 2, 1234, trained.tokenizer, 200
+    )
+    texts = {
+        (trained.tokenizer.decode(row["chosen_ids"]), trained.tokenizer.decode(row["rejected_ids"])) for row in train
+    }
+    rows = rows_of(host)
+    assert rows[1]["prompt"] == " Human: hi Assistant: hello <b>you</b> Human: hi Assistant:"
+    expected = {tuple(f"<s>{row['prompt']}{row[answer]}</s>" for answer in ("chosen", "rejected")) for row in rows}
+    assert texts and texts <= expected
+
+
+def test_a_tie_and_a_question_without_a_vote_write_nothing(host):
+    session = asked(host, "hi")
+    host.vote(session, None)
+    session = asked(host, "talk", session)
+    session = asked(host, "hi", session)
+    assert rows_of(host) == []
+    assert [turn["content"] for turn in session.turns[:2]] == ["hi", "hello <b>you</b>"]
+    assert [turn["role"] for turn in session.turns] == ["user", "assistant"] * 2 + ["user"]
+
+
+def test_what_is_no_question_and_no_vote_is_refused(host, trained):
+    with pytest.raises(UserError, match="Write a message first"):
+        asked(host, "  \n")
+    with pytest.raises(UserError, match="no two answers"):
+        host.vote(serve.Session(), 0)
+    twins = serve.Host([trained, trained], host.settings, "plain", [196, 196], host.votes)
+    session = asked(twins, "hi")
+    with pytest.raises(UserError, match="the same"):
+        twins.vote(session, 0)
+    session.answers = ["", "a"]
+    with pytest.raises(UserError, match="without a word"):
+        twins.vote(session, 1)
+    assert session.open_to_vote and rows_of(host) == []
+
+
+def test_sides_are_drawn_for_each_question_and_the_row_follows_the_side(host):
+    random.seed(0)
+    blind = serve.Host(host.lms, host.settings | {"max_new_tokens": 20}, "plain", host.limits, host.votes)
+    orders = set()
+    for _ in range(6):
+        session = asked(blind, "hi")
+        orders.add(tuple(session.order))
+        assert session.answers[session.order.index(0)] == "hello <b>you</b>"
+    assert orders == {(0, 1), (1, 0)}
+    host.vote(session, session.order.index(0))
+    assert rows_of(host)[-1]["chosen"] == " hello <b>you</b>"
+
+
+def test_a_stopped_answer_ends_early_and_is_not_voted_on(host):
+    session = serve.Session()
+    for count, _ in enumerate(host.ask(session, "hi")):
+        session.stop = count >= 1
+    assert not session.open_to_vote and len(session.answers[1]) < 30
+    assert host.verdict(session) == "Stopped."
+    session = serve.Session()
+    for _ in host.ask(session, "hi"):
+        session.clear()
+    assert (session.turns, session.answers, session.stop) == ([], [], False)
+
+
+def test_an_unfinished_line_of_the_votes_file_is_ended_and_its_rows_are_kept(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    path.write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}')
+    votes = serve.VotesFile(str(path))
+    votes.add("q", "ü", "s")
+    assert votes.count == 2
+    assert json.loads(path.read_text().splitlines()[1]) == {"prompt": "q", "chosen": "ü", "rejected": "s"}
+    with pytest.raises(UserError, match=r"end in \.jsonl"):
+        serve.VotesFile(str(tmp_path / "votes.txt"))
+
+
+def test_the_page_is_refused_before_any_model_is_loaded(folders, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="names 3 models"):
+        serve.main(["--path", "a", "b", "c"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install gradio"):
+        serve.main(["--path", folders["random"]])
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot listen there"):
+        serve.check_port("127.0.0.1", taken.getsockname()[1])
 
 
 # ---------------------------------------------------------------- comparison

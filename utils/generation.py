@@ -3,6 +3,7 @@
 Attention masks come from lengths, only flags decide how tokens are chosen, and an answer ends at its first stop id.
 """
 
+import importlib.util
 import re
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from utils.data.prompt_format import PLAIN, STYLES, end_of_turn_id, format_prompt, truncate_left
@@ -32,6 +39,7 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]  # an answer ends at the first of these
     max_positions: int | None  # longest prompt + answer in tokens; None: the configuration names no limit
+    in_4bit: bool = False
 
     @property
     def pad_id(self) -> int:
@@ -70,6 +78,16 @@ def add_loading_arguments(parser, style: str | None = PLAIN, style_help: str = "
     )
     group.add_argument(
         "--trust_remote_code", action="store_true", help="run Python code that comes with the model (off: refuse it)"
+    )
+
+
+def add_load_in_4bit_argument(parser):
+    """For scripts that only generate."""
+    parser.add_argument(
+        "--load_in_4bit",
+        action="store_true",
+        help="pack the weights of linear layers in 4 bits (nf4) while loading, for a quarter of the memory of 16 bits; "
+        "--dtype is then that of the products; pip install bitsandbytes (off: as they are)",
     )
 
 
@@ -126,7 +144,18 @@ def check_model_folder(path: str, allow_hub_name: bool = True, allow_soft_prompt
     raise UserError(f"{path} is not a model folder: it has no config.json{advice}")
 
 
-def load_pretrained(auto_class, path: str, args) -> PreTrainedModel:
+def four_bit_options(dtype: torch.dtype) -> dict:
+    """What from_pretrained needs to pack weights in 4 bits (QLoRA's nf4, https://arxiv.org/abs/2305.14314).
+
+    Raises UserError without the package that packs.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load_in_4bit needs the package bitsandbytes: pip install bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config}
+
+
+def load_pretrained(auto_class, path: str, args, in_4bit: bool = False) -> PreTrainedModel:
     """A model with every weight taken from the checkpoint, in evaluation mode, on the device that `args` ask for.
 
     Raises UserError if it cannot be read, or if weights are missing: they would be random numbers otherwise.
@@ -135,23 +164,22 @@ def load_pretrained(auto_class, path: str, args) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()  # what matters of its loading report is told by check_model
     transformers_logging.disable_progress_bar()
     config, options = check_model(auto_class, path, args.trust_remote_code)
+    dtype = choose_dtype(args.dtype, device)
     if device.type != "cpu":
         options["device_map"] = {"": device}  # past host memory
+    if in_4bit:
+        options |= four_bit_options(dtype)
     try:
         model = auto_class.from_pretrained(
-            path,
-            config=config,
-            dtype=choose_dtype(args.dtype, device),
-            trust_remote_code=args.trust_remote_code,
-            **options,
+            path, config=config, dtype=dtype, trust_remote_code=args.trust_remote_code, **options
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"the model in {path} cannot be loaded: {error}") from error
     return model.eval().to(device)
 
 
 def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_name: bool = True) -> LanguageModel:
-    """Model and tokenizer of a folder; `args` hold the flags of the two functions above that add some."""
+    """Model and tokenizer of a folder; `args` hold the flags of the three functions above that add some."""
     check_model_folder(path, allow_hub_name, allow_soft_prompt=True)
     tokenizer = load_hf_tokenizer(
         path, add_special_tokens=END_OF_TEXT if add_eot_token else None, trust_remote_code=args.trust_remote_code
@@ -162,7 +190,7 @@ def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_
         raise UserError(f"{path}: {error}") from error
     prompt_config = soft_prompt_config(path)
     weights_path = path if prompt_config is None else base_of_soft_prompt(path, prompt_config, args.base_model)
-    model = load_pretrained(AutoModelForCausalLM, weights_path, args)
+    model = load_pretrained(AutoModelForCausalLM, weights_path, args, args.load_in_4bit)
     if any("SequenceClassification" in name for name in model.config.architectures or []):
         raise UserError(
             f"{weights_path} is a reward model and writes no text; evaluation_scripts/rw_eval.py scores with it"
@@ -178,7 +206,7 @@ def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_
         grow_embedding(model, tokenizer)  # as in training, where a pad token may have been added
         model = load_soft_prompt(model, path)
         max_positions = None if max_positions is None else max_positions - model.num_virtual_tokens
-    return LanguageModel(path, model, tokenizer, stop_ids, max_positions)
+    return LanguageModel(path, model, tokenizer, stop_ids, max_positions, args.load_in_4bit)
 
 
 def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

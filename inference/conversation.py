@@ -1,0 +1,209 @@
+"""A conversation with models: the prompt of the next answer, and the answer while it grows.
+
+What the terminal chat and the web page share.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from transformers import StoppingCriteria
+
+from utils.data.prompt_format import PLAIN, cut_at_next_human, encode_prompt, format_prompt, stop_strings, truncate_left
+from utils.distributed import UserError
+from utils.generation import (
+    LanguageModel,
+    add_base_model_argument,
+    add_load_in_4bit_argument,
+    add_loading_arguments,
+    choosing_settings,
+    decode_answer,
+    generate_ids,
+    load_language_model,
+    room_for_prompt,
+    warn,
+)
+
+TEMPERATURE = 0.7  # of a chat, unless a flag says otherwise
+
+
+def add_conversation_arguments(parser):
+    """The flags of length, of choosing tokens and of loading."""
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer in tokens (128)")
+    parser.add_argument(
+        "--max_input_tokens",
+        type=int,
+        default=None,
+        help="longest conversation in tokens that an answer takes into account; the oldest turns are lost first "
+        "(default: what the model holds, less --max_new_tokens)",
+    )
+    choice = parser.add_argument_group("how the next token is chosen")
+    choice.add_argument("--greedy", action="store_true", help="always the most probable token; the flags below rest")
+    choice.add_argument(
+        "--temperature", type=float, default=None, help=f"0: greedy; 1: as the model says ({TEMPERATURE})"
+    )
+    choice.add_argument("--top_p", type=float, default=0.9, help="likeliest tokens of this total share (0.9; 1: off)")
+    choice.add_argument("--top_k", type=int, default=0, help="so many of the likeliest tokens (default 0: off)")
+    add_base_model_argument(parser)
+    add_loading_arguments(parser)
+    add_load_in_4bit_argument(parser)
+
+
+def answer_settings(args, temperature: float = TEMPERATURE) -> dict:
+    """Settings of generate() that the flags ask for; ``temperature`` where they name none."""
+    temperature = temperature if args.temperature is None else args.temperature
+    do_sample = not args.greedy and temperature != 0
+    settings = choosing_settings(do_sample, temperature, args.top_p, args.top_k)
+    return settings | {"max_new_tokens": args.max_new_tokens}
+
+
+def load_models(paths: list[str], args) -> list[LanguageModel]:
+    """The models of the folders; one that is named twice is loaded once."""
+    loaded = {path: load_language_model(path, args, allow_hub_name=False) for path in dict.fromkeys(paths)}
+    return [loaded[path] for path in paths]
+
+
+def describe(lm: LanguageModel, settings: dict) -> str:
+    """Where a model is and how it answers, in one line."""
+    dtype = "4 bits" if lm.in_4bit else str(lm.model.dtype).removeprefix("torch.")
+    return f"{lm.name} on {lm.model.device} in {dtype}, {'sampling' if settings['do_sample'] else 'greedy'}."
+
+
+def input_limit(lm: LanguageModel, asked: int | None, max_new_tokens: int) -> int | None:
+    """Longest prompt in tokens: what the user asks for, as far as the model has room for it."""
+    room = room_for_prompt(lm, max_new_tokens)
+    if asked is None:
+        return room
+    if asked < 1:
+        raise UserError(f"--max_input_tokens {asked}: must be at least 1")
+    if room is not None and asked > room:
+        warn(f"--max_input_tokens {asked}: {lm.name} has room for {room} beside the answer")
+        return room
+    return asked
+
+
+def build_prompt(
+    turns: list[dict], tokenizer, style: str, max_input_tokens: int | None, allow_special_tokens: bool = False
+) -> tuple[list[int], int]:
+    """Token ids of the conversation, and how many of its oldest turns had to be left out.
+
+    Question and answer go together. If the last question alone is too long, it loses its beginning; BOS stays.
+    """
+    for dropped in range(0, len(turns), 2):
+        text = format_prompt(turns[dropped:], style, tokenizer)
+        ids = encode_prompt(text, tokenizer, style, allow_special_tokens)
+        if max_input_tokens is None or len(ids) <= max_input_tokens:
+            return ids, dropped
+    return truncate_left(ids, max_input_tokens, tokenizer.bos_token_id), dropped
+
+
+def settled_part(text: str, style: str) -> tuple[str, bool]:
+    """The part of a growing answer that no further token can take back, and whether the answer is over.
+
+    Held back are an unfinished character, blanks at the end, and what may become the mark of the next human turn.
+    """
+    answer = cut_at_next_human(text, style)
+    if answer != text:
+        return answer.rstrip(), True
+    answer = text.rstrip("\ufffd")  # bytes of a character whose other bytes are still to come
+    beginnings = (stop[:length] for stop in stop_strings(style) for length in range(1, len(stop)))
+    held_back = max((len(part) for part in beginnings if answer.endswith(part)), default=0)
+    return answer[: len(answer) - held_back].rstrip(), False
+
+
+class AnswerStream(StoppingCriteria):
+    """Shows an answer while it grows, and ends it where the next human turn would begin.
+
+    A stopping criterion because generate() shows those every new token and lets them say when to stop.
+
+    Args:
+        show: is given each new piece of text.
+    """
+
+    def __init__(self, tokenizer, prompt_length: int, stop_ids: list[int], style: str, show: Callable[[str], object]):
+        self.tokenizer, self.prompt_length, self.stop_ids, self.style = tokenizer, prompt_length, stop_ids, style
+        self.show = show
+        self.shown = ""
+        self.unsettled = ""
+        self.over = False
+
+    def __call__(self, input_ids, scores, **kwargs):
+        over = self.update(input_ids[0, self.prompt_length :].tolist())
+        return torch.full((1,), over, dtype=torch.bool, device=input_ids.device)
+
+    def update(self, answer_ids: list[int]) -> bool:
+        """Show what is new in the answer so far; returns whether it is over."""
+        said = [token for token in answer_ids if token not in self.stop_ids]
+        self.unsettled = decode_answer(said, self.tokenizer)
+        text, begins_next_turn = settled_part(self.unsettled, self.style)
+        self.over = begins_next_turn or len(said) < len(answer_ids)
+        self._show(text.lstrip())
+        return self.over
+
+    def close(self) -> str:
+        """Show what was held back and return the whole answer."""
+        self._show(cut_at_next_human(self.unsettled, self.style).rstrip("\ufffd").strip())
+        return self.shown
+
+    def _show(self, text):
+        if len(text) > len(self.shown):
+            self.show(text[len(self.shown) :])
+            self.shown = text
+
+
+@dataclass
+class GrowingAnswer:
+    text: str = ""
+    ended: bool = False  # by the model itself; otherwise it still grows, or was cut off at max_new_tokens
+
+
+def stream_answers(
+    lms: list[LanguageModel],
+    prompts: list[list[int]],
+    settings: dict,
+    style: str = PLAIN,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[list[GrowingAnswer]]:
+    """Let several models answer at the same time, each its own prompt; yields all answers whenever one has grown.
+
+    The last yield holds the whole answers. Closing the iterator ends the generation too, after the token in hand.
+
+    Args:
+        settings: of generate(), max_new_tokens among them.
+        is_stopped: asked before each token whether the answers shall end there.
+    """
+    answers = [GrowingAnswer() for _ in lms]
+    changed, closed = threading.Event(), threading.Event()
+
+    def generate(lm: LanguageModel, prompt: list[int], answer: GrowingAnswer) -> None:
+        def show(piece: str) -> None:
+            answer.text += piece
+            changed.set()
+
+        stream = AnswerStream(lm.tokenizer, len(prompt), lm.stop_ids, style, show)
+
+        def stop(input_ids, scores, **kwargs):
+            return torch.full((1,), closed.is_set() or is_stopped(), dtype=torch.bool, device=input_ids.device)
+
+        generate_ids(lm, [prompt], stopping_criteria=[stream, stop], **settings)
+        stream.close()
+        answer.ended = stream.over
+
+    with ThreadPoolExecutor(len(lms)) as pool:
+        working = [pool.submit(generate, *job) for job in zip(lms, prompts, answers, strict=True)]
+        for future in working:
+            future.add_done_callback(lambda _: changed.set())
+        try:
+            over = False
+            while not over:
+                changed.wait()
+                changed.clear()
+                over = all(future.done() for future in working)
+                for future in working:
+                    if future.done():
+                        future.result()  # raises what went wrong there
+                yield answers
+        finally:
+            closed.set()  # leaving the pool waits for its threads

@@ -1,0 +1,368 @@
+"""A web page on this machine to talk to a model, or to two side by side and say which answers better.
+
+    python inference/serve.py --path output/actor                                  # http://127.0.0.1:7860
+    python inference/serve.py --path output/sft output/actor --votes output/votes.jsonl
+
+Each vote adds a row {"prompt", "chosen", "rejected"} to the votes file, which is a --data_path for step 2 as it is.
+Needs Gradio: pip install gradio
+"""
+
+import argparse
+import html
+import importlib.util
+import json
+import os
+import random
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from inference.conversation import (
+    add_conversation_arguments,
+    answer_settings,
+    build_prompt,
+    describe,
+    input_limit,
+    load_models,
+    stream_answers,
+)
+from utils.data.prompt_format import CHAT_TEMPLATE, PLAIN, format_answer, format_prompt
+from utils.distributed import UserError, run_main
+from utils.generation import LanguageModel, check_ids, check_model_folder
+
+SIDES = ("A", "B")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Talk to one model, or compare the answers of two, on a web page of this machine.",
+        epilog="The page belongs to this machine alone, has no password and sends nothing anywhere. From another "
+        "machine: ssh -L 7860:127.0.0.1:7860 HOST",
+    )
+    parser.add_argument(
+        "--path", nargs="+", required=True, help="one model folder, or two (or one twice: two samples of it) to compare"
+    )
+    parser.add_argument(
+        "--votes", default="output/votes.jsonl", help="with two: votes are added to this file (output/votes.jsonl)"
+    )
+    parser.add_argument(
+        "--show_names",
+        action="store_true",
+        help="say which model is which, the first always on the left (off: sides are drawn anew for each question, and "
+        "named after the vote)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (7860)")
+    add_conversation_arguments(parser)
+    args = parser.parse_args(argv)
+    if len(args.path) > len(SIDES):
+        raise UserError(f"--path names {len(args.path)} models; the page shows one or two")
+    return args
+
+
+# ---------------------------------------------------------------- the votes file
+
+
+class VotesFile:
+    """Rows of prompt, chosen and rejected, one JSON object a line; each is added whole."""
+
+    def __init__(self, path: str):
+        self.path, self._lock = Path(path), threading.Lock()
+        if self.path.suffix != ".jsonl":
+            raise UserError(f"--votes {path}: the name must end in .jsonl")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                file.seek(0)
+                content = file.read()
+                if content and not content.endswith(b"\n"):  # an editor left the last line open
+                    file.write(b"\n")
+        except OSError as error:
+            raise UserError(f"--votes {path} cannot be written: {error}") from error
+        self.count = len(content.splitlines())
+
+    def add(self, prompt: str, chosen: str, rejected: str) -> None:
+        line = json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}, ensure_ascii=False) + "\n"
+        with self._lock, self.path.open("ab") as file:
+            file.write(line.encode())
+            self.count += 1
+
+
+# ---------------------------------------------------------------- what happens, without a page
+
+
+@dataclass
+class Session:
+    """One browser tab: the conversation, and the answers to its last question that are not part of it yet.
+
+    Attributes:
+        order: the number of the model on each side.
+        answers, ended: of each side; an answer that did not end was cut off.
+        open_to_vote: both answers are there, and nobody has voted.
+        seen_turns: the part of the conversation that the models could take into account.
+        running: answers are being written, by the one thread that changes a session meanwhile.
+        stop, forget: what that thread is asked to do: end the answers there, and begin a new conversation.
+    """
+
+    turns: list[dict] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    ended: list[bool] = field(default_factory=list)
+    open_to_vote: bool = False
+    seen_turns: list[dict] = field(default_factory=list)
+    running: bool = False
+    stop: bool = False
+    forget: bool = False
+
+    def clear(self) -> None:
+        """Begin a new conversation; while answers are being written, as soon as they have stopped."""
+        self.forget = self.stop = True
+        if not self.running:
+            self.turns, self.order, self.answers, self.ended = [], [], [], []
+            self.open_to_vote = self.forget = self.stop = False
+
+    def keep(self, side: int) -> None:
+        """Let the answer of one side go on in the conversation."""
+        if self.answers:
+            self.turns.append({"role": "assistant", "content": self.answers[side]})
+        self.answers, self.ended, self.open_to_vote = [], [], False
+
+
+class Host:
+    """Lets the models answer a session's questions, and writes down its votes."""
+
+    def __init__(
+        self, lms: list[LanguageModel], settings: dict, style: str, limits: list[int | None], votes, blind=True
+    ):
+        self.lms, self.settings, self.style, self.limits = lms, settings, style, limits
+        self.votes, self.blind = votes, blind
+        self.vote_style = PLAIN if style == CHAT_TEMPLATE else style  # step 2 writes the template itself
+
+    def ask(self, session: Session, message: str) -> Iterator[None]:
+        """Take a question and let the answers grow in the session; yields whenever one has grown.
+
+        An answer nobody voted on counts as a tie: the left one goes on in the conversation. Raises UserError for an
+        empty question.
+        """
+        message = message.strip()
+        if not message:
+            raise UserError("Write a message first.")
+        session.keep(0)
+        order = list(range(len(self.lms)))
+        if self.blind:
+            random.shuffle(order)
+        lms, limits = [self.lms[number] for number in order], [self.limits[number] for number in order]
+        turns = [*session.turns, {"role": "user", "content": message}]
+
+        def built(turns):
+            return [
+                build_prompt(turns, lm.tokenizer, self.style, limit, self.allow_special_tokens)
+                for lm, limit in zip(lms, limits, strict=True)
+            ]
+
+        # Both see the same part of the conversation, which is the prompt of the vote.
+        seen_turns = turns[max(dropped for _, dropped in built(turns)) :]
+        prompts = [ids for ids, _ in built(seen_turns)]
+        for lm, ids in zip(lms, prompts, strict=True):
+            check_ids([ids], lm.model, lm.name)
+
+        session.turns, session.seen_turns, session.order = turns, seen_turns, order
+        session.answers, session.ended = [""] * len(lms), [False] * len(lms)
+        session.running, session.stop = True, False
+        try:
+            yield
+            for answers in stream_answers(lms, prompts, self.settings, self.style, lambda: session.stop):
+                session.answers = [answer.text for answer in answers]
+                session.ended = [answer.ended for answer in answers]
+                yield
+            session.open_to_vote = len(lms) == len(SIDES) and not session.stop
+        finally:
+            session.running = False
+            if session.forget:
+                session.clear()
+
+    def vote(self, session: Session, better: int | None) -> str:
+        """Write the vote down and let the better answer go on; what to tell the voter. None is a tie: nothing to write.
+
+        Raises UserError if there is nothing to vote on, or if the pair would teach nothing.
+        """
+        if not session.open_to_vote:
+            raise UserError("There are no two answers to vote on.")
+        if better is None:
+            told = "A tie: nothing is written, and the conversation goes on with A's answer."
+        else:
+            chosen, rejected = session.answers[better], session.answers[1 - better]
+            if chosen == rejected:
+                raise UserError("Both answers are the same: choose the tie.")
+            if not (chosen and rejected):
+                raise UserError("An answer without a word makes no pair to learn from: choose the tie.")
+            self.votes.add(
+                format_prompt(session.seen_turns, self.vote_style),
+                format_answer(chosen, self.vote_style),
+                format_answer(rejected, self.vote_style),
+            )
+            told = f"{SIDES[better]} is better: row {self.votes.count} of {self.votes.path}."
+        names = [f"{side} was {self.lms[number].name}" for side, number in zip(SIDES, session.order, strict=True)]
+        session.keep(better or 0)
+        return f"{told} {', '.join(names)}."
+
+    def verdict(self, session: Session) -> str:
+        """What to tell when the answers are there: whether one was cut off, and the question for a vote."""
+        if session.stop or not session.answers:
+            return "Stopped." if session.answers else ""
+        names = SIDES if session.open_to_vote else ["The answer"]
+        cut = [name for name, ended in zip(names, session.ended, strict=True) if not ended]
+        limit = f"{' and '.join(cut)} stopped at {self.settings['max_new_tokens']} tokens (--max_new_tokens). "
+        return (limit if cut else "") + ("Which answer is better?" if session.open_to_vote else "")
+
+
+# ---------------------------------------------------------------- the page
+
+
+CSS = """
+.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+footer, .icon-button-wrapper { display: none !important; }  /* its bin would empty one side alone */
+"""
+
+
+def build_page(host: Host, title: str):
+    """The Gradio page of a host."""
+    import gradio as gr
+
+    compares = len(host.lms) == len(SIDES)
+    labels = [lm.name if not host.blind or not compares else side for lm, side in zip(host.lms, SIDES, strict=False)]
+
+    def shown(session: Session) -> list:
+        """The page as the session is: each side's conversation, and whether there is something to vote on."""
+        sides = []
+        for side in range(len(host.lms)):
+            answer = [{"role": "assistant", "content": session.answers[side]}] if session.answers else []
+            # What was said is text; the page would take a "<b>" in it for HTML.
+            said = [turn | {"content": html.escape(turn["content"], quote=False)} for turn in session.turns + answer]
+            sides.append(said)
+        votes = [gr.Button(interactive=session.open_to_vote) for _ in vote_buttons]
+        return [session, *sides, *votes]
+
+    def ask(text, session):
+        typed = ""  # the box is emptied once: the next message may be written while this one is answered
+        try:
+            for _ in host.ask(session, text):
+                yield [typed, "", *shown(session)]
+                typed = gr.skip()
+            yield [typed, host.verdict(session), *shown(session)]
+        except UserError as error:
+            gr.Warning(str(error))
+            yield [gr.skip(), gr.skip(), *shown(session)]
+
+    def vote(better, session):
+        try:
+            return [host.vote(session, better), *shown(session)]
+        except UserError as error:
+            gr.Warning(str(error))
+            return [gr.skip(), *shown(session)]
+
+    def stop(session):
+        session.stop = True
+
+    def clear(session):
+        session.clear()
+        return ["", *shown(session)]
+
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
+        session = gr.State(Session())
+        gr.Markdown(f"## {title}")
+        chats = []
+        with gr.Row():
+            for side, label in zip(SIDES, labels, strict=False):
+                with gr.Column():
+                    gr.Markdown(f"**{label}**")
+                    chat = gr.Chatbot(
+                        show_label=False, height=410, render_markdown=False, buttons=[], elem_id=f"side-{side}"
+                    )
+                    chats.append(chat)
+        vote_buttons = []
+        if compares:
+            with gr.Row():
+                for text, better in (("A is better", 0), ("Tie", None), ("B is better", 1)):
+                    vote_buttons.append((gr.Button(text, interactive=False), better))
+        status = gr.Markdown("", elem_id="status")
+        with gr.Row():
+            hint = "Write a message; Enter sends it"
+            message = gr.Textbox(placeholder=hint, show_label=False, container=False, scale=8, autofocus=True)
+            send = gr.Button("Send", variant="primary", scale=1, min_width=90)
+            halt = gr.Button("Stop", scale=1, min_width=90)
+            clear_button = gr.Button("New", scale=1, min_width=90)
+
+        state = [session, *chats, *(button for button, _ in vote_buttons)]
+        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        # Private: a page, not an API. transformers serve is one.
+        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        gr.on([message.submit, send.click], ask, [message, session], [message, status, *state], **hidden)
+        for button, better in vote_buttons:
+            button.click(lambda session, better=better: vote(better, session), session, [status, *state], **hidden)
+        halt.click(stop, session, None, **hidden)
+        clear_button.click(clear, session, [status, *state], **hidden)
+    # One question at a time: the others wait for their turn.
+    return page.queue(default_concurrency_limit=1, max_size=64)
+
+
+def check_port(host: str, port: int) -> None:
+    """UserError if nothing can listen there, before a model is loaded."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there: {error}") from error
+
+
+def import_gradio():
+    """Gradio, told to send nothing and to ask nobody for newer versions; UserError where it is missing."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the web page needs the package gradio: pip install gradio")
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    import gradio
+
+    return gradio
+
+
+def make_host(args) -> Host:
+    """The models of the flags, loaded, and the votes file."""
+    settings = answer_settings(args)
+    for path in args.path:
+        check_model_folder(path, allow_hub_name=False, allow_soft_prompt=True)
+    votes = VotesFile(args.votes) if len(args.path) == len(SIDES) else None
+    lms = load_models(args.path, args)
+    limits = [input_limit(lm, args.max_input_tokens, args.max_new_tokens) for lm in lms]
+    return Host(lms, settings, args.prompt_style, limits, votes, not args.show_names, args.allow_special_tokens)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    gr = import_gradio()
+    check_port(args.host, args.port)
+    host = make_host(args)
+    for lm in host.lms:
+        print(describe(lm, host.settings))
+    if host.votes:
+        print(f"votes go to {host.votes.path}, which has {host.votes.count} rows")
+    page = build_page(host, "Compare two models" if host.votes else "Talk to the model")
+    print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends", flush=True)
+    page.launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=False,
+        inbrowser=False,
+        quiet=True,
+        footer_links=[],
+        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),  # no web fonts
+        css=CSS,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
