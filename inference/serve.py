@@ -137,10 +137,17 @@ class Host:
     """Lets the models answer a session's questions, and writes down its votes."""
 
     def __init__(
-        self, lms: list[LanguageModel], settings: dict, style: str, limits: list[int | None], votes, blind=True
+        self,
+        lms: list[LanguageModel],
+        settings: dict,
+        style: str,
+        limits: list[int | None],
+        votes: VotesFile | None,
+        blind: bool = True,
+        allow_special_tokens: bool = False,
     ):
         self.lms, self.settings, self.style, self.limits = lms, settings, style, limits
-        self.votes, self.blind = votes, blind
+        self.votes, self.blind, self.allow_special_tokens = votes, blind, allow_special_tokens
         self.vote_style = PLAIN if style == CHAT_TEMPLATE else style  # step 2 writes the template itself
 
     def ask(self, session: Session, message: str) -> Iterator[None]:

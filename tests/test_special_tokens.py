@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from evaluation_scripts.rw_eval import encode_record
-from inference.chatbot import build_prompt
+from inference.conversation import build_prompt
 from utils.data import prompt_format
 from utils.data.data_utils import create_prompt_dataset, get_unsupervised_data
 from utils.data.encoding import REWARD, RLHF, SFT, RewardRows, TextEncoder, TokenRules
