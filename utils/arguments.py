@@ -558,7 +558,8 @@ def warn_num_padding(args) -> None:
 
 def add_rlhf_arguments(parser) -> None:
     """Everything of step 3 beside data and run."""
-    add = parser.add_argument_group("models").add_argument
+    models = parser.add_argument_group("models")
+    add = models.add_argument
     add("--actor_model_name_or_path", required=True, help="the model of step 1: actor and reference start from it")
     add(
         "--critic_model_name_or_path",
@@ -572,7 +573,13 @@ def add_rlhf_arguments(parser) -> None:
     )
     add("--actor_dropout", type=_probability, default=None, help="dropout of the actor; None for 0, as PPO wants")
     add("--critic_dropout", type=_probability, default=None, help="dropout of the critic; None for 0")
-    add_num_padding_argument(parser)
+    add_num_padding_argument(models)
+    add(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        default=None,
+        help="not available in step 3: give it to step 1 and 2, which save whole models",
+    )
 
     group = parser.add_argument_group("batches and optimisation")
     add = group.add_argument
@@ -749,13 +756,6 @@ def add_rlhf_arguments(parser) -> None:
 
     add_lora_arguments(parser, "actor_")
     add_lora_arguments(parser, "critic_")
-    parser.add_argument(
-        "--quantize",
-        choices=QUANTIZATIONS,
-        default=None,
-        help="not available in step 3: give it to step 1 and 2, which save whole models",
-    )
-
     add = parser.add_argument_group("looking in and testing").add_argument
     add("--print_answers", action="store_true", help="print prompts and sampled answers of rank 0")
     add("--print_answers_interval", type=_positive, default=1, help="steps between printed answers")
