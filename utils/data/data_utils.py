@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from utils.data import prompt_format
 from utils.data.batching import DataCollatorReward, DataCollatorRLHF
 from utils.data.encoding import (
     NEEDED_TEXTS,
@@ -350,9 +351,12 @@ def create_prompt_dataset(
 
 
 def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int):
-    """(train, eval) datasets as a step's flags ask for them."""
+    """(train, eval) datasets as a step's flags ask for them.
+
+    The tokenizer gets a chat template that writes the training data's form of a prompt, if it has none of its own.
+    """
     columns = {name: getattr(args, f"{name}_column") for name in ("prompt", "chosen", "rejected", "messages")}
-    return create_prompt_dataset(
+    train, evaluation = create_prompt_dataset(
         args.local_rank,
         args.data_path,
         args.data_split,
@@ -371,6 +375,19 @@ def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int):
         max_eval_samples=args.max_eval_samples,
         preprocessing_num_workers=args.preprocessing_num_workers,
     )
+    prompt_format.carry_template(tokenizer, style_of_rows(train, tokenizer))
+    return train, evaluation
+
+
+def style_of_rows(dataset, tokenizer, looked_at: int = 50) -> str:
+    """How most of some rows, taken from all over a dataset, are written, as prompt_format names it."""
+    styles = Counter()
+    for position in np.linspace(0, len(dataset) - 1, min(looked_at, len(dataset)), dtype=int).tolist():
+        row = dataset[position]
+        ids = row.get("input_ids") or row["chosen_ids"]
+        written = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        styles[prompt_format.TURNS if row.get("answers_only") else prompt_format.written_style(written)] += 1
+    return styles.most_common(1)[0][0]
 
 
 # ---------------------------------------------------------------- experience, unsupervised text

@@ -509,8 +509,8 @@ def row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) -> _R
     """
     if rules.train_phase == REWARD and not raw_dataset.has_rejected:
         raise DataError(f"--data_path {raw_dataset.dataset_name}: has no rejected answers, so step 2 cannot use it")
-    if rules.chat_template and not tokenizer.chat_template:
-        raise DataError("--chat_template: the tokenizer has none")
+    if rules.chat_template and not prompt_format.has_own_template(tokenizer):
+        raise DataError("--chat_template: the tokenizer has none of its own")
     if rules.train_phase == SFT and isinstance(raw_dataset, ConversationDataset):
         kind = TemplateConversationRows if rules.chat_template else ConversationRows
     else:

@@ -5,8 +5,12 @@ A conversation is a list of turns {"role": "user" | "assistant", "content": str}
     plain          " Human: q Assistant: a Human: q2 Assistant:"
     hh             "\\n\\nHuman: q\\n\\nAssistant: a\\n\\nHuman: q2\\n\\nAssistant:"   (as in Dahoas/rm-static)
     chat_template  whatever the tokenizer's own chat template makes of it
+
+A model that was trained on text without a template of its own is saved with one that writes that text (the end of this
+file), for servers that know nothing else. No style here ever uses that one.
 """
 
+import json
 import re
 from functools import lru_cache
 from itertools import pairwise
@@ -165,7 +169,7 @@ def cut_at_next_human(text, style=PLAIN):
 
 def end_of_turn_id(tokenizer):
     """Id of the special token with which the tokenizer's chat template closes an assistant turn, or None."""
-    if not tokenizer.chat_template:
+    if not has_own_template(tokenizer):
         return None
     answer = "an answer"
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
@@ -192,5 +196,70 @@ def _check_turns(turns):
 
 
 def _check_has_template(tokenizer):
-    if tokenizer is None or not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template: use the prompt style plain or hh")
+    if tokenizer is None or not has_own_template(tokenizer):
+        raise ValueError("the tokenizer has no chat template of its own: use the prompt style plain or hh")
+
+
+# ---------------------------------------------------------------- the template that a trained model carries
+
+# How the rows were written that a model was trained on, beside PLAIN and HH.
+BARE = "bare"  # the user's words as they stand, of one turn
+TURNS = "turns"  # BOS words EOS for each turn
+
+_CARRIED = "{#- The text that the model was trained on, for servers. -#}"  # how such a template is known
+_REFUSE = "{{- raise_exception('%s') -}}"
+_ONLY_ALTERNATING = (
+    "{%- for turn in turns -%}{%- if turn['role'] != ['user', 'assistant'][loop.index0 % 2] -%}"
+    + _REFUSE % "user and assistant must take turns, the user first"
+    + "{%- endif -%}{%- endfor -%}"
+)
+_NO_SYSTEM = (
+    "{%- if messages[0]['role'] == 'system' -%}" + _REFUSE % "trained without system messages" + "{%- endif -%}"
+)
+# As in data of conversations: before the first question, after one blank.
+_SYSTEM_FIRST = (
+    "{%- set turns = messages -%}{%- if messages[0]['role'] == 'system' -%}{%- set turns = messages[1:] -%}"
+    "{{- ' ' + messages[0]['content'] | trim -}}{%- endif -%}"
+)
+_ONE_TURN = "{%- if messages | length > 1 -%}" + _REFUSE % "trained on single prompts" + "{%- endif -%}"
+
+
+def has_own_template(tokenizer):
+    """Whether the tokenizer has a chat template that training did not write down for it."""
+    return bool(tokenizer.chat_template) and not str(tokenizer.chat_template).startswith(_CARRIED)
+
+
+def written_style(text):
+    """How the text of a training row was written: PLAIN, HH or BARE."""
+    for style in (HH, PLAIN):
+        if all(mark in text for mark in _MARKS[style].values()):
+            return style
+    return BARE
+
+
+def carry_template(tokenizer, style):
+    """Give a tokenizer without a chat template of its own one that writes the text its model is trained on.
+
+    Its ids are those of ``encode_prompt(format_prompt(...))``, with BOS if the tokenizer puts one before a text.
+
+    Args:
+        style: PLAIN, HH, BARE or TURNS.
+    """
+    if has_own_template(tokenizer):
+        return
+    begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = "{{- bos_token -}}" if begins_with_bos else ""
+    if style == TURNS:
+        bos = "" if tokenizer.bos_token_id is None else "{{- bos_token -}}"
+        turn = bos + "{{- turn['content'] -}}{{- eos_token -}}"
+        body = "{%- for turn in messages -%}" + turn + "{%- endfor -%}{%- if add_generation_prompt -%}" + bos
+        body += "{%- endif -%}"
+    elif style == BARE:
+        body = _NO_SYSTEM + _ONE_TURN + bos + "{{- messages[0]['content'] -}}"
+    else:
+        marks = {role: json.dumps(mark) for role, mark in _MARKS[style].items()}
+        body = bos + (_SYSTEM_FIRST if style == PLAIN else _NO_SYSTEM + "{%- set turns = messages -%}")
+        body += _ONLY_ALTERNATING + "{%- for turn in turns -%}{{- "
+        body += f"({marks['user']} if turn['role'] == 'user' else {marks['assistant']}) + ' ' + turn['content'] | trim"
+        body += " -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- " + marks["assistant"] + " -}}{%- endif -%}"
+    tokenizer.chat_template = _CARRIED + body
