@@ -412,6 +412,11 @@ def add_run_arguments(parser, step: int) -> None:
         help="largest file of saved weights, as in 500MB; a larger model becomes several files with an index",
     )
     add("--seed", type=int, default=1234, help="of data order, fresh weights, dropout and sampling")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="check model, data and flags, estimate the memory against this machine's, and stop; off: train",
+    )
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     add(
         "--comm_timeout",

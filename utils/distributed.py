@@ -122,6 +122,9 @@ def limit_cpu_threads() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_per_node()))
 
 
+HEAP_BLOCK = 32 * 1024 * 1024  # bytes; smaller blocks lie on glibc's heap, which hardly ever shrinks
+
+
 @contextlib.contextmanager
 def memory_given_back():
     """While open, freed tensors of any size return to the system at once; for loading and saving.
@@ -138,7 +141,7 @@ def memory_given_back():
     try:
         yield
     finally:
-        libc.mallopt(mmap_threshold, 32 * 1024 * 1024)  # where glibc's own rule ends up in training
+        libc.mallopt(mmap_threshold, HEAP_BLOCK)  # where glibc's own rule ends up in training
         libc.mallopt(trim_threshold, 64 * 1024 * 1024)
         libc.malloc_trim(0)
 

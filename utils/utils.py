@@ -154,6 +154,22 @@ def load_hf_tokenizer(model_name_or_path, fast_tokenizer=True, add_special_token
     return tokenizer
 
 
+def check_same_tokenizer(args, tokenizer) -> None:
+    """The critic must read ids as the actor writes them."""
+    other = load_hf_tokenizer(
+        args.critic_model_name_or_path,
+        add_special_tokens=args.end_of_conversation_token,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if other.get_vocab() != tokenizer.get_vocab() or other.eos_token_id != tokenizer.eos_token_id:
+        raise UserError(
+            f"the tokenizers differ: actor {args.actor_model_name_or_path} has {len(tokenizer)} tokens and EOS "
+            f"{tokenizer.eos_token!r}, critic {args.critic_model_name_or_path} has {len(other)} and "
+            f"{other.eos_token!r}. "
+            "Train the reward model from a model with the actor's tokenizer"
+        )
+
+
 NO_DECAY_NAMES = ("bias", "layer_norm.weight", "layernorm.weight", "norm.weight", "ln_f.weight")
 LORA_NAMES = ("lora_right_weight", "lora_left_weight")
 

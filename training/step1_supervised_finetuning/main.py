@@ -53,6 +53,7 @@ from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.model_utils import adapt_model, check_model, create_hf_model
 from utils.model.soft_prompt import check_soft_prompt_inputs, make_soft_prompt_model, save_soft_prompt
 from utils.perf import Stopwatch, pace, print_throughput
+from utils.preflight import preflight
 from utils.utils import (
     get_optimizer_grouped_parameters,
     load_hf_tokenizer,
@@ -106,6 +107,8 @@ def main():
     # 1. Arguments, processes, seeds
     args = build_parser().parse_args()
     device = init_distributed(args)
+    if args.dry_run:
+        return preflight(args, step=1)
     arguments.resolve_common(args)
     agree(lambda: arguments.check_output_dir(args.output_dir if get_rank() == 0 else None))
     arguments.check_supervised(args)

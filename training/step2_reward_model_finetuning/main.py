@@ -40,6 +40,7 @@ from utils.metrics import make_writer
 from utils.model.model_utils import adapt_model, check_model, create_critic_model
 from utils.model.reward_model import pair_accuracy
 from utils.perf import Stopwatch, pace, print_throughput
+from utils.preflight import preflight
 from utils.utils import (
     get_optimizer_grouped_parameters,
     load_hf_tokenizer,
@@ -124,6 +125,8 @@ def main():
     # 1. Arguments, processes, seeds
     args = build_parser().parse_args()
     device = init_distributed(args)
+    if args.dry_run:
+        return preflight(args, step=2)
     arguments.resolve_common(args)
     agree(lambda: arguments.check_output_dir(args.output_dir if get_rank() == 0 else None))
     arguments.check_supervised(args)

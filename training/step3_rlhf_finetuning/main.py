@@ -44,9 +44,11 @@ from utils.metrics import make_writer
 from utils.model.loading import load_config
 from utils.model.model_utils import check_model
 from utils.perf import Stopwatch, pace, print_throughput_step3
+from utils.preflight import preflight
 from utils.utils import (
     ExponentialMovingAverage,
     MovingAverage,
+    check_same_tokenizer,
     load_hf_tokenizer,
     moving_average,
     print_rank_0,
@@ -64,22 +66,6 @@ def build_parser():
     arguments.add_rlhf_arguments(parser)
     arguments.add_run_arguments(parser, step=3)
     return parser
-
-
-def check_tokenizers(args, tokenizer) -> None:
-    """The critic must read ids as the actor writes them."""
-    other = load_hf_tokenizer(
-        args.critic_model_name_or_path,
-        add_special_tokens=args.end_of_conversation_token,
-        trust_remote_code=args.trust_remote_code,
-    )
-    if other.get_vocab() != tokenizer.get_vocab() or other.eos_token_id != tokenizer.eos_token_id:
-        raise UserError(
-            f"the tokenizers differ: actor {args.actor_model_name_or_path} has {len(tokenizer)} tokens and EOS "
-            f"{tokenizer.eos_token!r}, critic {args.critic_model_name_or_path} has {len(other)} and "
-            f"{other.eos_token!r}. "
-            "Train the reward model from a model with the actor's tokenizer"
-        )
 
 
 def unsupervised_batches(args, tokenizer):
@@ -108,6 +94,8 @@ def main():
     # 1. Arguments, processes, seeds
     args = build_parser().parse_args()
     device = init_distributed(args)
+    if args.dry_run:
+        return preflight(args, step=3)
     arguments.resolve_common(args)
     batch = arguments.check_rlhf(args)
     agree(lambda: arguments.check_output_dir(args.output_dir if get_rank() == 0 else None))
@@ -124,7 +112,7 @@ def main():
     )
     lengths = {"--max_prompt_seq_len": args.max_prompt_seq_len, "--max_answer_seq_len": args.max_answer_seq_len}
     if args.critic_model_name_or_path is not None:
-        check_tokenizers(args, tokenizer)
+        check_same_tokenizer(args, tokenizer)
         check_model(
             AutoModel, args.critic_model_name_or_path, args.trust_remote_code, trained_head=True, lengths=lengths
         )

@@ -1,0 +1,184 @@
+"""--dry_run and utils.plan: what they find, what they suggest, and that they neither read weights nor write."""
+
+import json
+import shlex
+
+import psutil
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+
+from utils import plan, preflight
+from utils.distributed import UserError
+from utils.memory import GIB, Bytes, Machine
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory, model_folder):
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(model_folder)
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def dry_run(run_step, pairs_folder, cache_folder, tmp_path, capsys):
+    """dry_run(step, flags...) -> (what was printed, the UserError or None); nothing may appear in --output_dir."""
+
+    def run(step, *flags, data=pairs_folder):
+        output, error = tmp_path / "output", None
+        common = ["--dry_run", "--output_dir", output, "--data_path", data, "--data_output_path", cache_folder]
+        try:
+            run_step(step, [*common, *flags])
+        except UserError as problem:
+            error = str(problem)
+        assert not output.exists()
+        return capsys.readouterr().out, error
+
+    return run
+
+
+def line_of(printed: str, check: str) -> str:
+    [line] = [line for line in printed.splitlines() if line[4:].startswith(f"{check} ")]
+    return line
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_run_that_would_work_passes_every_check(step, dry_run, model_folder, reward_folder):
+    models = ["--model_name_or_path", model_folder]
+    if step == 3:
+        models = ["--actor_model_name_or_path", model_folder, "--critic_model_name_or_path", reward_folder]
+        models += ["--enable_ema", "--enable_hybrid_engine", "--actor_lora_dim", "4", "--max_prompt_seq_len", "64"]
+        models += ["--max_answer_seq_len", "64"]
+    else:
+        models += ["--max_seq_len", "128", "--lora_dim", "4"]
+    printed, error = dry_run(step, *models)
+    assert error is None, printed
+    assert "problem  " not in printed and "no problem: the run can start" in printed
+    train, evaluation = (12, 4) if step == 1 else (24, 8)  # of 60 and 20 rows, by --data_split 2,4,4
+    assert f"{train} " in line_of(printed, "data") and f"{evaluation} to evaluate" in line_of(printed, "data")
+    assert "(LoRA on 14 layers)" in line_of(printed, "parameters")
+    assert "per rank at most" in line_of(printed, "memory")
+    for part in ("parameters", "optimizer states", "activations kept", "  with checkpointing"):
+        assert f"\n  {part}" in printed
+    if step == 3:
+        assert all(part in printed for part in ("KV cache", "folded LoRA", "fused weights", "EMA"))
+
+
+def test_each_problem_has_a_line_with_its_reason(dry_run, model_folder, tmp_path):
+    printed, error = dry_run(
+        1, "--model_name_or_path", model_folder, "--lora_dim", "4", "--lora_module_name", "nowhere", "--max_seq_len", 64
+    )
+    assert "problem" in line_of(printed, "parameters") and "'nowhere' matches no linear layer" in printed
+    assert "1 of" in error and "would not work" in error
+
+    printed, error = dry_run(
+        1, "--model_name_or_path", model_folder, "--max_seq_len", "64", data=tmp_path / "no such data"
+    )
+    assert "problem" in line_of(printed, "data") and "no such data" in line_of(printed, "data")
+    assert "everything alive in a phase" in printed and "1 of" in error  # the estimate is there all the same
+
+    printed, error = dry_run(1, "--model_name_or_path", model_folder, "--offload", "--max_seq_len", "100000")
+    assert "needs --zero_stage" in line_of(printed, "flags") and "positions" in line_of(printed, "model")
+    assert "2 of" in error
+
+    make_model(tmp_path / "other", pad=None)
+    printed, error = dry_run(
+        3, "--actor_model_name_or_path", model_folder, "--critic_model_name_or_path", tmp_path / "other"
+    )
+    assert "holds no reward model" in line_of(printed, "critic")
+    assert "the tokenizers differ" in line_of(printed, "tokenizer") and "2 of" in error
+
+
+def test_a_run_that_does_not_fit_is_told_flags_that_make_it_fit(dry_run, model_folder, monkeypatch):
+    flags = ["--model_name_or_path", model_folder, "--max_seq_len", "128", "--pad_to_max_length"]
+    flags += ["--per_device_train_batch_size", "64", "--dtype", "fp32"]
+
+    def small_machine(room):
+        return lambda: Machine(1, 1, True, room, room, Bytes(host=GIB))
+
+    monkeypatch.setattr(preflight, "this_machine", small_machine(GIB + 30_000_000))
+    printed, error = dry_run(1, *flags)
+    line = line_of(printed, "memory")
+    assert "problem" in line and "It would fit" in line and "1 of" in error
+    suggestion = line.split(" with ")[-1]
+    # The flags exist, and with them the dry run finds no problem.
+    again, error = dry_run(1, *flags, *shlex.split(suggestion))
+    assert error is None, again
+
+    monkeypatch.setattr(preflight, "this_machine", small_machine(GIB))
+    printed, error = dry_run(1, *flags)
+    assert "No setting of these flags fits" in line_of(printed, "memory") and error
+
+
+def test_a_model_of_70_billion_parameters_needs_no_memory_here(dry_run, tmp_path):
+    folder = tmp_path / "large"
+    make_tokenizer(folder)
+    LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ).save_pretrained(folder)
+    before = psutil.Process().memory_info().rss
+    printed, error = dry_run(1, "--model_name_or_path", folder, "--gradient_checkpointing", "--max_seq_len", "128")
+    assert psutil.Process().memory_info().rss - before < GIB
+    assert "holds no weights" in line_of(printed, "model") and "70,553.7 M train" in line_of(printed, "parameters")
+    # 2 + 4 + 8 bytes of each parameter, and more: nothing here has that.
+    assert "problem" in line_of(printed, "memory") and "would not work" in error
+
+
+# ---------------------------------------------------------------- the planner
+
+
+@pytest.fixture(scope="module")
+def eight_billion(tmp_path_factory):
+    """The configuration of a Llama of 8 billion parameters, alone."""
+    folder = tmp_path_factory.mktemp("8b")
+    LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=8,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_the_planned_command_is_one_the_step_understands_and_fits(step, eight_billion, capsys):
+    flags = ["--model", eight_billion, "--step", step, "--gpus", 4, "--gpu_memory", 40, "--host_memory", 400]
+    flags += ["--batch_size", 16, "--json"]
+    assert plan.main([str(flag) for flag in [*flags, "--num_train_epochs", 3]]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    [best] = [row for row in rows if row["recommended"]]
+    assert best["fits"] and 0 < best["device_gib"] <= 40 and best["host_gib"] <= 400
+    assert any(not row["fits"] for row in rows) or all(row["device_gib"] <= 40 for row in rows)
+    for row in rows:
+        words = shlex.split(row["command"])
+        main = next(i for i, word in enumerate(words) if word.endswith("main.py"))
+        args = plan.step_parser(step).parse_args(words[main + 1 :])
+        plan.check_step(args, step)
+        assert words[:3] == ["deepspeed", "--num_gpus", "4"] and args.num_train_epochs == 3
+        if step < 3:
+            assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 4 == 16
+        else:
+            assert args.per_device_generation_batch_size * args.generation_batches * 4 == 16
+
+
+def test_the_plan_as_a_table_marks_one_row_and_says_when_nothing_fits(eight_billion, capsys):
+    common = ["--model", str(eight_billion), "--batch_size", "4", "--max_seq_len", "128"]
+    assert plan.main([*common, "--gpu_memory", "80"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n->") == 1 and "deepspeed --num_gpus 1 training/step1" in printed
+    assert plan.main([*common, "--gpu_memory", "4"]) == 1
+    assert "nothing fits" in capsys.readouterr().out
+    with pytest.raises(UserError, match="do not divide"):
+        plan.main([*common, "--gpus", "3"])
