@@ -10,17 +10,16 @@ one to take, and its command. Any other flag of the step may follow and becomes 
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from utils import arguments
 from utils.distributed import UserError, get_accelerator
+from utils.flag_table import PROJECT, STEPS, parser_of
 from utils.memory import (
     CUDA_BASELINE,
     CUDA_HOST_BASELINE,
@@ -35,12 +34,6 @@ from utils.memory import (
 )
 from utils.model.loading import load_config
 
-PROJECT = Path(__file__).resolve().parents[1]
-STEPS = {
-    1: "training/step1_supervised_finetuning/main.py",
-    2: "training/step2_reward_model_finetuning/main.py",
-    3: "training/step3_rlhf_finetuning/main.py",
-}
 # Flags that change the models themselves, not only how they are trained.
 OF_MODELS = ("dtype", "lora_dim", "actor_lora_dim", "critic_lora_dim", "only_optimize_lora", "separate_ref")
 
@@ -207,10 +200,7 @@ class Candidate:
 
 
 def step_parser(step: int) -> argparse.ArgumentParser:
-    spec = importlib.util.spec_from_file_location(f"step{step}", PROJECT / STEPS[step])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.build_parser()
+    return parser_of(STEPS[step - 1])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -309,7 +299,8 @@ def _recommend(found: list[Candidate], step: int) -> None:
 def command_of(options, words: list[str], settings: Settings) -> str:
     """The command line that starts the step with these settings."""
     start = ["--num_gpus", str(options.gpus)] if options.gpus <= options.gpus_per_node else ["--hostfile", "HOSTFILE"]
-    return shlex.join(["deepspeed", *start, STEPS[options.step], *words, *as_flags(settings)])
+    script = str(STEPS[options.step - 1].relative_to(PROJECT))
+    return shlex.join(["deepspeed", *start, script, *words, *as_flags(settings)])
 
 
 def main(given=None) -> int:
