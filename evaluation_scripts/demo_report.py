@@ -111,9 +111,12 @@ def main():
     )
     parser.add_argument("--prompts", type=int, default=200, help="how many held-out prompts each model answers")
     parser.add_argument(
+        "--answers_per_prompt", type=int, default=4, help="sampled answers of each model to each prompt"
+    )
+    parser.add_argument(
         "--max_new_tokens", type=int, default=40, help="tokens of an answer; one without EOS by then has not ended"
     )
-    parser.add_argument("--batch_size", type=int, default=50, help="prompts answered at a time")
+    parser.add_argument("--batch_size", type=int, default=100, help="prompts answered at a time")
     parser.add_argument("--seed", type=int, default=1234, help="of the sampled answers")
     parser.add_argument("--seconds", type=float, default=None, help="what the run took, for the summary")
     args = parser.parse_args()
@@ -128,7 +131,7 @@ def main():
         "EMA": output / "step3" / "actor_ema",
     }
     tokenizer = load_hf_tokenizer(folders["SFT"])
-    prompts = held_out_prompts(args.prompts)
+    prompts = held_out_prompts(args.prompts) * args.answers_per_prompt
     reference = AutoModelForCausalLM.from_pretrained(folders["SFT"], dtype=torch.float32).eval()
     models = {}
     for name, folder in progress(folders.items(), "judging", len(folders)):
@@ -149,14 +152,15 @@ def main():
         "reward_accuracy": accuracy,
         "models": models,
         "ppo": {name: [row[name] for row in curve] for name in ("step", "score", "kl")},
-        "held_out_prompts": len(prompts),
+        "held_out_prompts": args.prompts,
+        "answers_per_prompt": args.answers_per_prompt,
         "seconds": args.seconds,
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     print(f"\nperplexity on held-out answers   {perplexities[0]:8.1f} before SFT, {perplexities[-1]:.2f} after")
     print(f"reward model, held-out pairs     {100 * accuracy:8.1f} % right\n")
-    print(f"{len(prompts)} held-out prompts, one sampled answer each, judged exactly:\n")
+    print(f"{args.prompts} held-out prompts, {args.answers_per_prompt} sampled answers to each, judged exactly:\n")
     print(f"{'model':8}" + "".join(f"{rate:>10}" for rate in RATES) + f"{'KL to SFT, nats per answer':>30}")
     for name, row in models.items():
         print(f"{name:8}" + "".join(f"{100 * row[rate]:8.1f} %" for rate in RATES) + f"{row['kl']:>30.2f}")
