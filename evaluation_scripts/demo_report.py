@@ -110,9 +110,7 @@ def main():
         "--output_dir", required=True, help="the quickstart's folder, with base, step1, step2 and step3 in it"
     )
     parser.add_argument("--prompts", type=int, default=200, help="how many held-out prompts each model answers")
-    parser.add_argument(
-        "--answers_per_prompt", type=int, default=4, help="sampled answers of each model to each prompt"
-    )
+    parser.add_argument("--answers_per_prompt", type=int, default=4, help="sampled answers to each prompt")
     parser.add_argument(
         "--max_new_tokens", type=int, default=40, help="tokens of an answer; one without EOS by then has not ended"
     )
