@@ -7,6 +7,7 @@
 # RANKS  processes to train with (default: the GPUs, or 2 on a CPU with two or more cores)
 # SEED   of everything (default 1234)
 # SFT_ROWS, PAIRS, PROMPTS   rows of the three steps (default 8000, 4000, 5120): fewer for a quick look
+# ANSWERS   of each model to each held-out prompt, read by the judge (default 4)
 # FROM   output folder of an earlier quickstart: its models of step 1 and 2 are taken, only step 3 runs
 # PPO_FLAGS   more flags of step 3, in one string, as in "--ppo_epochs 4"; they win
 set -euo pipefail
@@ -55,12 +56,12 @@ step 3 "${common[@]}" \
     --actor_model_name_or_path "$output/step1" --critic_model_name_or_path "$output/step2" \
     --max_prompt_seq_len 24 --max_answer_seq_len 40 --per_device_generation_batch_size $((2 * answers)) \
     --per_device_training_batch_size "$answers" --ppo_epochs 2 --actor_learning_rate 1e-4 --critic_learning_rate 3e-4 \
-    --num_warmup_steps 5 --kl_ctl 0.1 --normalize_reward --enable_ema --enable_hybrid_engine \
+    --num_warmup_steps 5 --kl_ctl 0.05 --normalize_reward --enable_ema --enable_hybrid_engine \
     --max_train_samples "${PROMPTS:-5120}" ${ppo_flags[@]+"${ppo_flags[@]}"}
 
 echo
 echo "=== report ==="
-python "$project/evaluation_scripts/demo_report.py" --output_dir "$output" --seconds $((SECONDS - started))
+python "$project/evaluation_scripts/demo_report.py" --output_dir "$output" --answers_per_prompt "${ANSWERS:-4}" --seconds $((SECONDS - started))
 echo
 echo "all of it took $((SECONDS - started)) s. Talk to the result:"
 echo "    source ${VENV:-$project/.venv}/bin/activate"

@@ -6,7 +6,7 @@
 #
 # SEEDS      of the runs (default "1234 1 2 3 4")
 # VARIANTS   other ways, by the names below (default: all of them); VARIANT_SEEDS  which seeds they run with (default: all of SEEDS)
-# RANKS      as in quickstart.sh
+# RANKS, ANSWERS   as in quickstart.sh (ANSWERS: 8)
 #
 # A run that is done is not run again (OUTPUT/RUN/summary.json says so).
 set -euo pipefail
@@ -34,7 +34,7 @@ run() { # run NAME SEED [VARIANT]
     local change="" from="" ranks="${RANKS:-}"
     if [ -n "${3:-}" ]; then change="$(flags "$3")" from="$output/seed_$2"; fi
     if [ "${3:-}" = zero3_2_ranks ]; then ranks=2; fi
-    SEED="$2" FROM="$from" PPO_FLAGS="$change" RANKS="$ranks" \
+    SEED="$2" FROM="$from" PPO_FLAGS="$change" RANKS="$ranks" ANSWERS="${ANSWERS:-8}" \
         bash "$here/quickstart.sh" "$output/$1" >"$output/$1/log" 2>&1 || {
         tail -n 20 "$output/$1/log" >&2
         echo "error: $1 failed; its output is in $output/$1/log" >&2
