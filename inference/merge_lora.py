@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from utils.arguments import check_output_dir
 from utils.distributed import UserError, run_main
-from utils.model.adapters import CHANGED_CONFIG, CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
+from utils.model.adapters import CHANGED_CONFIG, CONFIG_FILE, KEY_PREFIX, SCORE_SCALE, WEIGHTS_FILE
 from utils.model.loading import Checkpoint, find_checkpoint, load_config
 from utils.model.saving import INDEX_FILE, MAX_SHARD_SIZE, SafetensorsWriter, atomic_folder
 from utils.module.lora import fold
@@ -97,8 +97,26 @@ class Adapter:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_pattern(pattern: str, file: Path) -> None:
+    """Refuse an expression that is none, or whose search among names of layers could take for ever."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{file}: alpha_pattern {pattern!r} is no regular expression: {error}") from error
+    if re.search(r"[)\]][*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+        raise UserError(
+            f"{file}: alpha_pattern {pattern!r} has repeats within repeats, or many; it is not searched for"
+        )
+
+
 def check_adapter_config(config: dict, file: Path) -> None:
     """Refuse, by name, what is not a plain LoRA."""
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is no table of settings")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: only LoRA can be folded, not {config.get('peft_type')}")
     if config.get("use_dora"):
@@ -111,8 +129,27 @@ def check_adapter_config(config: dict, file: Path) -> None:
     unknown = sorted(name for name, value in config.items() if value and name not in UNDERSTOOD)
     if unknown:
         raise UserError(f"{file} sets {', '.join(unknown)}, which cannot be folded here")
-    if not isinstance(config.get("lora_alpha"), int | float):
+    if not _is_number(config.get("lora_alpha")):
         raise UserError(f"{file} has no lora_alpha")
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        raise UserError(f"{file}: base_model_name_or_path {config['base_model_name_or_path']!r} is no path")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
+        raise UserError(f"{file}: alpha_pattern is no table of patterns and numbers")
+    for pattern in patterns:
+        check_pattern(pattern, file)
+
+
+def read_changed_config(text: str, file: Path) -> dict:
+    """What training set in the model's configuration: a few numbers, and nothing else is taken from an adapter."""
+    try:
+        changed = json.loads(text)
+        known = all(key in SCORE_SCALE or key.endswith("_token_id") for key in changed)
+        if known and all(_is_number(value) for value in changed.values()):
+            return changed
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    raise UserError(f"{file}: {CHANGED_CONFIG} in its metadata is no table of token ids and scales of scores")
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -120,7 +157,7 @@ def read_adapter(folder: Path) -> Adapter:
     file = folder / CONFIG_FILE
     try:
         config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--adapter {folder} holds no LoRA adapter: {file}: {error}") from error
     check_adapter_config(config, file)
     adapter = Adapter(folder, config)
@@ -132,10 +169,13 @@ def read_adapter(folder: Path) -> Adapter:
     stored = Checkpoint(str(folder), (weights,))
     if stored.tensors and weights.suffix == ".safetensors":
         with safe_open(weights, framework="pt") as opened:
-            adapter.changed_config = json.loads((opened.metadata() or {}).get(CHANGED_CONFIG, "{}"))
+            text = (opened.metadata() or {}).get(CHANGED_CONFIG, "{}")
+        adapter.changed_config = read_changed_config(text, weights)
     tensors = dict(stored.read_all())
     for key, tensor in tensors.items():
         name, factor = key.removeprefix(KEY_PREFIX), FACTOR.fullmatch(key.removeprefix(KEY_PREFIX))
+        if factor and not (tensor.ndim == 2 and tensor.numel() and tensor.is_floating_point()):
+            raise UserError(f"{weights}: {key}, {tensor.dtype} {tuple(tensor.shape)}, is no factor of an update")
         if factor:
             adapter.factors.setdefault(factor["module"], {})[factor["which"]] = tensor
         elif "lora_" in name or not key.startswith(KEY_PREFIX):

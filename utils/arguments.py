@@ -32,17 +32,20 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
 
 
+LARGEST = 2**31 - 1  # more of anything is a slip, and some libraries' numbers end here
+
+
 def _positive(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    if not 1 <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and {LARGEST}")
     return value
 
 
 def _not_negative(text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is not 0 or more")
+    if not 0 <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {LARGEST}")
     return value
 
 
@@ -50,6 +53,13 @@ def non_negative_float(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
     return value
 
 
@@ -182,8 +192,8 @@ def add_supervised_arguments(parser, learning_rate: float) -> None:
     add("--per_device_train_batch_size", type=_positive, default=16, help="rows per device and forward pass")
     add("--per_device_eval_batch_size", type=_positive, default=16, help="rows per device in evaluation")
     add_sequence_length_argument(group)
-    add("--learning_rate", type=float, default=learning_rate, help="peak learning rate")
-    add("--weight_decay", type=float, default=0.0, help="AdamW's decay of matrices; 0 to turn off")
+    add("--learning_rate", type=non_negative_float, default=learning_rate, help="peak learning rate")
+    add("--weight_decay", type=non_negative_float, default=0.0, help="AdamW's decay of matrices; 0 to turn off")
     add("--num_train_epochs", type=_positive, default=1, help="passes over the training rows")
     add("--gradient_accumulation_steps", type=_positive, default=1, help="forward passes per optimizer step")
     add_schedule_arguments(group, warmup=0)
@@ -261,7 +271,9 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
         default=0.0,
         help="dropout on the input of the LoRA factors while training; 0 to turn off",
     )
-    add(f"--{prefix}lora_learning_rate", type=float, default=5e-4, help="learning rate of the LoRA factors")
+    add(
+        f"--{prefix}lora_learning_rate", type=non_negative_float, default=5e-4, help="learning rate of the LoRA factors"
+    )
     if prefix in ("", "actor_"):
         add(
             "--only_optimize_lora",
@@ -362,7 +374,7 @@ def add_soft_prompt_arguments(parser) -> None:
     )
     add(
         "--soft_prompt_learning_rate",
-        type=float,
+        type=non_negative_float,
         default=None,
         help="peak learning rate of the soft prompt; None for "
         + ", ".join(f"{rate:g} ({kind})" for kind, rate in SOFT_PROMPT_LEARNING_RATES.items()),
@@ -411,7 +423,7 @@ def add_run_arguments(parser, step: int) -> None:
         default="5GB",
         help="largest file of saved weights, as in 500MB; a larger model becomes several files with an index",
     )
-    add("--seed", type=int, default=1234, help="of data order, fresh weights, dropout and sampling")
+    add("--seed", type=_not_negative, default=1234, help="of data order, fresh weights, dropout and sampling")
     add(
         "--dry_run",
         action="store_true",
@@ -441,6 +453,9 @@ def add_run_arguments(parser, step: int) -> None:
 
 def resolve_common(args) -> None:
     """Fill in what depends on the machine."""
+    check_output_dir(args.data_output_path, "--data_output_path")
+    if args.add_eot_token and not args.eot_token.strip():
+        raise UserError("--eot_token: a token that ends answers has letters or signs, and this one is blank")
     accelerator = get_accelerator()
     if args.dtype is None:
         args.dtype = "bf16" if accelerator.is_bf16_supported() else "fp32"
@@ -465,7 +480,7 @@ def resolve_common(args) -> None:
             raise UserError(f"--report_to {name} needs the package {name}: pip install {name}")
 
 
-def check_output_dir(output_dir: str | None) -> None:
+def check_output_dir(output_dir: str | None, flag: str = "--output_dir") -> None:
     """Raise UserError if the folder cannot be made or written to, before any work is spent."""
     if output_dir is None:
         return
@@ -475,8 +490,8 @@ def check_output_dir(output_dir: str | None) -> None:
         probe = folder / f".write-test-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be written: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {output_dir}: cannot be written: {getattr(error, 'strerror', error)}") from error
 
 
 def check_models(args, *names: str) -> None:
@@ -614,10 +629,20 @@ def add_rlhf_arguments(parser) -> None:
     )
     add("--max_answer_seq_len", type=_positive, default=256, help="tokens of an answer, its EOS included")
     add("--num_train_epochs", type=_positive, default=1, help="passes over the prompts")
-    add("--actor_learning_rate", type=float, default=9.65e-6, help="peak learning rate of the actor")
-    add("--critic_learning_rate", type=float, default=5e-6, help="peak learning rate of the critic")
-    add("--actor_weight_decay", type=float, default=0.0, help="AdamW's decay of the actor's matrices; 0 to turn off")
-    add("--critic_weight_decay", type=float, default=0.0, help="AdamW's decay of the critic's matrices; 0 to turn off")
+    add("--actor_learning_rate", type=non_negative_float, default=9.65e-6, help="peak learning rate of the actor")
+    add("--critic_learning_rate", type=non_negative_float, default=5e-6, help="peak learning rate of the critic")
+    add(
+        "--actor_weight_decay",
+        type=non_negative_float,
+        default=0.0,
+        help="AdamW's decay of the actor's matrices; 0 to turn off",
+    )
+    add(
+        "--critic_weight_decay",
+        type=non_negative_float,
+        default=0.0,
+        help="AdamW's decay of the critic's matrices; 0 to turn off",
+    )
     add_schedule_arguments(group, warmup=100)
     add = parser.add_argument_group("PPO").add_argument
     on_off = argparse.BooleanOptionalAction
@@ -627,7 +652,7 @@ def add_rlhf_arguments(parser) -> None:
         default=True,
         help="rollouts are samples of the policy; --no-do_sample for greedy ones",
     )
-    add("--temperature", type=float, default=1.0, help="of sampling, and of all log-probs; 0 for greedy")
+    add("--temperature", type=non_negative_float, default=1.0, help="of sampling, and of all log-probs; 0 for greedy")
     add(
         "--top_p",
         type=_probability,
@@ -635,7 +660,7 @@ def add_rlhf_arguments(parser) -> None:
         help="sample from the smallest set of tokens with this probability; 1 for all",
     )
     add("--top_k", type=_not_negative, default=0, help="sample from this many tokens; 0 for all")
-    add("--kl_ctl", type=float, default=0.1, help="weight of the KL penalty per token; 0 to turn off")
+    add("--kl_ctl", type=non_negative_float, default=0.1, help="weight of the KL penalty per token; 0 to turn off")
     add(
         "--kl_estimator",
         choices=["k1", "k3"],
@@ -644,16 +669,16 @@ def add_rlhf_arguments(parser) -> None:
     )
     add(
         "--kl_target",
-        type=float,
+        type=_above_zero,
         default=None,
         help="nats per answer the KL weight is steered to; None for a fixed weight",
     )
     add("--kl_horizon", type=_positive, default=10000, help="answers over which the KL weight adapts")
-    add("--clip_reward_value", type=float, default=5.0, help="scores are clipped to plus or minus this")
+    add("--clip_reward_value", type=_above_zero, default=5.0, help="scores are clipped to plus or minus this")
     add("--normalize_reward", action="store_true", help="scale scores by the mean and std saved with the reward model")
     add(
         "--missing_eos_penalty",
-        type=float,
+        type=non_negative_float,
         default=None,
         help="taken off the score of an answer without EOS; None for nothing",
     )
@@ -672,8 +697,13 @@ def add_rlhf_arguments(parser) -> None:
         default=None,
         help="mean 0, std 1 over all ranks; None for on with gae (published scripts: off), off with rloo and grpo",
     )
-    add("--cliprange", type=float, default=0.2, help="the policy's ratio is clipped to 1 plus or minus this")
-    add("--cliprange_value", type=float, default=0.2, help="the value is clipped to the old one plus or minus this")
+    add("--cliprange", type=_above_zero, default=0.2, help="the policy's ratio is clipped to 1 plus or minus this")
+    add(
+        "--cliprange_value",
+        type=_above_zero,
+        default=0.2,
+        help="the value is clipped to the old one plus or minus this",
+    )
     add(
         "--reward_function",
         nargs="+",
@@ -683,7 +713,7 @@ def add_rlhf_arguments(parser) -> None:
     )
     add(
         "--reward_model_weight",
-        type=float,
+        type=_finite,
         default=1.0,
         help="how much the reward model's score counts beside --reward_function; 0 to do without the model",
     )
@@ -697,7 +727,7 @@ def add_rlhf_arguments(parser) -> None:
         help="plain text: .txt files, any file or folder of rows with a field text, or a hub dataset; None for off",
     )
     add("--unsupervised_dataset_config_name", default=None, help="configuration of that hub dataset")
-    add("--unsup_coef", type=float, default=27.8, help="weight of the language-model loss on that text")
+    add("--unsup_coef", type=non_negative_float, default=27.8, help="weight of the language-model loss on that text")
 
     group = parser.add_argument_group("precision and memory")
     add = group.add_argument
@@ -889,8 +919,8 @@ def check_rlhf(args) -> RLHFBatchSizes:
     for stage in (args.actor_zero_stage, args.critic_zero_stage):
         offload = args.offload and stage > 0
         merge_config_file(get_train_ds_config(offload, args.dtype, stage), args.deepspeed_config_overrides)
-    if args.do_sample and args.temperature < 0:
-        raise UserError(f"--temperature {args.temperature}: must be 0 or more")
+    if args.do_sample and args.top_p == 0:
+        raise UserError("--top_p 0 leaves no token to sample from; 1 samples from all")
     if args.enable_test_mode and args.test_stop_step < 1:
         raise UserError("--enable_test_mode needs --test_stop_step 1 or more")
     _check_rewards(args)

@@ -1,10 +1,13 @@
 """DeepSpeed configurations: one for engines that train, one for engines that only look."""
 
+import difflib
 import json
+import math
 from pathlib import Path
 
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
 
 from utils.distributed import UserError, deepspeed, get_world_size, ranks_per_node
@@ -124,7 +127,7 @@ def _read_config_file(path: str) -> dict:
         raise UserError(f"{flag}: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{flag}: line {error.lineno} is not JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{flag}: is not JSON: {error}") from error
     if not isinstance(overrides, dict):
         raise UserError(f"{flag}: expected a JSON object, found {type(overrides).__name__}")
@@ -156,8 +159,10 @@ def merge_config_file(ds_config: dict, path: str | None) -> dict:
     def merge(base: dict, top: dict, place: str = "") -> dict:
         merged = dict(base)
         for key, value in top.items():
-            if isinstance(base.get(key), dict) and not isinstance(value, dict):
+            wants_object = isinstance(base.get(key), dict) or key in ("fp16", "bf16")
+            if wants_object and not isinstance(value, dict):
                 raise UserError(f"{flag}: {place}{key} must be an object, not {json.dumps(value)}")
+            _check_value(f"{flag}: {place}{key}", key, value, base)
             merged[key] = merge(base[key], value, f"{place}{key}.") if isinstance(base.get(key), dict) else value
         return merged
 
@@ -185,7 +190,24 @@ def merge_config_file(ds_config: dict, path: str | None) -> dict:
             raise UserError(
                 f"{flag}: {what} to {device} needs ZeRO stage {' or '.join(map(str, allowed))}, not {stage}"
             )
+    try:
+        DeepSpeedConfig(with_batch_sizes(dict(merged), 1))
+    except Exception as error:  # of DeepSpeed's own checks, of which each raises what it likes
+        raise UserError(f"{flag}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
     return merged
+
+
+def _check_value(place: str, key: str, value, base: dict) -> None:
+    """Refuse what DeepSpeed would not look at before it trains: a slip in a name, a number that is none."""
+    similar = difflib.get_close_matches(key, base, n=1, cutoff=0.9)
+    if similar and key not in base:
+        raise UserError(f"{place} is no setting of DeepSpeed; did you mean {similar[0]}?")
+    known = base.get(key)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    if isinstance(known, bool) and not isinstance(value, bool):
+        raise UserError(f"{place}: expected true or false, found {json.dumps(value)}")
+    if isinstance(known, int | float) and not isinstance(known, bool) and not is_number:
+        raise UserError(f"{place}: expected a number of 0 or more, found {json.dumps(value)}")
 
 
 def _check_nvme(flag: str, what: str, settings: dict) -> None:

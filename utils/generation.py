@@ -173,7 +173,7 @@ def load_pretrained(auto_class, path: str, args, in_4bit: bool = False) -> PreTr
         model = auto_class.from_pretrained(
             path, config=config, dtype=dtype, trust_remote_code=args.trust_remote_code, **options
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"the model in {path} cannot be loaded: {error}") from error
     return model.eval().to(device)
 
@@ -249,8 +249,8 @@ def choosing_settings(do_sample: bool, temperature: float, top_p: float, top_k: 
     """How generate() picks the next token: sampled, or the most probable one. UserError for values without meaning."""
     if not do_sample:
         return {"do_sample": False}
-    if temperature <= 0:
-        raise UserError(f"--temperature {temperature}: must be above 0")
+    if not 0 < temperature < float("inf"):
+        raise UserError(f"--temperature {temperature}: must be a number above 0")
     if not 0 < top_p <= 1:
         raise UserError(f"--top_p {top_p}: must be above 0 and at most 1 (1: off)")
     if top_k < 0:

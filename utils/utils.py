@@ -11,9 +11,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 from transformers import AutoTokenizer, set_seed
+from transformers.utils import cached_file
 
 from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, load_operator
 from utils.model.adapters import save_lora_adapter
+from utils.model.loading import load_config
 from utils.model.saving import save_pretrained_model, save_weights
 from utils.module.lora import lora_layers
 
@@ -114,6 +116,8 @@ class ExponentialMovingAverage:
 def set_random_seed(seed) -> None:
     """Seed Python, NumPy and torch. Data order has generators of its own and does not depend on this."""
     if seed is not None:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"--seed {seed}: must be between 0 and {2**32 - 1}")
         set_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
@@ -136,18 +140,23 @@ def load_hf_tokenizer(model_name_or_path, fast_tokenizer=True, add_special_token
 
     Decided from the tokenizer alone, never from the model's name.
     """
+    name = str(model_name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_name_or_path, use_fast=fast_tokenizer, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer could be loaded from {model_name_or_path!r}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=fast_tokenizer, trust_remote_code=trust_remote_code)
+        tokenizer("a")
+        highest = max(tokenizer.get_vocab().values())
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # strangers' files: anything may come of them, a panic of Rust too
+        raise UserError(f"no tokenizer could be loaded from {name!r}: {type(error).__name__}: {error}") from error
+    if highest >= len(tokenizer):
+        check_highest_id(name, highest, trust_remote_code)
     if add_special_tokens is not None:
         if isinstance(add_special_tokens, list):
             [add_special_tokens] = add_special_tokens
         tokenizer.add_special_tokens({"eos_token": add_special_tokens})
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {model_name_or_path!r} has no EOS token; --add_eot_token adds one")
+        raise UserError(f"the tokenizer of {name!r} has no EOS token; --add_eot_token adds one")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.padding_side = "right"
@@ -167,6 +176,18 @@ def check_same_tokenizer(args, tokenizer) -> None:
             f"{tokenizer.eos_token!r}, critic {args.critic_model_name_or_path} has {len(other)} and "
             f"{other.eos_token!r}. "
             "Train the reward model from a model with the actor's tokenizer"
+        )
+
+
+def check_highest_id(model_name_or_path: str, highest: int, trust_remote_code: bool) -> None:
+    """A vocabulary with holes in it: embeddings grow to the number of tokens, which leaves such an id outside."""
+    if cached_file(model_name_or_path, "config.json", _raise_exceptions_for_missing_entries=False) is None:
+        return  # an adapter: its model is checked when it is used
+    rows = load_config(model_name_or_path, trust_remote_code).get_text_config().vocab_size
+    if highest >= rows:
+        raise UserError(
+            f"the tokenizer of {model_name_or_path!r} has a token of id {highest}, outside the {rows} rows of the "
+            "model's embedding, and ids are missing below it: the two do not belong together"
         )
 
 

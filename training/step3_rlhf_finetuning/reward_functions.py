@@ -39,7 +39,10 @@ class RewardFunction:
         """
         try:
             scores = list(self.score(prompts, answers))
-        except Exception as error:  # whatever the user's code raises must reach all ranks as an error that names it
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # whatever the user's code raises must reach all ranks as an error that names it
             raise UserError(f"--reward_function {self.name} raised {type(error).__name__}: {error}") from error
         wrong = next((score for score in scores if not isinstance(score, numbers.Real) or isinstance(score, str)), None)
         if wrong is not None:
@@ -83,7 +86,7 @@ def _load_function(file: Path, name: str) -> Callable:
             spec = importlib.util.spec_from_file_location(name_of_module, file)
             sys.modules[name_of_module] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name_of_module]
         raise UserError(f"--reward_function: {file} cannot be run: {type(error).__name__}: {error}") from error
     module = sys.modules[name_of_module]

@@ -76,8 +76,8 @@ def convert(file: Path, output: Path) -> None:
         raise UserError(f"no such file: {file}")
     try:
         tokenizer, model = load_tokenizer(file), load_unpacked_model(file)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file} cannot be read as a GGUF model: {error}") from error
+    except Exception as error:  # a stranger's file: the readers raise whatever their parsers raise
+        raise UserError(f"{file} cannot be read as a GGUF model: {type(error).__name__}: {error}") from error
     tokenizer.model_max_length = model.config.max_position_embeddings
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_utils import load_state_dict
@@ -82,11 +81,51 @@ class Checkpoint:
 
 
 def load_config(model_name_or_path, trust_remote_code: bool = False):
-    """The configuration of a folder or hub name; UserError if there is none or it is broken."""
+    """The configuration of a folder or hub name; UserError if there is none, it is broken or it asks for code."""
+    name = str(model_name_or_path)
     try:
-        return AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"no model could be loaded from {str(model_name_or_path)!r}: {error}") from error
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+        text_config = config.get_text_config()
+    except Exception as error:  # strangers' files: the library raises whatever its parsers and families raise
+        raise UserError(f"no model could be loaded from {name!r}: {_told(error)}") from error
+    kernels = [kernel for kernel in _attention_kernels(config) if "/" in str(kernel)]
+    if kernels and not trust_remote_code:
+        raise UserError(
+            f"config.json of {name!r} asks for the attention kernel {kernels[0]}, compiled code from the hub: that "
+            "needs --trust_remote_code, or take _attn_implementation out of the file"
+        )
+    layers, classes = getattr(text_config, "num_hidden_layers", 1), config.architectures or []
+    if not isinstance(layers, int) or layers < 1:
+        raise UserError(f"config.json of {name!r}: num_hidden_layers {layers!r} is not a number above 0")
+    if not isinstance(classes, list) or not all(isinstance(kind, str) for kind in classes):
+        raise UserError(f"config.json of {name!r}: architectures {classes!r} is no list of names")
+    return config
+
+
+def _attention_kernels(config) -> list:
+    parts = [config, *(getattr(config, part, None) for part in config.sub_configs)]
+    chosen = [getattr(part, "_attn_implementation", None) for part in parts]
+    return [kernel for value in chosen for kernel in (value.values() if isinstance(value, dict) else [value])]
+
+
+def _told(error: Exception) -> str:
+    """What an exception says, with its kind where the words alone say little."""
+    return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+
+
+def check_generation_config(model_name_or_path) -> None:
+    """UserError if a model's generation settings, where it has any, cannot be read: they name what ends answers."""
+    file = _fetch(str(model_name_or_path), "generation_config.json")
+    if file is None:
+        return
+    try:
+        settings = json.loads(file.read_text())
+        ids = settings.get("eos_token_id")
+        readable = all(isinstance(i, int | None) for i in (ids if isinstance(ids, list) else [ids]))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is no table of generation settings: {_told(error)}") from error
+    if not readable:
+        raise UserError(f"{file}: eos_token_id {ids!r} is neither a token id nor a list of them")
 
 
 def find_checkpoint(model_name_or_path) -> Checkpoint:
@@ -117,7 +156,7 @@ def _shards_of(name: str, index: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is not an index of weights ({type(error).__name__}: {error})") from error
     files = []
     for shard in shards:
@@ -198,6 +237,9 @@ def check_checkpoint(checkpoint: Checkpoint, model_class, config, trust_remote_c
         UserError: naming the missing, misshapen or surplus weights.
     """
     name = checkpoint.name
+    layers, weights = getattr(config.get_text_config(), "num_hidden_layers", 0), len(checkpoint.tensors)
+    if layers > weights:  # told now: to lay out a billion layers would take for ever
+        raise UserError(f"config.json of {name!r} has {layers} layers, and its files hold only {weights} weights")
     try:
         with torch.device("meta"):
             skeleton = model_class.from_config(config, trust_remote_code=trust_remote_code)
@@ -211,8 +253,8 @@ def check_checkpoint(checkpoint: Checkpoint, model_class, config, trust_remote_c
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"no model could be loaded from {name!r}: {error}") from error
+    except Exception as error:  # a family's own code meets numbers of a stranger's file: anything may come of it
+        raise UserError(f"no model could be loaded from {name!r}: {_told(error)}") from error
     unexpected = {key for key in info["unexpected_keys"] if not STALE_BUFFERS.search(key)}
     if any("lora_" in key for key in unexpected):
         raise UserError(

@@ -12,7 +12,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from utils.distributed import UserError, agree, get_accelerator, memory_given_back
 from utils.ds_utils import TORCH_DTYPES
 from utils.model.inputs import embedding_rows
-from utils.model.loading import check_checkpoint, find_checkpoint, load_config
+from utils.model.loading import check_checkpoint, check_generation_config, find_checkpoint, load_config
 from utils.model.reward_model import RewardModel, empty_classifier
 from utils.module.lora import (
     convert_linear_layer_to_lora,
@@ -89,6 +89,7 @@ def check_model(model_class, model_name_or_path, trust_remote_code=False, traine
         config = load_config(model_name_or_path, trust_remote_code)
         check_positions(config, model_name_or_path, lengths or {})
         checkpoint = find_checkpoint(model_name_or_path)
+        check_generation_config(model_name_or_path)
         if checkpoint.is_published_reward:
             config.num_labels = 1
         checked = config, check_checkpoint(checkpoint, model_class, config, trust_remote_code)

@@ -190,7 +190,7 @@ def adapter_config(path) -> dict | None:
         return None
     try:
         config = json.loads(file.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError(f"{file} names no peft_type")
@@ -225,7 +225,7 @@ def check_whole_model(path, flag: str) -> None:
 def base_of_soft_prompt(path, config: dict, base_model: str | None) -> str:
     """Where the base model of a soft prompt is: ``base_model`` if the user says so, else what its folder names."""
     base = base_model or config.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise UserError(f"{path} holds a soft prompt that does not name its base model; give --base_model FOLDER")
     if base_model is None and Path(base).is_absolute() and not Path(base).is_dir():
         raise UserError(f"{path} holds a soft prompt for {base}, which is not there; give --base_model FOLDER")
@@ -242,6 +242,8 @@ def load_soft_prompt(base_model, path) -> SoftPromptModel:
     except KeyError:
         raise UserError(f"{file} holds no soft prompt: there is no prompt_embeddings in it") from None
     width = embedding_width(base_model)
+    if not vectors.is_floating_point() or not len(vectors) or not vectors.isfinite().all():
+        raise UserError(f"{file} holds no soft prompt: its prompt_embeddings are no finite numbers, or none at all")
     if vectors.ndim != 2 or vectors.shape[1] != width:
         raise UserError(f"{file} holds vectors of {tuple(vectors.shape)}; the base model's embedding is {width} wide")
     encoder = nn.Embedding.from_pretrained(vectors).to(base_model.device)
