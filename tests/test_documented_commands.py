@@ -1,0 +1,166 @@
+"""Every command that a README prints is run, on models and data of the smallest size."""
+
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import PROJECT, STEPS, make_model, run_command, write_pairs
+
+from utils.model.model_utils import create_critic_model
+from utils.utils import load_hf_tokenizer, save_hf_format
+
+PAGES = [PROJECT / "README.md", *sorted(PROJECT.glob("*/README.md")), *sorted(PROJECT.glob("training/*/README.md"))]
+COMMAND = r"(?:[A-Z_]+=\S+ )*(?:python|bash|deepspeed|torchrun|transformers) "
+
+# Commands, by how they begin, that are not run here, and why.
+ELSEWHERE = {
+    "bash training_scripts/quickstart.sh": "run below, at a small size",
+    "bash tests/run.sh": "what runs this",
+    "bash training_scripts/real_model.sh": "needs a model of 135 M parameters from a package; run by hand",
+    "python evaluation_scripts/benchmark/": "minutes; each is run by hand for the figures",
+    "python inference/serve.py": "test_serve.py opens it in a browser",
+    "transformers serve": "needs a server's packages; test_endpoint.py runs it where they are",
+}
+# What stands for a name in the pages.
+NAMES = {
+    "Dahoas/rm-static": "pairs",
+    "SFT_FOLDER": "output/sft",
+    "REWARD_FOLDER": "output/reward",
+    "FOLDER": "output/sft",
+    "BASELINE": "output/sft",
+    "FINETUNED": "output/quickstart/step3/actor",
+    "OUTPUT_DIR/adapter": "output/lora/adapter",
+}
+BATCH = "--dtype fp32 --max_train_samples 8 --max_eval_samples 4 --per_device_train_batch_size 4 --max_seq_len 48"
+SMALL = {
+    1: f"{BATCH} --learning_rate 1e-4",
+    2: f"{BATCH} --learning_rate 1e-4",
+    3: "--dtype fp32 --max_train_samples 8 --max_prompt_seq_len 32 --max_answer_seq_len 8 "
+    "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --num_warmup_steps 0",
+}
+# What step 3 needs and "..." leaves out.
+LEFT_OUT = "--actor_model_name_or_path output/sft --critic_model_name_or_path output/reward --output_dir output/rlhf"
+LORA = "--model_name_or_path output/sft --output_dir output/lora --lora_dim 2 --only_optimize_lora --save_lora_adapters"
+
+
+def commands_of(page: Path) -> list[str]:
+    """Those in indented blocks, with their continuation lines, and those in the running text."""
+    text = re.sub(r" \\\n\s*", " ", page.read_text())
+    found = re.findall(rf"^ {{4}}({COMMAND}.*)$", text, re.M) + re.findall(rf"`({COMMAND}[^`]*)`", text)
+    return [re.sub(r"\s+#.*", "", command.replace("\n", " ")).strip() for command in found]
+
+
+COMMANDS = sorted({(page.parent.relative_to(PROJECT), command) for page in PAGES for command in commands_of(page)})
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory, model_folder):
+    """A folder that looks like the project after its pages were followed: tiny models under the names they use."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("training", "inference", "evaluation_scripts", "training_scripts", "utils"):
+        (folder / name).symlink_to(PROJECT / name)
+    for name in ("opt-1.3b", "opt-350m", "opt-125m"):
+        make_model(folder / "facebook" / name, "opt")
+    models = folder / "output"
+    for name in ("sft", "quickstart/step3/actor", "quickstart/step3/actor_ema"):
+        make_model(models / name)
+    tokenizer = load_hf_tokenizer(models / "sft")
+    torch.manual_seed(5)
+    for name in ("reward", "rm"):
+        reward = create_critic_model(models / "sft", tokenizer)
+        save_hf_format(reward, tokenizer, SimpleNamespace(output_dir=str(models / name)))
+    rows = "".join(json.dumps({"step": i, "train/score": i / 2, "train/kl": 0.1}) + "\n" for i in range(3))
+    for name in ("quickstart/step3", "a/step3", "b/step3"):
+        (models / name).mkdir(parents=True, exist_ok=True)
+        (models / name / "metrics.jsonl").write_text(rows)
+    (folder / "pairs").mkdir()
+    write_pairs(folder / "pairs/train.jsonl", 60)
+    write_pairs(folder / "pairs/eval.jsonl", 20)
+    (folder / "rewards.py").write_text(
+        "def polite(prompts, answers):\n    return [float('please' in answer) for answer in answers]\n\n\n"
+        "def short(prompts, answers):\n    return [-float(len(answer)) for answer in answers]\n"
+    )
+    return folder
+
+
+def _words(command: str) -> list[str]:
+    return [NAMES.get(word, re.sub(r"^(OUT|MERGED|OUTPUT_DIR)\b", "output/new", word)) for word in shlex.split(command)]
+
+
+def _run_python(script: Path, arguments: list[str], monkeypatch) -> None:
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = module  # dataclasses look for the module of their class
+    try:
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        module.main()
+    except SystemExit as ended:
+        assert ended.code in (None, 0), ended.code
+    finally:
+        del sys.modules[script.stem]
+
+
+@pytest.mark.parametrize("page, command", COMMANDS, ids=[command[:70] for _, command in COMMANDS])
+def test_a_command_of_the_pages_works_as_printed(page, command, sandbox, cache_folder, monkeypatch):
+    for start, reason in ELSEWHERE.items():
+        if command.startswith(start):
+            pytest.skip(reason)
+    monkeypatch.chdir(sandbox)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))  # a chat ends at once
+    environment = dict(re.findall(r"([A-Z_]+)=(\S+) ", command[: re.search("python|bash|deepspeed", command).start()]))
+    program, script, *arguments = _words(re.sub(r"^(?:[A-Z_]+=\S+ )*", "", command))
+    if program == "bash":
+        script = str(next(PROJECT.glob(script.replace("...", "training_scripts/step1_*/*")), script))
+        binaries = Path(sys.executable).parent
+        if "training_scripts" in script:
+            environment["DRY_RUN"] = "1"
+        code, console = run_command(
+            ["bash", script, *arguments], cwd=sandbox, PATH=f"{binaries}:{os.environ['PATH']}", **environment
+        )
+        assert code == 0, console
+        return
+    if "..." in arguments and "--data_path" not in arguments:
+        place = arguments.index("...")
+        arguments[place : place + 1] = LEFT_OUT.split()
+    arguments = ["pairs" if argument == "..." else argument for argument in arguments]
+    script = next(base / script for base in (sandbox, PROJECT / page) if (base / script).exists())
+    data = f"--data_path pairs --data_output_path {cache_folder}"
+    if NAMES["OUTPUT_DIR/adapter"] in arguments:
+        _run_python(STEPS[1], f"{LORA} {data} {SMALL[1]}".split(), monkeypatch)
+    if (step := re.search(r"step(\d)", str(script.resolve()))) and "--help" not in arguments:
+        arguments = [
+            *data.split(),
+            *arguments,
+            *SMALL[int(step[1])].split(),
+        ]  # what is given twice counts the last time
+    _run_python(script, arguments, monkeypatch)
+
+
+def test_the_quickstart_runs_whole_at_a_small_size(tmp_path):
+    binaries = Path(sys.executable).parent
+    code, console = run_command(
+        ["bash", PROJECT / "training_scripts/quickstart.sh", tmp_path],
+        timeout=400,
+        PATH=f"{binaries}:{os.environ['PATH']}",
+        VENV=str(binaries.parent),
+        RANKS="1",
+        SFT_ROWS="64",
+        PAIRS="64",
+        PROMPTS="128",
+        ANSWERS="1",
+    )
+    assert code == 0, console[-4000:]
+    assert "200 held-out prompts, 1 sampled answers to each" in console
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["models"]) == ["base", "SFT", "RLHF", "EMA"]
+    assert summary["models"]["SFT"]["kl"] == pytest.approx(0, abs=1e-3) and len(summary["ppo"]["score"]) == 2
+    assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
