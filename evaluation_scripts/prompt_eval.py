@@ -1,15 +1,14 @@
 """Let a baseline and one or several finetuned models answer the same prompts, and show the answers together.
 
     python evaluation_scripts/prompt_eval.py --model_name_or_path_baseline BASE --model_name_or_path_finetune output/sft
-    ... --model_name_or_path_finetune output/sft output/actor --do_sample --output comparison.html
+    ... --model_name_or_path_finetune output/sft output/actor --do_sample --judge_reward_model output/reward \\
+        --output comparison.html
 
-Departs from the reference: a file of prompts, several finetuned models, batches, and tables. Contrastive search and
-beam groups, which transformers no longer has, are not available yet.
+Departs from the reference: a file of prompts, several finetuned models, batches, judges, and a report.
 """
 
 import argparse
 import gc
-import html
 import sys
 from pathlib import Path
 
@@ -17,9 +16,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from evaluation_scripts.judging import comparison_table, comparisons, judge_by_function, judge_by_reward_model
 from evaluation_scripts.prompts import PROMPTS, read_prompts
+from evaluation_scripts.report import html_report, markdown_report, shown_answer
+from training.step3_rlhf_finetuning.reward_functions import load_reward_functions
 from utils.data.prompt_format import cut_at_next_human, encode_prompt, prompt_from_text
 from utils.data.special_tokens import unmarked
+from utils.decoding import contrastive_ids, diverse_beam_ids
 from utils.distributed import UserError, run_main
 from utils.files import check_writable, write_jsonl, write_text
 from utils.generation import (
@@ -53,14 +56,22 @@ def parse_args(argv=None):
         "--num_beam_groups",
         type=int,
         default=1,
-        help="diverse beam search; not available yet, only 1 (off) is accepted",
-    )
-    parser.add_argument("--top_k", type=int, default=4, help="with --do_sample: the likeliest tokens only (4; 0: all)")
-    parser.add_argument(
-        "--penalty_alpha", type=float, default=0.6, help="for contrastive search, which is not available yet: no effect"
+        help="with --num_beams: also a diverse beam search in so many groups, which divide the beams evenly (1: off)",
     )
     parser.add_argument(
-        "--num_return_sequences", type=int, default=1, help="answers per prompt of sampling and of beam search (1)"
+        "--top_k",
+        type=int,
+        default=4,
+        help="with --do_sample and --contrastive_search: the likeliest tokens only (4; 0: all, of sampling)",
+    )
+    parser.add_argument(
+        "--penalty_alpha",
+        type=float,
+        default=0.6,
+        help="with --contrastive_search: weight of the penalty for likeness to the text before, 0 to 1 (0.6; 0: none)",
+    )
+    parser.add_argument(
+        "--num_return_sequences", type=int, default=1, help="answers per prompt of sampling and of beam searches (1)"
     )
     parser.add_argument("--max_new_tokens", type=int, default=100, help="longest answer in tokens (100)")
     parser.add_argument(
@@ -75,12 +86,36 @@ def parse_args(argv=None):
         "--prompts_file",
         help="own prompts: .txt, one a line, or .jsonl with the field 'prompt'; '... Assistant:' stays as it is",
     )
-    ours.add_argument("--output", help="write a side-by-side table to this .md or .html file (default: none)")
+    ours.add_argument("--output", help="write a side-by-side report to this .md or .html file (default: none)")
     ours.add_argument(
-        "--jsonl", help="write every answer, its length and whether it ended to this file (default: none)"
+        "--jsonl", help="write every answer, its length, scores and whether it ended to this file (default: none)"
+    )
+    ours.add_argument(
+        "--judge_reward_model", metavar="FOLDER", help="score every answer with this reward model (default: none)"
+    )
+    ours.add_argument(
+        "--judge_function",
+        metavar="FILE.py:NAME",
+        nargs="+",
+        default=[],
+        help="score every answer with functions (prompts, answers) -> scores, as step 3's --reward_function does "
+        "(default: none)",
     )
     ours.add_argument("--batch_size", type=int, default=8, help="prompts per batch (8)")
-    ours.add_argument("--do_sample", action="store_true", help="show sampled answers too (off: greedy ones only)")
+    ours.add_argument(
+        "--do_sample",
+        action="store_true",
+        help="show sampled answers too, with --num_beams also those of a sampled beam search (off: no sampling)",
+    )
+    ours.add_argument(
+        "--contrastive_search", action="store_true", help="show the answers of contrastive search too (off: do not)"
+    )
+    ours.add_argument(
+        "--diversity_penalty",
+        type=float,
+        default=1.0,
+        help="with --num_beam_groups: what a token costs, in nats, per beam of earlier groups that chose it (1)",
+    )
     ours.add_argument(
         "--temperature", type=float, default=1.0, help="with --do_sample: below 1 tamer, above wilder (1)"
     )
@@ -101,8 +136,6 @@ def parse_args(argv=None):
 
 def check_args(args, parser):
     """UserError for what cannot be done; a warning for a flag that would have no effect."""
-    if args.num_beam_groups > 1:
-        raise UserError("--num_beam_groups above 1: diverse beam search is not available yet")
     for name in ("num_beams", "num_beam_groups", "num_return_sequences", "max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -110,30 +143,47 @@ def check_args(args, parser):
         raise UserError("--num_return_sequences above 1: greedy gives one answer; add --do_sample or --num_beams")
     if 1 < args.num_beams < args.num_return_sequences:
         raise UserError(f"--num_return_sequences {args.num_return_sequences}: more than --num_beams {args.num_beams}")
+    if args.num_beams % args.num_beam_groups:
+        raise UserError(f"--num_beam_groups {args.num_beam_groups}: must divide --num_beams {args.num_beams}")
+    if args.diversity_penalty < 0:
+        raise UserError(f"--diversity_penalty {args.diversity_penalty}: must not be negative")
+    if args.contrastive_search and not (args.top_k >= 1 and 0 <= args.penalty_alpha <= 1):
+        raise UserError("--contrastive_search: --top_k must be at least 1 and --penalty_alpha from 0 to 1")
     if args.output and Path(args.output).suffix not in (".md", ".html"):
         raise UserError(f"--output {args.output}: the name must end in .md or .html")
 
-    if args.penalty_alpha != parser.get_default("penalty_alpha"):
-        warn("--penalty_alpha has no effect: contrastive search is not available yet")
-    for name in ("top_k", "temperature", "top_p"):
-        if not args.do_sample and getattr(args, name) != parser.get_default(name):
-            warn(f"--{name} has no effect without --do_sample")
+    needs = {
+        "penalty_alpha": ("--contrastive_search", args.contrastive_search),
+        "diversity_penalty": ("--num_beam_groups", args.num_beam_groups > 1),
+        "top_k": ("--do_sample or --contrastive_search", args.do_sample or args.contrastive_search),
+        "temperature": ("--do_sample", args.do_sample),
+        "top_p": ("--do_sample", args.do_sample),
+    }
+    for name, (flag, given) in needs.items():
+        if not given and getattr(args, name) != parser.get_default(name):
+            warn(f"--{name} has no effect without {flag}")
     if args.prompts_file and args.language != parser.get_default("language"):
         warn("--language has no effect with --prompts_file")
 
 
 def generation_modes(args) -> dict[str, dict]:
-    """Settings of generate() for each way of answering, in the order in which they are shown."""
-    modes = {"Greedy": choosing_settings(False, args.temperature, args.top_p, args.top_k)}
+    """Settings of generate_answers() for each way of answering, in the order in which they are shown."""
+    several = {"num_return_sequences": args.num_return_sequences}
+    beams = several | {"num_beams": args.num_beams}
+    sampling = choosing_settings(args.do_sample, args.temperature, args.top_p, args.top_k)
+    modes = {"Greedy": {"do_sample": False}}
     if args.num_beams > 1:
-        modes["Beam"] = {
-            "do_sample": False,
-            "num_beams": args.num_beams,
-            "num_return_sequences": args.num_return_sequences,
-        }
+        modes["Beam"] = {"do_sample": False} | beams
+    if args.num_beam_groups > 1:
+        groups = {"num_beam_groups": args.num_beam_groups, "diversity_penalty": args.diversity_penalty}
+        modes["Diverse beam"] = {"generate": diverse_beam_ids} | beams | groups
     if args.do_sample:
-        modes["Sampling"] = choosing_settings(True, args.temperature, args.top_p, args.top_k)
-        modes["Sampling"]["num_return_sequences"] = args.num_return_sequences
+        modes["Sampling"] = sampling | several
+    if args.do_sample and args.num_beams > 1:
+        modes["Beam sampling"] = sampling | beams
+    if args.contrastive_search:
+        search = {"top_k": args.top_k, "penalty_alpha": args.penalty_alpha}
+        modes["Contrastive"] = {"generate": contrastive_ids} | search
     return {name: settings | {"max_new_tokens": args.max_new_tokens} for name, settings in modes.items()}
 
 
@@ -183,13 +233,6 @@ def answer_all(title: str, path: str, prompts: list[str], modes: dict[str, dict]
     return records
 
 
-def shown_answer(record: dict) -> str:
-    """The answer; of several, all of them, numbered."""
-    if len(record["answers"]) == 1:
-        return record["answers"][0]
-    return "\n\n".join(f"[{number}] {answer}" for number, answer in enumerate(record["answers"], start=1))
-
-
 def by_prompt(records: list[dict], modes: dict[str, dict]) -> list[list[dict]]:
     """The records of each prompt, ordered by mode and within it by model."""
     order = list(modes)
@@ -212,89 +255,38 @@ def print_answers(records_of_prompts: list[list[dict]]):
         print("\n", flush=True)
 
 
-def column_name(record: dict, num_modes: int) -> str:
-    return f"{record['title']}: {record['mode']}" if num_modes > 1 else record["title"]
-
-
-def markdown_table(records_of_prompts: list[list[dict]], models: list[tuple[str, str]], num_modes: int) -> str:
-    """A table with a row for each prompt and a column for each model and mode."""
-
-    def cell(text):
-        # Markdown passes HTML through, so answers must not bring their own.
-        return html.escape(text.strip(), quote=False).replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
-
-    columns = ["Prompt"] + [column_name(record, num_modes) for record in records_of_prompts[0]]
-    rows = [[records[0]["prompt"]] + [shown_answer(record) for record in records] for records in records_of_prompts]
-    lines = ["# Answers side by side", ""]
-    lines += [f"- {cell(title)}: {cell(path)}" for title, path in models] + [""]
-    lines += ["| " + " | ".join(map(cell, row)) + " |" for row in [columns, *rows]]
-    lines.insert(len(lines) - len(rows), "|" + " --- |" * len(columns))
-    return "\n".join(lines) + "\n"
-
-
-HTML_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Answers side by side</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #1d2330; background: #fff; }}
-table {{ border-collapse: collapse; width: 100%; table-layout: fixed; }}
-th, td {{ border: 1px solid #ccd2dc; padding: .6rem; vertical-align: top; text-align: left; }}
-td {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
-thead th {{ background: #eef1f6; position: sticky; top: 0; }}
-</style>
-</head>
-<body>
-<h1>Answers side by side</h1>
-<ul>
-{models}
-</ul>
-<table>
-<thead>
-<tr>{columns}</tr>
-</thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-</body>
-</html>
-"""
-
-
-def html_page(records_of_prompts: list[list[dict]], models: list[tuple[str, str]], num_modes: int) -> str:
-    """A page without outside parts: a row for each prompt, a column for each model and mode, all text escaped."""
-    columns = ["Prompt"] + [column_name(record, num_modes) for record in records_of_prompts[0]]
-    rows = [[records[0]["prompt"].strip()] + [shown_answer(r) for r in records] for records in records_of_prompts]
-    return HTML_PAGE.format(
-        models="\n".join(f"<li>{html.escape(title)}: {html.escape(path)}</li>" for title, path in models),
-        columns="".join(f"<th>{html.escape(name)}</th>" for name in columns),
-        rows="\n".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows),
-    )
-
-
 def main(argv=None):
     # 1. Everything that can be wrong with flags and files is found before a model is loaded.
     args = parse_args(argv)
     modes = generation_modes(args)
     models = model_titles(args)
+    functions = load_reward_functions(args.judge_function, "--judge_function")
     prompts = read_prompts(args.prompts_file) if args.prompts_file else PROMPTS[args.language]
     for _, path in models:
         check_model_folder(path, allow_soft_prompt=True)
+    if args.judge_reward_model:
+        check_model_folder(args.judge_reward_model)
     for path in (args.output, args.jsonl):
         check_writable(path)
 
     # 2. One model after the other, so that only one is in memory.
     records = [record for title, path in models for record in answer_all(title, path, prompts, modes, args)]
 
-    # 3. Show the answers prompt by prompt.
+    # 3. Judge them.
+    if args.judge_reward_model:
+        judge_by_reward_model(records, args.judge_reward_model, args)
+    for function in functions:
+        judge_by_function(records, function)
+    found = comparisons(records)
+
+    # 4. Show the answers prompt by prompt, and what the judges say.
     records_of_prompts = by_prompt(records, modes)
     print_answers(records_of_prompts)
+    if found:
+        print(comparison_table(found))
     if args.output:
-        to_text = markdown_table if args.output.endswith(".md") else html_page
-        write_text(args.output, to_text(records_of_prompts, models, len(modes)))
+        to_text = markdown_report if args.output.endswith(".md") else html_report
+        write_text(args.output, to_text(records_of_prompts, models, found))
     if args.jsonl:
         write_jsonl(args.jsonl, [record for records in records_of_prompts for record in records])
 

@@ -11,7 +11,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist, fmean, pstdev
+from statistics import fmean, pstdev
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from evaluation_scripts.intervals import wilson_interval
 from evaluation_scripts.prompts import PAIRS
 from utils.data.batching import pad_rows
 from utils.data.encoding import REWARD, RewardRows, TokenRules
@@ -213,14 +214,31 @@ def score_rows(model: RewardModel, rows: list[list[int]], batch_size: int) -> li
 
 
 def score_records(judge: Judge, records: list[Record], args) -> list[tuple[float, ...]]:
-    """The scores of each record's answers: (chosen, rejected), or (answer,)."""
+    """The scores of each record's answers, as the flags ask for them."""
     limit = getattr(judge.model.config.get_text_config(), "max_position_embeddings", None) or args.max_seq_len
     if limit < args.max_seq_len:
         warn(f"--max_seq_len {args.max_seq_len}: the model holds {limit} tokens, so {limit} it is")
-    max_seq_len = min(limit, args.max_seq_len)
     style = args.prompt_style or (PLAIN if args.data_path is None else None)
+    max_seq_len = min(limit, args.max_seq_len)
+    return score_answers(judge, records, style, max_seq_len, args.batch_size, args.allow_special_tokens)
+
+
+def score_answers(
+    judge: Judge,
+    records: list[Record],
+    style: str | None,
+    max_seq_len: int,
+    batch_size: int,
+    allow_special_tokens: bool = False,
+) -> list[tuple[float, ...]]:
+    """The scores of each record's answers: (chosen, rejected), or (answer,).
+
+    Args:
+        style: in which prompts and answers are written; None leaves them as they stand.
+        max_seq_len: longest prompt + answer in tokens.
+    """
     rules = TokenRules(
-        REWARD, max_seq_len, chat_template=style == CHAT_TEMPLATE, allow_special_tokens=args.allow_special_tokens
+        REWARD, max_seq_len, chat_template=style == CHAT_TEMPLATE, allow_special_tokens=allow_special_tokens
     )
     row_maker = RewardRows(None, judge.tokenizer, rules)
     try:
@@ -232,7 +250,7 @@ def score_records(judge: Judge, records: list[Record], args) -> list[tuple[float
     num_cut = sum(was_cut for _, was_cut in encoded)
     if num_cut:
         warn(f"{num_cut} of {len(records)} rows are longer than {max_seq_len} tokens: their prompt loses its beginning")
-    scores = score_rows(judge.model, rows, args.batch_size)
+    scores = score_rows(judge.model, rows, batch_size)
     answers_each = len(answers_of(records[0]))
     for number, score in enumerate(scores):
         if not math.isfinite(score):
@@ -258,19 +276,6 @@ def check_known_ids(judge: Judge, rows: list[list[int]]):
 def right(chosen: float, rejected: float) -> float:
     """1 if the chosen answer scores higher, 0 if lower, one half for a tie, as in training's accuracy."""
     return 0.5 if chosen == rejected else float(chosen > rejected)
-
-
-def wilson_interval(successes: float, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of a share that stays within 0 and 1 for few pairs too.
-
-    The roots p of |share - p| = z * sqrt(p (1 - p) / total) (Wilson, 1927, Journal of the American Statistical
-    Association 22, 209-212; recommended by Brown, Cai and DasGupta, 2001, https://doi.org/10.1214/ss/1009213286).
-    """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = successes / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def shorten(line: str, width: int) -> str:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -25,7 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from evaluation_scripts import prompt_eval
+from evaluation_scripts import judging, prompt_eval, rw_eval
+from evaluation_scripts.intervals import bootstrap_interval, wilson_interval
 from evaluation_scripts.prompts import PROMPTS, read_prompts
 from inference import chatbot, serve
 from inference.conversation import AnswerStream, build_prompt
@@ -708,11 +710,11 @@ def test_several_models_and_modes_are_shown_in_order(folders, tmp_path, capsys):
     out = capsys.readouterr().out
     assert headings(out) == [
         f"=========={title}: {mode}========="
-        for mode in ("Greedy", "Beam", "Sampling")
+        for mode in ("Greedy", "Beam", "Sampling", "Beam sampling")
         for title in ("Baseline", "finetune 1 (trained)", "finetune 2 (random)")
     ] + [prompt_eval.PROMPT_END]
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert [len(row["answers"]) for row in rows] == [1] * 3 + [2] * 6
+    assert [len(row["answers"]) for row in rows] == [1] * 3 + [2] * 9
     greedy = rows[1]
     assert (greedy["title"], greedy["answers"], greedy["ended"]) == (
         "finetune 1 (trained)",
@@ -744,6 +746,66 @@ def test_tables_escape_what_models_and_prompts_say(folders, tmp_path, ending):
         assert {line.replace("\\|", "").count("|") for line in table} == {4}
 
 
+def test_answers_of_every_way_are_judged_and_reported(folders, tmp_path, capsys):
+    prompts, code = tmp_path / "prompts.txt", tmp_path / "judges.py"
+    prompts.write_text("hi\ntalk\n")
+    code.write_text("def greeting(prompts, answers):\n    return [float('hello' in answer) for answer in answers]\n")
+    flags = ["--prompts_file", str(prompts), "--judge_reward_model", folders["reward"]]
+    flags += ["--judge_function", f"{code}:greeting", "--num_beams", "2", "--num_beam_groups", "2"]
+    report, answers = tmp_path / "report.html", tmp_path / "answers.jsonl"
+    compare(
+        folders,
+        *(*flags, "--contrastive_search", "--output", str(report), "--jsonl", str(answers)),
+        finetuned=("trained", "random"),
+    )
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    modes = ["Greedy", "Beam", "Diverse beam", "Contrastive"]
+    assert [row["mode"] for row in rows] == [mode for mode in modes for _ in range(3)] * 2
+    assert {name for row in rows for name in row["scores"]} == {"reward_model", "greeting"}
+    greedy = {(row["prompt"], row["title"]): row["scores"] for row in rows if row["mode"] == "Greedy"}
+    assert greedy["hi", "finetune 1 (trained)"]["greeting"] == [1.0]
+    assert greedy["hi", "Baseline"] == greedy["hi", "finetune 2 (random)"]  # the same model: the same score, exactly
+    expected = [score for row in rows[:3] for score in row["scores"]["reward_model"]]
+    judge = rw_eval.load_judge(
+        folders["reward"], rw_eval.parse_args(["--model_name_or_path", folders["reward"], "--device", "cpu"])
+    )
+    records = [{"prompt": row["prompt"], "answer": row["answers"][0]} for row in rows[:3]]
+    assert expected == pytest.approx([s for (s,) in rw_eval.score_answers(judge, records, "plain", 200, 8)], abs=1e-5)
+
+    out = capsys.readouterr().out
+    [line] = [line for line in out.splitlines() if re.match(r"greeting +Greedy +finetune 1", line)]
+    assert "1/1/0" in line and "75.0% (" in line and "+0.500 (" in line
+    page = report.read_text()
+    assert "hello &lt;b&gt;you&lt;/b&gt;" in page and "<b>" not in page
+    assert page.count('class="answer best"') >= 1 and "default-src 'none'" in page
+    assert not re.findall(r"(?:src|href)=|url\(|@import|<script", page)
+
+
+def test_a_comparison_counts_by_hand():
+    found = judging.compare("judge", "Greedy", "model", [1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 1.0, 1.0])
+    assert (found.better, found.ties, found.worse, found.win_rate, found.difference) == (2, 1, 1, 0.625, 0.5)
+    assert found.win_rate_interval == wilson_interval(2.5, 4)
+    low, high = found.difference_interval
+    assert -1 <= low < 0.5 < high <= 2
+    several = [
+        {"prompt_number": 0, "mode": "Sampling", "title": title, "scores": {"judge": scores}}
+        for title, scores in (("Baseline", [1.0, 0.0]), ("finetune", [0.9, 0.9]))
+    ]
+    assert [one.mean for one in judging.comparisons(several)] == [0.5, pytest.approx(0.9)]
+    assert judging.comparisons(several)[1].better == 1
+
+
+def test_the_bootstrap_interval_is_that_of_the_mean():
+    assert bootstrap_interval([0.3] * 5) == pytest.approx((0.3, 0.3))
+    torch.manual_seed(0)
+    values = torch.randn(400, dtype=torch.float64) + 0.2
+    low, high = bootstrap_interval(values.tolist())
+    half = 1.96 * float(values.std()) / 400**0.5
+    mean = float(values.mean())
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.01)
+    assert bootstrap_interval(values.tolist()) == (low, high)
+
+
 def test_an_answer_can_be_cut_at_the_next_human_turn(folders, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("talk\n")
@@ -764,7 +826,12 @@ def test_each_language_asks_about_the_same_topics():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_beam_groups", "2"], "not available yet"),
+        (["--num_beam_groups", "2", "--num_beams", "3"], "must divide"),
+        (["--num_beam_groups", "2", "--num_beams", "2", "--diversity_penalty", "-1"], "must not be negative"),
+        (["--contrastive_search", "--top_k", "0"], "at least 1"),
+        (["--contrastive_search", "--penalty_alpha", "1.5"], "from 0 to 1"),
+        (["--judge_function", "/no/such/file.py:f"], "--judge_function: there is no file"),
+        (["--judge_reward_model", "/no/such/folder"], "no such model folder"),
         (["--num_return_sequences", "2"], "greedy gives one answer"),
         (["--num_return_sequences", "3", "--num_beams", "2"], "more than --num_beams"),
         (["--output", "table.pdf"], "must end in"),
@@ -780,9 +847,15 @@ def test_a_comparison_that_cannot_be_made_is_refused_before_loading(folders, fla
 
 def test_flags_without_effect_are_pointed_out(capsys):
     models = ["--model_name_or_path_baseline", "a", "--model_name_or_path_finetune", "b"]
-    prompt_eval.parse_args([*models, "--penalty_alpha", "0.4", "--top_k", "9", "--temperature", "0.5"])
+    given = {"penalty_alpha": "0.4", "top_k": "9", "temperature": "0.5", "diversity_penalty": "2"}
+    flags = [word for name, value in given.items() for word in (f"--{name}", value)]
+    prompt_eval.parse_args([*models, *flags])
     warnings = capsys.readouterr().err
-    assert all(f"--{flag} has no effect" in warnings for flag in ("penalty_alpha", "top_k", "temperature"))
+    assert all(f"--{flag} has no effect" in warnings for flag in given)
+    prompt_eval.parse_args([*models, *flags, "--contrastive_search", "--num_beams", "2", "--num_beam_groups", "2"])
+    assert (
+        "--temperature has no effect" in (warnings := capsys.readouterr().err) and warnings.count("has no effect") == 1
+    )
     prompt_eval.parse_args(models)
     assert capsys.readouterr().err == ""
 

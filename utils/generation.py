@@ -299,8 +299,14 @@ def decode_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def generate_answers(lm: LanguageModel, prompts: list[list[int]], batch_size: int, **settings) -> list[list[Answer]]:
-    """For each prompt its num_return_sequences answers (default 1). Too long a prompt loses its beginning, not BOS."""
+def generate_answers(
+    lm: LanguageModel, prompts: list[list[int]], batch_size: int, generate=generate_ids, **settings
+) -> list[list[Answer]]:
+    """For each prompt its num_return_sequences answers (default 1). Too long a prompt loses its beginning, not BOS.
+
+    Args:
+        generate: generate_ids or a function like it, called with the settings.
+    """
     check_ids(prompts, lm.model, lm.name)
     room = room_for_prompt(lm, settings["max_new_tokens"])
     if room is not None:
@@ -311,7 +317,7 @@ def generate_answers(lm: LanguageModel, prompts: list[list[int]], batch_size: in
     copies = settings.get("num_return_sequences", 1)
     rows = []
     for start in range(0, len(prompts), batch_size):
-        rows += generate_ids(lm, prompts[start : start + batch_size], **settings)
+        rows += generate(lm, prompts[start : start + batch_size], **settings)
     answers = [Answer(decode_answer(row, lm.tokenizer), len(row), bool(row) and row[-1] in lm.stop_ids) for row in rows]
     return [answers[start : start + copies] for start in range(0, len(answers), copies)]
 

@@ -1,0 +1,126 @@
+"""Scores of answers by a reward model or by functions of the user's own, and what they say about models.
+
+A record is one prompt, answered by one model in one mode, as prompt_eval.py makes it; judging adds its "scores".
+"""
+
+import gc
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+
+from evaluation_scripts.intervals import bootstrap_interval, wilson_interval
+from evaluation_scripts.rw_eval import load_judge, score_answers
+from training.step3_rlhf_finetuning.reward_functions import RewardFunction
+
+REWARD_MODEL = "reward_model"  # as a judge is called
+
+
+def add_scores(records: list[dict], name: str, scores: list[float]) -> None:
+    """Scores of all answers of all records, in their order, into the records: {"scores": {name: [a score each]}}."""
+    scores = iter(scores)
+    for record in records:
+        record.setdefault("scores", {})[name] = [next(scores) for _ in record["answers"]]
+
+
+def judge_by_reward_model(records: list[dict], path: str, args) -> None:
+    """Score every answer with a reward model, which is loaded here and let go again."""
+    judge = load_judge(path, args)
+    pairs = [(record["prompt"], answer) for record in records for answer in record["answers"]]
+    # Each text once: models that say the same must tie, which rounding in different batches would not let them.
+    distinct = list(dict.fromkeys(pairs))
+    asked = [{"prompt": prompt, "answer": answer} for prompt, answer in distinct]
+    limit = getattr(judge.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    scores = score_answers(judge, asked, args.prompt_style, limit, args.batch_size, args.allow_special_tokens)
+    score_of = {pair: score for pair, (score,) in zip(distinct, scores, strict=True)}
+    add_scores(records, REWARD_MODEL, [score_of[pair] for pair in pairs])
+    del judge
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def judge_by_function(records: list[dict], function: RewardFunction) -> None:
+    """Score every answer with a function that takes (prompts, answers); prompts as the model was asked."""
+    prompts = [record["formatted_prompt"] for record in records for _ in record["answers"]]
+    answers = [answer for record in records for answer in record["answers"]]
+    add_scores(records, function.name, function(prompts, answers))
+
+
+@dataclass
+class Comparison:
+    """What a judge finds of one model in one mode; against the baseline's answers to the same prompts in that mode.
+
+    Attributes:
+        mean: of the scores of all prompts; of several answers to a prompt their mean counts.
+        better, ties, worse: prompts at which the model scores higher than, as high as, lower than the baseline.
+        win_rate: (better + ties / 2) / prompts, with its Wilson interval.
+        difference: mean of the score differences, with its interval by a bootstrap over prompts.
+    """
+
+    judge: str
+    mode: str
+    title: str
+    mean: float
+    better: int | None = None
+    ties: int | None = None
+    worse: int | None = None
+    win_rate: float | None = None
+    win_rate_interval: tuple[float, float] | None = None
+    difference: float | None = None
+    difference_interval: tuple[float, float] | None = None
+
+
+def compare(judge: str, mode: str, title: str, scores: list[float], baseline: list[float] | None) -> Comparison:
+    """A comparison of the scores of each prompt; ``baseline`` None for the baseline itself."""
+    if baseline is None:
+        return Comparison(judge, mode, title, fmean(scores))
+    differences = [ours - theirs for ours, theirs in zip(scores, baseline, strict=True)]
+    better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    ties, total = len(differences) - better - worse, len(differences)
+    wins = better + ties / 2
+    return Comparison(
+        *(judge, mode, title, fmean(scores), better, ties, worse),
+        *(wins / total, wilson_interval(wins, total), fmean(differences), bootstrap_interval(differences)),
+    )
+
+
+def comparisons(records: list[dict]) -> list[Comparison]:
+    """For each judge and mode the models in their order, the first being the baseline."""
+    scores = {}  # judge, mode -> title -> mean score of each prompt
+    for record in sorted(records, key=lambda record: record["prompt_number"]):
+        for judge, values in record.get("scores", {}).items():
+            scores.setdefault((judge, record["mode"]), {}).setdefault(record["title"], []).append(fmean(values))
+    found = []
+    for (judge, mode), of_models in scores.items():
+        baseline = next(iter(of_models.values()))
+        for number, (title, values) in enumerate(of_models.items()):
+            found.append(compare(judge, mode, title, values, baseline if number else None))
+    return found
+
+
+INTERVALS = "win rate: ties count half, 95 % interval by Wilson; difference: 95 % interval by a bootstrap over prompts"
+COLUMNS = ("judge", "mode", "model", "mean", "better/tie/worse", "win rate", "difference")
+
+
+def cells(one: Comparison) -> list[str]:
+    """A comparison as text, by COLUMNS."""
+    start = [one.judge, one.mode, one.title, f"{one.mean:.3f}"]
+    if one.win_rate is None:
+        return [*start, "", "", ""]
+    low, high = one.win_rate_interval
+    lowest, highest = one.difference_interval
+    return [
+        *start,
+        f"{one.better}/{one.ties}/{one.worse}",
+        f"{one.win_rate:.1%} ({low:.1%} to {high:.1%})",
+        f"{one.difference:+.3f} ({lowest:+.3f} to {highest:+.3f})",
+    ]
+
+
+def comparison_table(found: list[Comparison]) -> str:
+    """The comparisons as a table of text."""
+    rows = [list(COLUMNS), *map(cells, found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, INTERVALS])
