@@ -250,7 +250,7 @@ def choosing_settings(do_sample: bool, temperature: float, top_p: float, top_k: 
     if not do_sample:
         return {"do_sample": False}
     if not 0 < temperature < float("inf"):
-        raise UserError(f"--temperature {temperature}: must be a number above 0")
+        raise UserError(f"--temperature {temperature}: must be above 0 and finite")
     if not 0 < top_p <= 1:
         raise UserError(f"--top_p {top_p}: must be above 0 and at most 1 (1: off)")
     if top_k < 0:
