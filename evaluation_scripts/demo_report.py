@@ -14,13 +14,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from evaluation_scripts.intervals import bootstrap_interval
 from training.step3_rlhf_finetuning.ppo_math import answer_mask, gather_log_probs
 from utils.data.batching import pad_rows
-from utils.demo.judge import judge_rates
+from utils.demo.judge import judge, judge_rates
 from utils.demo.world import held_out_prompts
 from utils.metrics import read_rows
 from utils.model.inputs import model_inputs
@@ -68,13 +70,15 @@ def kl_per_answer(model, reference, tokenizer, batches) -> float:
     return total / rows
 
 
-def judged(tokenizer, prompts, batches) -> dict[str, float]:
+def judged(tokenizer, prompts, batches) -> tuple[dict[str, float], np.ndarray]:
+    """Rates over all answers, and which answers are right: [answers] 0 or 1."""
     answers, ended = [], []
     for ids, _, sequences in batches:
         generated = sequences[:, ids.shape[1] :]
         answers += tokenizer.batch_decode(generated, skip_special_tokens=True)
         ended += (generated == tokenizer.eos_token_id).any(dim=1).tolist()
-    return judge_rates(prompts, answers, ended)
+    right = [judge(*case).right for case in zip(prompts, answers, ended, strict=True)]
+    return judge_rates(prompts, answers, ended), np.array(right, dtype=float)
 
 
 def draw(curve: list[dict], models: dict[str, dict], file: Path) -> None:
@@ -131,13 +135,17 @@ def main():
     tokenizer = load_hf_tokenizer(folders["SFT"])
     prompts = held_out_prompts(args.prompts) * args.answers_per_prompt
     reference = AutoModelForCausalLM.from_pretrained(folders["SFT"], dtype=torch.float32).eval()
-    models = {}
+    models, right = {}, {}
     for name, folder in progress(folders.items(), "judging", len(folders)):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         set_random_seed(args.seed)
         batches = sample_answers(model, tokenizer, prompts, args.max_new_tokens, args.batch_size)
-        models[name] = judged(tokenizer, prompts, batches)
+        models[name], right[name] = judged(tokenizer, prompts, batches)
         models[name]["kl"] = kl_per_answer(model, reference, tokenizer, batches)
+
+    for name in models:  # each prompt counts once, whatever the number of answers to it
+        change = (right[name] - right["SFT"]).reshape(args.answers_per_prompt, args.prompts).mean(axis=0)
+        models[name]["right_change"] = bootstrap_interval(change.tolist())
 
     perplexities = [row["perplexity"] for row in read_rows(output / "step1", "eval")]
     accuracy = read_rows(output / "step2", "eval")[-1]["accuracy"]
@@ -162,6 +170,8 @@ def main():
     print(f"{'model':8}" + "".join(f"{rate:>10}" for rate in RATES) + f"{'KL to SFT, nats per answer':>30}")
     for name, row in models.items():
         print(f"{name:8}" + "".join(f"{100 * row[rate]:8.1f} %" for rate in RATES) + f"{row['kl']:>30.2f}")
+    low, high = models["RLHF"]["right_change"]
+    print(f"\nright, RLHF less SFT: {100 * low:+.1f} to {100 * high:+.1f} points (95 % interval over prompts)")
     print(f"\npicture: {picture}\nfigures: {output / 'summary.json'}")
 
 

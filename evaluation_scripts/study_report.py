@@ -27,22 +27,24 @@ def judgement(summary: dict) -> dict:
     missed = []
     if rlhf["manner"] < MANNER:
         missed.append("manner")
-    if rlhf["right"] < sft["right"]:
+    low, high = rlhf["right_change"]
+    if high < 0:
         missed.append("right")
     if rlhf["kl"] > KL_LIMIT:
         missed.append("KL")
-    return row | {"missed": missed}
+    return row | {"right_low": low, "right_high": high, "missed": missed}
 
 
 def table(runs: dict[str, dict[str, dict]]) -> str:
     """``runs``: variant -> seed -> judgement."""
     width = max(len(name) for name in runs) + 2
-    lines = [f"{'':{width}}{'seed':>6}{'manner':>18}{'right':>18}{'ended':>18}{'KL':>8}"]
+    lines = [f"{'':{width}}{'seed':>6}{'manner':>18}{'right':>18}{'ended':>18}{'KL':>8}{'right, change':>18}"]
     for name, seeds in runs.items():
         for seed, row in seeds.items():
             rates = "".join(f"{100 * row[f'{name}_before']:7.1f} -> {100 * row[name]:5.1f} %" for name in RATES)
             missed = f"   not reached: {', '.join(row['missed'])}" if row["missed"] else ""
-            lines.append(f"{name:{width}}{seed:>6}{rates}{row['kl']:8.2f}{missed}")
+            change = f"{100 * row['right_low']:+9.1f} to {100 * row['right_high']:+5.1f}"
+            lines.append(f"{name:{width}}{seed:>6}{rates}{row['kl']:8.2f}{change}{missed}")
     return "\n".join(lines)
 
 
@@ -58,7 +60,8 @@ def main() -> None:
     if not runs:
         raise UserError(f"{args.output_dir} holds no folder with a summary.json")
     print(table(runs))
-    print("\nbefore: the SFT model, after: the actor of step 3; KL in nats per answer, from the SFT model")
+    print("\nbefore: the SFT model, after: the actor of step 3; KL in nats per answer, from the SFT model;")
+    print("change in points, 95 % interval over prompts. Not reached: below 95 % manner, less right, KL above 10")
     if args.output:
         args.output.write_text(json.dumps(runs, indent=1) + "\n")
 

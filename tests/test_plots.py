@@ -71,8 +71,8 @@ def test_the_study_names_what_a_run_did_not_reach(tmp_path, monkeypatch, capsys)
 
     before = {"manner": 0.5, "right": 0.7, "ended": 0.8, "kl": 0.0}
     runs = {
-        "seed_1": {"manner": 0.95, "right": 0.7, "ended": 1.0, "kl": 10.0},
-        "lora_1": {"manner": 0.94, "right": 0.69, "ended": 1.0, "kl": 10.1},
+        "seed_1": {"manner": 0.95, "right": 0.7, "ended": 1.0, "kl": 10.0, "right_change": [-0.02, 0.01]},
+        "lora_1": {"manner": 0.94, "right": 0.69, "ended": 1.0, "kl": 10.1, "right_change": [-0.03, -0.01]},
     }
     for name, after in runs.items():
         (tmp_path / name).mkdir()
