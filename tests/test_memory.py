@@ -14,6 +14,7 @@ from utils.memory import (
     Machine,
     MetaModel,
     frozen_engine,
+    heap_footprint,
     packed_size,
     trained_engine,
 )
@@ -153,6 +154,18 @@ def test_what_a_pass_keeps_is_what_autograd_saves_on_a_cpu():
     assert values.requires_grad and total > 0
     # Beside what autograd saves, the pass holds its inputs and its output.
     assert total <= kept <= 1.05 * total + 8 * ids.nbytes
+
+
+def test_the_heap_has_holes_that_no_block_fits():
+    mib = 2**20
+    whole = [(i, mib) for i in range(40)]
+    footprint = heap_footprint([whole], [], repeats=1)
+    if footprint is None:
+        pytest.skip("needs glibc 2.33 or newer")
+    assert 35 * mib < footprint < 50 * mib
+    # Every other block goes, and what comes then is too large for the holes: 40 taken, 20 given back, 20 more.
+    comb = whole + [(i, None) for i in range(0, 40, 2)] + [(i, 2 * mib) for i in range(40, 50)]
+    assert 55 * mib < heap_footprint([comb], [], repeats=1) < 70 * mib
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "opt", "bloom"])

@@ -10,11 +10,15 @@ https://arxiv.org/abs/1910.02054, section 3: 16-bit Adam keeps 2 + 2 + 12 bytes 
 what DeepSpeed's code allocates, named in ``trained_engine``.
 """
 
+import ctypes
+import itertools
 import math
+import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import SimpleNamespace
 
 import torch
@@ -24,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, AutoModelForCausalLM
 
-from utils.distributed import HEAP_BLOCK
+from utils.distributed import HEAP_BLOCK, memory_given_back
 from utils.ds_utils import TORCH_DTYPES, get_eval_ds_config, get_train_ds_config, merge_config_file, offloads_optimizer
 from utils.model.inputs import embedding_rows, forward_accepts, model_inputs, packed_inputs
 from utils.model.losses import _forward_replaced, _score_in_chunks
@@ -55,12 +59,15 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         live, peak: bytes. heap_peak, mapped_peak: of storages below HEAP_BLOCK and of the others, each for itself.
+        events: (number, bytes) of each storage below HEAP_BLOCK when it is made, (number, None) when it is freed.
     """
 
     def __init__(self, known=()):
         super().__init__()
         self._live = {True: 0, False: 0}  # is on the heap -> bytes
         self.peak = self.heap_peak = self.mapped_peak = 0
+        self.events: list[tuple[int, int | None]] = []
+        self._numbers = itertools.count()
         self._storages: dict[int, weakref.ref] = {}
         self._known = [tensor.untyped_storage() for tensor in known]
         self._known_ids = {id(storage) for storage in self._known}
@@ -80,14 +87,20 @@ class LiveBytes(TorchDispatchMode):
             return
         size = storage.nbytes()
 
-        on_heap = size < HEAP_BLOCK
+        on_heap, number = size < HEAP_BLOCK, next(self._numbers)
+
+        def note(change: int | None) -> None:
+            if on_heap:
+                self.events.append((number, change))
 
         def freed(_):
             del self._storages[key]
             self._live[on_heap] -= size
+            note(None)
 
         self._storages[key] = weakref.ref(storage, freed)
         self._live[on_heap] += size
+        note(size)
         self.peak = max(self.peak, self.live)
         self.heap_peak = max(self.heap_peak, self._live[True])
         self.mapped_peak = max(self.mapped_peak, self._live[False])
@@ -99,7 +112,8 @@ class LiveBytes(TorchDispatchMode):
     def memory(self, kept: int, unpacked: int = 0) -> "PassMemory":
         """``unpacked``: bytes of a matrix that comes and goes unseen."""
         on_heap = unpacked if unpacked < HEAP_BLOCK else 0
-        return PassMemory(kept, self.peak + unpacked, self.heap_peak + on_heap, self.mapped_peak + unpacked - on_heap)
+        mapped = self.mapped_peak + unpacked - on_heap
+        return PassMemory(kept, self.peak + unpacked, self.heap_peak + on_heap, mapped, self.events)
 
 
 class _Attention(torch.autograd.Function):
@@ -138,13 +152,73 @@ class PassMemory:
     """Bytes beside weights: ``kept`` from a forward pass for its backward pass, ``peak`` of both.
 
     ``heap`` and ``mapped`` are the peaks of small and of large blocks, which need not come at the same time: on a CPU
-    the C library keeps what was freed of the first and gives the second back.
+    the C library keeps what was freed of the first and gives the second back. ``events``: see ``LiveBytes``.
     """
 
     kept: int
     peak: int
     heap: int
     mapped: int
+    events: list = field(default_factory=list, compare=False, repr=False)
+
+
+class _MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2; ``arena`` is the size of the heap."""
+
+    _fields_ = [("arena", ctypes.c_size_t), ("others", ctypes.c_size_t * 9)]
+
+
+def heap_footprint(passes: list[list], states: list[int], repeats: int = 3) -> int | None:
+    """How far glibc's heap grows when it serves the small blocks of a step, over and over; None without glibc.
+
+    Blocks of one size do not fill the holes that blocks of another have left, so that a heap is larger than what lives
+    in it. How much larger is asked of the C library itself: it is given the very requests, in their order, aligned as
+    torch asks for them. Nothing is written into the blocks, so that they cost no memory here.
+
+    Args:
+        passes: ``events`` of the passes of a step, in their order.
+        states: bytes of blocks that appear after the first step and stay (Adam's moments of single tensors).
+
+    Returns:
+        bytes, ``states`` not counted.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        return None
+    libc.mallinfo2.restype = _MallocInfo
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
+
+    def take(size: int) -> ctypes.c_void_p:
+        block = ctypes.c_void_p()
+        if libc.posix_memalign(ctypes.byref(block), 64, size):
+            raise MemoryError(size)
+        return block
+
+    with memory_given_back():
+        pass  # leaves glibc as it is in training, its free memory given back
+    start = peak = libc.mallinfo2().arena
+    stay = []
+    for repeat in range(repeats):
+        for events in passes:
+            alive = {}
+            for number, size in events:
+                if size is None:
+                    block = alive.pop(number, None)
+                    if block is not None:
+                        libc.free(block)
+                elif size:
+                    alive[number] = take(size)
+                    if size >= 2**20:
+                        peak = max(peak, libc.mallinfo2().arena)
+            for block in alive.values():
+                libc.free(block)
+        if repeat == 0:
+            stay = [take(size) for size in states]
+    for block in stay:
+        libc.free(block)
+    libc.malloc_trim(0)
+    return max(0, peak - start - sum(states))
 
 
 # ---------------------------------------------------------------- a model without numbers
@@ -342,19 +416,35 @@ class MetaModel:
     def _weights(self) -> list[torch.Tensor]:
         return [*self.model.parameters(), *self.model.buffers()]
 
+    @contextmanager
+    def _checkpointing(self):
+        model = self.model.rwtransformer if self.kind == "reward" else getattr(self.model, "base_model", self.model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers is about to rename these methods
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.adapts:
+            make_model_gradient_checkpointing_compatible(model)
+        try:
+            yield
+        finally:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_disable()
+            if self.adapts:
+                model.disable_input_require_grads()
+
     def _train(self, rows, length, checkpointing, keep_gradients, labels, packed) -> PassMemory:
         model = self.model.train()
-        bare = model.rwtransformer if self.kind == "reward" else getattr(model, "base_model", model)
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if self.adapts:
-                make_model_gradient_checkpointing_compatible(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         handles = []
         if not keep_gradients:
             handles = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
         try:
-            with _fused_attention(), LiveBytes(self._weights()) as bytes_:
+            with (
+                self._checkpointing() if checkpointing else nullcontext(),
+                _fused_attention(),
+                LiveBytes(self._weights()) as bytes_,
+            ):
                 result = self._forward(self._inputs(rows, length, packed), labels)
                 kept = bytes_.live
                 result.sum().backward()
@@ -363,10 +453,6 @@ class MetaModel:
                 handle.remove()
             for p in trained:
                 p.grad = None
-            if checkpointing:
-                bare.gradient_checkpointing_disable()
-                if self.adapts:
-                    bare.disable_input_require_grads()
         return bytes_.memory(kept, self.unpacked_bytes)
 
     @torch.no_grad()
@@ -465,6 +551,7 @@ class EngineMemory:
     gather_looking: int = 0
     gather_whole: int = 0
     collects: bool = False
+    small_states: list[int] = field(default_factory=list)  # Adam's moments in blocks of their own below HEAP_BLOCK
     loading: Bytes = Bytes()
 
     @property
@@ -525,7 +612,8 @@ def trained_engine(name: str, model: MetaModel, ds_config: dict, machine: Machin
         engine.reduced = Bytes(trained * item + min(trained, 500_000_000 + sizes.largest_trained) * item)
         engine.step = engine.gradients
         engine.collects = accumulation == 1
-        engine.arriving = 0
+        moments = [4 * p.numel() for p in model.model.parameters() if p.requires_grad for _ in range(2)]
+        engine.small_states = [size for size in moments if size < HEAP_BLOCK]
         return engine
 
     if stage < 3:
@@ -535,8 +623,8 @@ def trained_engine(name: str, model: MetaModel, ds_config: dict, machine: Machin
             "fp32 weights": states[0],
             "optimizer states": states[1],
         }
-        buckets = min(trained, (2 if zero.overlap_comm else 1) * zero.reduce_bucket_size)
-        engine.arriving = (buckets if on_cpu else (2 if zero.overlap_comm else 1) * zero.reduce_bucket_size) * item
+        room = (2 if zero.overlap_comm else 1) * zero.reduce_bucket_size
+        engine.arriving = (min(trained, room) if on_cpu else room) * item
         engine.collects = on_cpu and accumulation == 1
         at_end = engine.arriving + (bucket * item if many else 0)
         if offload:
@@ -552,6 +640,8 @@ def trained_engine(name: str, model: MetaModel, ds_config: dict, machine: Machin
         if accumulation > 1:
             engine.waiting = (trained if stage == 1 else share) * item
         left = share * item
+        if trained > zero.reduce_bucket_size:  # reduced, and shared out, while the backward pass goes on
+            engine.arriving += left + (bucket * item if many else 0)
         engine.reduced = Bytes(at_end + left + (left if accumulation > 1 and stage == 2 else 0))
         engine.gradients = Bytes(left)
         cast = left + share * item + (4 * share if is_16_bit else 0)
@@ -645,15 +735,16 @@ class Estimate:
             return rank, rank * self.machine.ranks_per_node + phase.once
         return total.device, total.host * self.machine.ranks_per_node + phase.once
 
-    @property
+    @cached_property
     def kept_by_heap(self) -> int:
-        """On a CPU: bytes of small blocks that were freed, and stay, while the large ones are at their peak.
-
-        glibc serves blocks below HEAP_BLOCK from a heap whose end, where something always lives, hardly ever moves.
-        """
+        """On a CPU: bytes of small blocks that were freed, and of holes between them, while the large ones are at their
+        peak: the heap, from which glibc serves blocks below HEAP_BLOCK, hardly ever shrinks."""
         if not self.machine.on_cpu:
             return 0
-        heap = max(phase.passing.heap for phase in self.phases)
+        states = [size for engine in self.engines for size in engine.small_states]
+        heap = heap_footprint([phase.passing.events for phase in self.phases], states)
+        if heap is None:
+            heap = max(phase.passing.heap for phase in self.phases)
         mapped = max(phase.mapped for phase in self.phases)
         live = max(phase.extra.device + phase.extra.host for phase in self.phases)
         return max(0, heap + mapped - live)

@@ -9,7 +9,6 @@ import importlib.util
 import io
 import os
 import shutil
-import warnings
 from pathlib import Path
 
 import psutil
@@ -100,9 +99,7 @@ def preflight(args, step: int) -> None:
         checks.run("disk", lambda: _disk(args, step, paths, models))
         longest = _longest(args, step, datasets)
         plan = Plan(longest, step, configs, tokenizer, machine)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names
-            result = estimate(longest, step, models, machine, both_ways=True)
+        result = estimate(longest, step, models, machine, both_ways=True)
         say()
         say(memory_table(result))
         say()
