@@ -162,12 +162,6 @@ class PassMemory:
     events: list = field(default_factory=list, compare=False, repr=False)
 
 
-class _MallocInfo(ctypes.Structure):
-    """glibc's struct mallinfo2; ``arena`` is the size of the heap."""
-
-    _fields_ = [("arena", ctypes.c_size_t), ("others", ctypes.c_size_t * 9)]
-
-
 def heap_footprint(passes: list[list], states: list[int], repeats: int = 3) -> int | None:
     """How far glibc's heap grows when it serves the small blocks of a step, over and over; None without glibc.
 
@@ -183,9 +177,9 @@ def heap_footprint(passes: list[list], states: list[int], repeats: int = 3) -> i
         bytes, ``states`` not counted.
     """
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallinfo2"):
+    if not hasattr(libc, "mallopt"):
         return None
-    libc.mallinfo2.restype = _MallocInfo
+    libc.sbrk.restype = ctypes.c_size_t  # where the heap ends
     libc.free.argtypes = [ctypes.c_void_p]
     libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
 
@@ -197,7 +191,7 @@ def heap_footprint(passes: list[list], states: list[int], repeats: int = 3) -> i
 
     with memory_given_back():
         pass  # leaves glibc as it is in training, its free memory given back
-    start = peak = libc.mallinfo2().arena
+    start = peak = libc.sbrk(0)
     stay = []
     for repeat in range(repeats):
         for events in passes:
@@ -209,8 +203,7 @@ def heap_footprint(passes: list[list], states: list[int], repeats: int = 3) -> i
                         libc.free(block)
                 elif size:
                     alive[number] = take(size)
-                    if size >= 2**20:
-                        peak = max(peak, libc.mallinfo2().arena)
+                    peak = max(peak, libc.sbrk(0))
             for block in alive.values():
                 libc.free(block)
         if repeat == 0:

@@ -48,6 +48,7 @@ CASES = {  # step -> (size, ranks, ZeRO stage, dtype, rows of a micro-batch, mor
         ("360M", 1, 2, "bf16", 8, [*LORA, *CHECKPOINTING]),
     ],
     2: [
+        ("30M", 1, 2, "bf16", 2, []),
         ("30M", 1, 2, "bf16", 4, []),
         ("135M", 1, 0, "fp32", 2, CHECKPOINTING),
         ("135M", 1, 2, "bf16", 4, []),
