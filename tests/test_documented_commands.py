@@ -26,6 +26,7 @@ ELSEWHERE = {
     "bash tests/run.sh": "what runs this",
     "bash training_scripts/real_model.sh": "needs a model of 135 M parameters from a package; run by hand",
     "python evaluation_scripts/benchmark/": "minutes; each is run by hand for the figures",
+    "python -m utils.plan": "test_preflight.py plans each step, for a configuration it makes",
     "python inference/serve.py": "test_serve.py opens it in a browser",
     "transformers serve": "needs a server's packages; test_endpoint.py runs it where they are",
 }
