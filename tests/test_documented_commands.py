@@ -27,8 +27,9 @@ ELSEWHERE = {
     "bash training_scripts/real_model.sh": "needs a model of 135 M parameters from a package; run by hand",
     "python evaluation_scripts/benchmark/": "minutes; each is run by hand for the figures",
     "python -m utils.plan": "test_preflight.py plans each step, for a configuration it makes",
-    "python inference/serve.py": "test_serve.py opens it in a browser",
-    "transformers serve": "needs a server's packages; test_endpoint.py runs it where they are",
+    "python inference/serve.py": "test_web_page.py opens it in a browser",
+    "transformers serve": "needs a server's packages; test_openai_endpoint.py runs it where they are",
+    "python -m pytest tests/test_openai_endpoint.py": "a test of its own",
 }
 # What stands for a name in the pages.
 NAMES = {
@@ -71,11 +72,11 @@ def sandbox(tmp_path_factory, model_folder):
     for name in ("opt-1.3b", "opt-350m", "opt-125m"):
         make_model(folder / "facebook" / name, "opt")
     models = folder / "output"
-    for name in ("sft", "quickstart/step3/actor", "quickstart/step3/actor_ema"):
+    for name in ("sft", "quickstart/step1", "quickstart/step3/actor", "quickstart/step3/actor_ema"):
         make_model(models / name)
     tokenizer = load_hf_tokenizer(models / "sft")
     torch.manual_seed(5)
-    for name in ("reward", "rm"):
+    for name in ("reward", "rm", "quickstart/step2"):
         reward = create_critic_model(models / "sft", tokenizer)
         save_hf_format(reward, tokenizer, SimpleNamespace(output_dir=str(models / name)))
     rows = "".join(json.dumps({"step": i, "train/score": i / 2, "train/kl": 0.1}) + "\n" for i in range(3))
@@ -85,6 +86,8 @@ def sandbox(tmp_path_factory, model_folder):
     (folder / "pairs").mkdir()
     write_pairs(folder / "pairs/train.jsonl", 60)
     write_pairs(folder / "pairs/eval.jsonl", 20)
+    write_pairs(models / "votes.jsonl", 30)
+    (folder / "questions.txt").write_text("say red\nsay blue\n")
     (folder / "rewards.py").write_text(
         "def polite(prompts, answers):\n    return [float('please' in answer) for answer in answers]\n\n\n"
         "def short(prompts, answers):\n    return [-float(len(answer)) for answer in answers]\n"
