@@ -1,5 +1,6 @@
 """Tiny tokenizers, models and data made in the test process; nothing is downloaded and nothing needs a GPU."""
 
+import contextlib
 import json
 import math
 import os
@@ -182,6 +183,27 @@ def run_step(monkeypatch):
         module.main()
 
     return run
+
+
+@contextlib.contextmanager
+def killed_after(steps: int | None):
+    """While open, a run ends after so many optimizer steps without a word to anyone; None for not at all."""
+    from utils.checkpoint import Checkpoints
+
+    class Killed(Exception):
+        pass
+
+    def end_step(self, *position):
+        original(self, *position)
+        if self.steps == steps:
+            raise Killed
+
+    original, Checkpoints.end_step = Checkpoints.end_step, end_step
+    try:
+        with contextlib.suppress(Killed):
+            yield
+    finally:
+        Checkpoints.end_step = original
 
 
 def slow_pair_loss(chosen_values, rejected_values, chosen, rejected, kind, margin, center_coef):

@@ -429,6 +429,12 @@ def add_run_arguments(parser, step: int) -> None:
         action="store_true",
         help="check model, data and flags, estimate the memory against this machine's, and stop; off: train",
     )
+    add(
+        "--skip_nonfinite",
+        type=_not_negative,
+        default=0,
+        help="optimizer steps with a loss that is not finite to leave out, without an update; 0 to stop at the first",
+    )
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     add(
         "--comm_timeout",
@@ -449,6 +455,45 @@ def add_run_arguments(parser, step: int) -> None:
     add("--enable_tensorboard", action="store_true", help="the same as --report_to tensorboard")
     add("--tensorboard_path", default=f"step{step}_tensorboard", help="folder of the TensorBoard files")
     deepspeed.add_config_arguments(parser)
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--checkpoint_steps", type=_not_negative, default=0, help="steps between checkpoints of the run; 0 for none")
+    add(
+        "--checkpoint_dir",
+        default=None,
+        help="where they go, on storage that all nodes share; given alone: one when SIGTERM stops the run. None for "
+        "checkpoints under --output_dir",
+    )
+    add("--keep_checkpoints", type=_positive, default=2, help="newest checkpoints that are kept")
+    add(
+        "--resume",
+        metavar="{auto,PATH}",
+        default=None,
+        help="go on from a checkpoint: auto for the newest (none: a fresh start), or the folder of one; None for a "
+        "fresh start",
+    )
+
+
+# Flags that say where a run writes and what it shows, not what it computes. A new flag is taken to shape the training
+# until it is named here.
+MAY_CHANGE_AT_RESUME = {
+    *("output_dir", "max_shard_size", "save_lora_adapters", "checkpoint_steps", "checkpoint_dir", "keep_checkpoints"),
+    *("resume", "checkpoint_dir_given", "skip_nonfinite", "log_interval", "report_to", "run_name", "comm_timeout"),
+    *("enable_tensorboard", "tensorboard_path", "local_rank", "global_rank", "deepspeed", "deepspeed_config"),
+    *("data_output_path", "rebuild_cache", "preprocessing_num_workers", "print_loss", "max_eval_samples"),
+    *("per_device_eval_batch_size", "eval_interval", "eval_iters", "compute_fp32_loss", "num_padding_at_beginning"),
+    *("print_answers", "print_answers_interval", "sample_interval", "samples_shown"),
+    *("enable_test_mode", "test_stop_step", "dry_run"),
+}
+
+
+def resolve_checkpoints(args) -> None:
+    """Settle --checkpoint_dir; refuse flags that do nothing."""
+    args.checkpoint_dir_given = args.checkpoint_dir is not None
+    if args.checkpoint_dir is None and args.output_dir is not None:
+        args.checkpoint_dir = str(Path(args.output_dir) / "checkpoints")
+    if args.checkpoint_dir is None and (args.checkpoint_steps or args.resume == "auto"):
+        flag = "--checkpoint_steps" if args.checkpoint_steps else "--resume auto"
+        raise UserError(f"{flag} needs a folder: give --checkpoint_dir or --output_dir")
 
 
 def resolve_common(args) -> None:
@@ -473,6 +518,7 @@ def resolve_common(args) -> None:
             raise UserError("--attn_implementation flash_attention_2 computes in fp16 or bf16, not in --dtype fp32")
     args.deepspeed_config_overrides = args.deepspeed_config_overrides or args.deepspeed_config
     args.end_of_conversation_token = args.eot_token if args.add_eot_token else None
+    resolve_checkpoints(args)
     if args.enable_tensorboard and "tensorboard" not in args.report_to:
         args.report_to = ["tensorboard", *args.report_to]
     for name in args.report_to:

@@ -10,8 +10,10 @@ import datetime
 import fcntl
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import deepspeed
 import deepspeed.comm as ds_dist
+import psutil
 import torch
 import torch.distributed as dist
 import transformers
@@ -34,6 +37,10 @@ class UserError(Exception):
 
 class SharedError(UserError):
     """A UserError that every rank raises alike: rank 0 tells it for all."""
+
+
+class EndOfRun(Exception):
+    """The run ends here, and well; every rank raises it alike. The message says why."""
 
 
 def get_rank() -> int:
@@ -149,12 +156,40 @@ def memory_given_back():
 COMM_TIMEOUT = 1800  # seconds, the default of --comm_timeout
 
 
+def follow_launcher(poll_seconds: float = 1.0) -> None:
+    """Under ``deepspeed`` or ``torchrun``: end with them, so that no rank is left over and holds memory and ports.
+
+    A launcher that is killed cannot end its ranks. Linux does it for the parent of a process. Above ``deepspeed``'s
+    parent stands its runner, which dies of SIGTERM without telling anyone on a single node: a rank that sees it gone
+    takes that for a SIGTERM of its own.
+    """
+    libc = ctypes.CDLL(None)
+    if "RANK" not in os.environ or not hasattr(libc, "prctl"):  # nobody started it, or this is no Linux
+        return
+    launcher = psutil.Process(os.getppid())
+    set_parent_death_signal = 1
+    libc.prctl(set_parent_death_signal, int(signal.SIGKILL))
+    if "deepspeed.launcher.launch" not in " ".join(launcher.cmdline()):
+        return
+    runner = launcher.ppid()
+    if not Path(f"/proc/{runner}/cmdline").read_text().replace("\0", " ").count("deepspeed"):
+        return  # started by pdsh or by hand on this node
+
+    def watch() -> None:
+        while launcher.ppid() == runner:
+            time.sleep(poll_seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="follow_launcher", daemon=True).start()
+
+
 def init_distributed(args) -> torch.device:
     """Join the process group and return this rank's device.
 
     Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one on a free local port). Sets
     ``args.local_rank`` and ``args.global_rank``. ``args.comm_timeout`` (seconds) bounds every collective.
     """
+    follow_launcher()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
@@ -272,6 +307,10 @@ def run_main(main: Callable[[], None]) -> None:
     exit_code = 0
     try:
         main()
+        barrier()
+    except EndOfRun as end:
+        if get_rank() == 0:
+            print(end, flush=True)
         barrier()
     except UserError as error:
         exit_code = 1

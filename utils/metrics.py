@@ -6,22 +6,24 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from utils.distributed import UserError, agree
 from utils.utils import is_rank_0
 
+METRICS_FILE, SAMPLES_FILE = FILES = ("metrics.jsonl", "samples.jsonl")
 PROJECT = "three-steps-to-chat"  # among the projects of a tracker, unless WANDB_PROJECT or TRACKIO_PROJECT names one
 
 
 class TensorBoard:
     """Scalars for TensorBoard."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, purge_step: int | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -49,17 +51,50 @@ class Tracker:
         self._package.finish()
 
 
-class MetricsWriter:
-    """Writes rows to ``folder/metrics.jsonl`` and numbers to each tracker; a row is flushed as written."""
+def _cut(file: Path, size: int, checksum: int) -> None:
+    """Leave the first bytes of a file; nothing of one that does not begin as it did, being of another run."""
+    begin = b""
+    if file.exists():
+        with file.open("rb") as content:
+            begin = content.read(size)
+    if size and zlib.crc32(begin) == checksum:
+        os.truncate(file, size)
+    else:
+        file.unlink(missing_ok=True)
 
-    def __init__(self, folder: str | Path | None, trackers: Sequence[TensorBoard | Tracker] = ()):
+
+class MetricsWriter:
+    """Writes rows to ``folder/metrics.jsonl`` and numbers to each tracker; a row is flushed as written.
+
+    Args:
+        position: what ``position()`` gave when the checkpoint was written from which the run goes on: rows written
+            after it are cut off. None for a fresh start.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        trackers: Sequence[TensorBoard | Tracker] = (),
+        position: dict | None = None,
+    ):
         self._file, self._samples, self._trackers = None, None, trackers
-        self._start = time.time()
+        self._start = time.time() - (position["seconds"] if position else 0)
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self._file = (Path(folder) / "metrics.jsonl").open("w", encoding="utf-8")
-            self._samples = Path(folder) / "samples.jsonl"
-            self._samples.unlink(missing_ok=True)
+            for name in FILES:
+                _cut(Path(folder) / name, *(position["files"].get(name, (0, 0)) if position else (0, 0)))
+            self._file = (Path(folder) / METRICS_FILE).open("a", encoding="utf-8")
+            self._samples = Path(folder) / SAMPLES_FILE
+
+    def position(self) -> dict:
+        """How far the files are written, for a checkpoint."""
+        files = {}
+        if self._file is not None:
+            for name in FILES:
+                file = self._samples.with_name(name)
+                content = file.read_bytes() if file.exists() else b""
+                files[name] = [len(content), zlib.crc32(content)]
+        return {"seconds": time.time() - self._start, "files": files}
 
     def write(self, step: int, values: dict, prefix: str = "train") -> None:
         """One row: {"step", "time", "prefix/name": value, ...}; a number that is not finite becomes null."""
@@ -89,6 +124,9 @@ class MetricsWriter:
 class NullWriter:
     """The twin for the other ranks: takes everything, does nothing."""
 
+    def position(self) -> dict:
+        return {}
+
     def write(self, step: int, values: dict, prefix: str = "train") -> None:
         pass
 
@@ -99,20 +137,25 @@ class NullWriter:
         pass
 
 
-def make_writer(args) -> MetricsWriter | NullWriter:
-    """The writer of this rank, with the trackers of ``--report_to``; every rank must call this."""
+def make_writer(args, resumed: dict | None = None) -> MetricsWriter | NullWriter:
+    """The writer of this rank, with the trackers of ``--report_to``; every rank must call this.
+
+    Args:
+        resumed: the state of the checkpoint that the run goes on from, in its files and in TensorBoard; for wandb and
+            trackio it is another run of the same name.
+    """
     writer = NullWriter()
 
     def open_writer() -> None:
         nonlocal writer
         settings = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float | list)}
         trackers = [
-            TensorBoard(args.tensorboard_path)
+            TensorBoard(args.tensorboard_path, resumed and resumed["steps"] + 1)
             if name == "tensorboard"
             else Tracker(name, args.run_name or (args.output_dir and Path(args.output_dir).name), settings)
             for name in args.report_to
         ]
-        writer = MetricsWriter(args.output_dir, trackers)
+        writer = MetricsWriter(args.output_dir, trackers, resumed and resumed["metrics"])
 
     agree(open_writer if is_rank_0() else lambda: None)
     return writer

@@ -1,6 +1,7 @@
 """Small tools of all three steps: printing, seeds, averages, the tokenizer, optimizer groups, saving, EMA."""
 
 import datetime
+import math
 import random
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_set_full_grad
 from tqdm import tqdm
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import cached_file
@@ -83,10 +85,23 @@ def to_device(batch, device):
     return batch
 
 
-class MovingAverage:
+class PlainState:
+    """Something whose attributes are numbers, and its whole state in a checkpoint."""
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+class MovingAverage(PlainState):
     """The mean of all numbers so far."""
 
     def __init__(self):
+        self.reset()
+
+    def reset(self):
         self.count = 0
         self.total = 0.0
         self.mean = 0.0
@@ -98,7 +113,7 @@ class MovingAverage:
         return self.mean
 
 
-class ExponentialMovingAverage:
+class ExponentialMovingAverage(PlainState):
     """The exponential moving average of a number: the first value as it is, then alpha of the old and the rest new."""
 
     def __init__(self, alpha=0.9):
@@ -246,8 +261,31 @@ def take_step(engine) -> float | None:
     if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
+        engine.optimizer.overflow = False
     norm = engine.get_global_grad_norm() if norm is None else norm
     return None if norm is None else float(norm)
+
+
+def drop_gradients(engine) -> None:
+    """Between backward and step: let the coming step be one without an update, at any ZeRO stage; on every rank.
+
+    DeepSpeed leaves out a step whose gradient is not finite: it counts it and keeps weights, optimizer and schedule as
+    they are. So one gradient is made so. At stage 0 in fp32 the optimizer is torch's, without such a check.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        step = optimizer.step
+
+        def without_update(*_args, **_kwargs) -> None:
+            optimizer.step = step
+
+        optimizer.step = without_update
+        optimizer.overflow = True  # as DeepSpeed's own optimizers say it; taken back by take_step
+        optimizer.zero_grad(set_to_none=False)  # the norm of the gradient is taken all the same
+        return
+    param = next(param for param in engine.module.parameters() if param.requires_grad)
+    safe_set_full_grad(param, torch.full(getattr(param, "ds_shape", param.shape), math.nan, device=engine.device))
 
 
 def unwrap(model):

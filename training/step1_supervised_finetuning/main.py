@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from utils import arguments
+from utils.checkpoint import Checkpoints
 from utils.data.batching import (
     DataCollatorPacked,
     DataCollatorSFT,
@@ -47,6 +48,7 @@ from utils.ds_utils import (
     offloads_optimizer,
     with_batch_sizes,
 )
+from utils.faults import NonFiniteLosses
 from utils.metrics import make_writer
 from utils.model.inputs import forward_accepts, sft_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
@@ -55,6 +57,7 @@ from utils.model.soft_prompt import check_soft_prompt_inputs, make_soft_prompt_m
 from utils.perf import Stopwatch, pace, print_throughput
 from utils.preflight import preflight
 from utils.utils import (
+    drop_gradients,
     get_optimizer_grouped_parameters,
     load_hf_tokenizer,
     make_optimizer,
@@ -113,6 +116,7 @@ def main():
     agree(lambda: arguments.check_output_dir(args.output_dir if get_rank() == 0 else None))
     arguments.check_supervised(args)
     arguments.check_soft_prompt(args)
+    checkpoints = Checkpoints(args, "model_name_or_path")
     set_random_seed(args.seed)
 
     # 2. Tokenizer and data, after a look whether the model's files are all there and fit
@@ -144,7 +148,7 @@ def main():
     train_loader = make_loader(train_dataset, sampler, collator)
 
     # 3. Model, optimizer, engine
-    writer = make_writer(args)
+    writer = make_writer(args, checkpoints.resumed)
     ds_config = get_train_ds_config(args.offload, args.dtype, args.zero_stage)
     ds_config = with_batch_sizes(
         merge_config_file(ds_config, args.deepspeed_config_overrides),
@@ -177,6 +181,8 @@ def main():
     )
     engine = initialize(model, ds_config, optimizer, scheduler)
     label_log_probs = LabelLogProbs(engine)
+    nonfinite = NonFiniteLosses(args.skip_nonfinite, sampler, checkpoints.last)
+    checkpoints.resume(writer, train_dataset, {"model": engine}, nonfinite=nonfinite)
 
     def evaluate_and_report(epoch: int) -> None:
         print_rank_0(f"***** Evaluating perplexity, Epoch {epoch}/{args.num_train_epochs} *****")
@@ -186,15 +192,16 @@ def main():
 
     # 4. Train
     print_rank_0("***** Running training *****")
-    evaluate_and_report(0)
-    for epoch in range(args.num_train_epochs):
+    if checkpoints.resumed is None:
+        evaluate_and_report(0)
+    for epoch, first_step in checkpoints.epochs(args.num_train_epochs):
         print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Micro Batches {len(train_loader)}")
-        sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch, first_step)
         engine.train()
         watch = Stopwatch()
         windows = accumulation_windows(train_loader, args.gradient_accumulation_steps)
-        bar = progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch)
-        for step, window in enumerate(bar):
+        bar = progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch - first_step)
+        for step, window in enumerate(bar, first_step):
             counts = torch.tensor([count_batch(batch) for batch in window], dtype=torch.float32, device=device).sum(0)
             learned, tokens, rows = all_reduce_sum(counts).tolist()
             step_loss = torch.zeros((), device=device)
@@ -209,11 +216,9 @@ def main():
                 step_loss += loss.detach()
                 if is_last:
                     mean_loss = all_reduce_sum(step_loss).item()
-                    if not math.isfinite(mean_loss):
-                        raise UserError(
-                            f"the loss is {mean_loss} in epoch {epoch}, step {step}. "
-                            "A lower --learning_rate or --dtype bf16/fp32 usually helps"
-                        )
+                    dropped = nonfinite.found({"loss": mean_loss}, step)
+                    if dropped:
+                        drop_gradients(engine)
                 grad_norm = take_step(engine)
             if args.print_loss:
                 print(
@@ -222,9 +227,11 @@ def main():
             seconds = watch.lap()
             bar.note(pace(tokens, seconds))
             figures = {"loss": mean_loss, "lr": scheduler.get_last_lr()[0], "grad_norm": grad_norm}
+            figures |= {"skipped_steps": nonfinite.skipped}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
                 figures |= print_throughput(engine, args, seconds, int(tokens), int(rows))
             writer.write(engine.global_steps, figures)
+            checkpoints.end_step(epoch, step + 1)
         evaluate_and_report(epoch + 1)
 
     # 5. Save
@@ -238,6 +245,7 @@ def main():
             save_hf_format(engine, tokenizer, args)
             if args.save_lora_adapters:
                 save_lora_adapters(engine, tokenizer, args, args.model_name_or_path)
+    checkpoints.finish()
     writer.close()
 
 

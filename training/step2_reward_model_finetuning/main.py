@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModel, get_scheduler
 
 from utils import arguments
+from utils.checkpoint import Checkpoints
 from utils.data.batching import (
     DataCollatorReward,
     StepBatchSampler,
@@ -27,7 +28,7 @@ from utils.data.batching import (
 )
 from utils.data.data_utils import datasets_of_step
 from utils.data.encoding import REWARD
-from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, run_main
+from utils.distributed import agree, all_reduce_sum, get_rank, get_world_size, init_distributed, run_main
 from utils.ds_utils import (
     TORCH_DTYPES,
     get_train_ds_config,
@@ -36,12 +37,15 @@ from utils.ds_utils import (
     offloads_optimizer,
     with_batch_sizes,
 )
+from utils.faults import NonFiniteLosses
 from utils.metrics import make_writer
 from utils.model.model_utils import adapt_model, check_model, create_critic_model
 from utils.model.reward_model import pair_accuracy
 from utils.perf import Stopwatch, pace, print_throughput
 from utils.preflight import preflight
 from utils.utils import (
+    MovingAverage,
+    drop_gradients,
     get_optimizer_grouped_parameters,
     load_hf_tokenizer,
     make_optimizer,
@@ -131,6 +135,7 @@ def main():
     agree(lambda: arguments.check_output_dir(args.output_dir if get_rank() == 0 else None))
     arguments.check_supervised(args)
     arguments.warn_num_padding(args)
+    checkpoints = Checkpoints(args, "model_name_or_path")
     set_random_seed(args.seed)
 
     # 2. Tokenizer and data, after a look whether the model's files are all there and fit
@@ -156,7 +161,7 @@ def main():
     )
 
     # 3. Model, optimizer, engine
-    writer = make_writer(args)
+    writer = make_writer(args, checkpoints.resumed)
     ds_config = get_train_ds_config(args.offload, args.dtype, args.zero_stage)
     ds_config = with_batch_sizes(
         merge_config_file(ds_config, args.deepspeed_config_overrides),
@@ -183,6 +188,8 @@ def main():
         args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.num_train_epochs * steps_per_epoch
     )
     engine = initialize(model, ds_config, optimizer, scheduler)
+    nonfinite, epoch_loss = NonFiniteLosses(args.skip_nonfinite, sampler, checkpoints.last), MovingAverage()
+    checkpoints.resume(writer, train_dataset, {"model": engine}, nonfinite=nonfinite, epoch_loss=epoch_loss)
 
     def evaluate_and_report(epoch: int, iterations: int) -> dict[str, float]:
         print_rank_0(f"***** Evaluating reward, Epoch {epoch}/{args.num_train_epochs} *****")
@@ -197,15 +204,18 @@ def main():
 
     # 4. Train
     print_rank_0("***** Running training *****")
-    evaluate_and_report(0, args.eval_iters)
-    for epoch in range(args.num_train_epochs):
+    if checkpoints.resumed is None:
+        evaluate_and_report(0, args.eval_iters)
+    for epoch, first_step in checkpoints.epochs(args.num_train_epochs):
         print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Micro Batches {len(train_loader)}")
-        sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch, first_step)
         engine.train()
-        watch, epoch_loss = Stopwatch(), 0.0
+        watch = Stopwatch()
+        if first_step == 0:
+            epoch_loss.reset()
         windows = accumulation_windows(train_loader, args.gradient_accumulation_steps)
-        bar = progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch)
-        for step, window in enumerate(bar):
+        bar = progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch - first_step)
+        for step, window in enumerate(bar, first_step):
             counts = [
                 sum(float(batch["pair_weights"].sum()) for batch in window),
                 sum(int(batch["attention_mask"].sum()) for batch in window),
@@ -225,24 +235,24 @@ def main():
                 sums += torch.stack([loss.detach(), right.sum() / pairs, margin.sum() / pairs])
                 if is_last:
                     mean_loss, accuracy, mean_margin = all_reduce_sum(sums).tolist()
-                    if not math.isfinite(mean_loss):
-                        raise UserError(
-                            f"the loss is {mean_loss} in epoch {epoch}, step {step}. "
-                            "A lower --learning_rate or --dtype bf16/fp32 usually helps"
-                        )
+                    dropped = nonfinite.found({"loss": mean_loss}, step)
+                    if dropped:
+                        drop_gradients(engine)
                 grad_norm = take_step(engine)
-            epoch_loss += mean_loss
+            if not dropped:
+                epoch_loss.update(mean_loss)
             seconds = watch.lap()
             bar.note(pace(tokens, seconds))
             figures = {"loss": mean_loss, "accuracy": accuracy, "margin": mean_margin}
-            figures |= {"lr": scheduler.get_last_lr()[0], "grad_norm": grad_norm}
+            figures |= {"lr": scheduler.get_last_lr()[0], "grad_norm": grad_norm, "skipped_steps": nonfinite.skipped}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
                 figures |= print_throughput(engine, args, seconds, int(tokens), int(2 * pairs))
             writer.write(engine.global_steps, figures)
             if args.eval_interval and engine.global_steps % args.eval_interval == 0:
                 evaluate_and_report(epoch + 1, args.eval_iters)
-                watch.lap()
-        print_rank_0(f"Epoch {epoch + 1}/{args.num_train_epochs} with loss {epoch_loss / steps_per_epoch}")
+            checkpoints.end_step(epoch, step + 1)
+            watch.lap()
+        print_rank_0(f"Epoch {epoch + 1}/{args.num_train_epochs} with loss {epoch_loss.mean}")
         last_figures = evaluate_and_report(epoch + 1, 0 if epoch + 1 == args.num_train_epochs else args.eval_iters)
 
     # 5. Save, with the scale of the scores beside the weights
@@ -258,6 +268,7 @@ def main():
             save_hf_format(engine, tokenizer, args)
             if args.save_lora_adapters:
                 save_lora_adapters(engine, tokenizer, args, args.model_name_or_path)
+    checkpoints.finish()
     writer.close()
 
 

@@ -10,8 +10,10 @@ Rollouts are samples; advantages are computed once per experience; every loss is
 of an optimizer step, however they fall on ranks, micro-batches and accumulation. ppo_math.py holds the mathematics.
 """
 
+import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,6 +33,7 @@ from training.step3_rlhf_finetuning.reward_functions import load_reward_function
 from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
 from training.step3_rlhf_finetuning.samples import sample_rows, sample_table
 from utils import arguments
+from utils.checkpoint import Checkpoints
 from utils.data.batching import (
     DataCollatorRLHF,
     DataCollatorSFT,
@@ -40,6 +43,7 @@ from utils.data.batching import (
 from utils.data.data_utils import datasets_of_step, get_unsupervised_data
 from utils.data.encoding import RLHF
 from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, run_main
+from utils.faults import NonFiniteLosses
 from utils.metrics import make_writer
 from utils.model.loading import load_config
 from utils.model.model_utils import check_model
@@ -48,6 +52,7 @@ from utils.preflight import preflight
 from utils.utils import (
     ExponentialMovingAverage,
     MovingAverage,
+    PlainState,
     check_same_tokenizer,
     load_hf_tokenizer,
     moving_average,
@@ -68,16 +73,33 @@ def build_parser():
     return parser
 
 
-def unsupervised_batches(args, tokenizer):
-    """Endless micro-batches of plain text, each rank reading its own share in a seeded order."""
-    blocks = get_unsupervised_data(args, tokenizer)
-    collator = DataCollatorSFT(tokenizer.pad_token_id, args.max_prompt_seq_len + args.max_answer_seq_len)
-    generator = np.random.default_rng([args.seed, 1])
-    per_pass, rank, world = args.per_device_training_batch_size * get_world_size(), get_rank(), get_world_size()
-    while True:
-        order = np.resize(generator.permutation(len(blocks)), -(-len(blocks) // per_pass) * per_pass)
-        for rows in order.reshape(-1, per_pass):
-            yield collator([blocks[i] | {"answer_spans": [], "answers_only": False} for i in rows[rank::world]])
+class UnsupervisedBatches(PlainState):
+    """Endless micro-batches of plain text, each rank reading its own share in a seeded order.
+
+    Attributes:
+        taken: batches handed out, which is the whole state: the order of each pass follows from its number.
+    """
+
+    def __init__(self, args, tokenizer):
+        self._blocks = get_unsupervised_data(args, tokenizer)
+        self._collator = DataCollatorSFT(tokenizer.pad_token_id, args.max_prompt_seq_len + args.max_answer_seq_len)
+        self._seed, self._rows = args.seed, args.per_device_training_batch_size * get_world_size()
+        self._pass, self._order, self.taken = None, None, 0
+
+    def state_dict(self) -> dict:
+        return {"taken": self.taken}
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        passes, place = divmod(self.taken, -(-len(self._blocks) // self._rows))
+        if passes != self._pass:
+            order = np.random.default_rng([self._seed, 1, passes]).permutation(len(self._blocks))
+            self._pass, self._order = passes, np.resize(order, -(-len(order) // self._rows) * self._rows)
+        self.taken += 1
+        rows = self._order.reshape(-1, self._rows)[place, get_rank() :: get_world_size()]
+        return self._collator([self._blocks[i] | {"answer_spans": [], "answers_only": False} for i in rows])
 
 
 def micro_batch_windows(experience: Experience, batch: "arguments.RLHFBatchSizes", generator, unsupervised):
@@ -101,6 +123,7 @@ def main():
     agree(lambda: arguments.check_output_dir(args.output_dir if get_rank() == 0 else None))
     arguments.warn_num_padding(args)
     reward_functions = load_reward_functions(args.reward_function)
+    checkpoints = Checkpoints(args, "actor_model_name_or_path", "critic_model_name_or_path")
     set_random_seed(args.seed)
     print_rank_0(batch.explain())
 
@@ -130,10 +153,10 @@ def main():
             f"{len(prompts)} prompts do not fill one update of {batch.rounds} x {sampler.rows_per_pass} prompts; "
             "lower --per_device_generation_batch_size or --gradient_accumulation_steps, or give more data"
         )
-    unsupervised = unsupervised_batches(args, tokenizer) if args.unsupervised_dataset_name else None
+    unsupervised = UnsupervisedBatches(args, tokenizer) if args.unsupervised_dataset_name else None
 
     # 3. The engines and the trainer
-    writer = make_writer(args)
+    writer = make_writer(args, checkpoints.resumed)
     optimizer_steps = args.num_train_epochs * updates * args.ppo_epochs * batch.steps_per_pass
     rlhf_engine = DeepSpeedRLHFEngine(
         args.actor_model_name_or_path, args.critic_model_name_or_path, tokenizer, args, optimizer_steps
@@ -142,16 +165,24 @@ def main():
     trainer = trainer_class(rlhf_engine, args, reward_functions)
     set_random_seed(args.seed + 1000 * get_rank())  # from here on ranks sample different answers
     shuffler = np.random.default_rng([args.seed, get_rank()])
+    reporter = Reporter(args, rlhf_engine, trainer, writer)
+    nonfinite = NonFiniteLosses(args.skip_nonfinite, sampler, checkpoints.last)
+    averages = {"actor_ema": (rlhf_engine.actor_ema, rlhf_engine.actor)} if args.enable_ema else {}
+    tracked = dict(trainer=trainer, reporter=reporter, shuffler=shuffler, nonfinite=nonfinite)
+    tracked |= {"unsupervised": unsupervised} if unsupervised else {}
+    checkpoints.resume(writer, prompts, rlhf_engine.trained_engines(), averages, **tracked)
 
     # 4. Train
     print_rank_0(f"***** Running training (total iterations = {args.num_train_epochs * updates}) *****")
-    reporter, step, stop = Reporter(args, rlhf_engine, trainer, writer), 0, False
-    for epoch in range(args.num_train_epochs):
+    step, stop_after = checkpoints.steps, args.test_stop_step if args.enable_test_mode else math.inf
+    for epoch, first_update in checkpoints.epochs(args.num_train_epochs):
         print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Generation Batches {len(loader)}")
-        sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch, first_update)
         batches = iter(loader)
-        bar = progress(range(updates), f"epoch {epoch + 1}/{args.num_train_epochs}")
-        for _ in bar:
+        bar = progress(range(first_update, updates), f"epoch {epoch + 1}/{args.num_train_epochs}")
+        for update in bar:
+            if step >= stop_after:
+                break
             # 4a. Experience: answers of the current policy, seen by all four models
             watch, times, rounds = Stopwatch(), StepTimes(), []
             for _ in range(batch.rounds):
@@ -177,7 +208,7 @@ def main():
             losses = []
             for _ in range(args.ppo_epochs):
                 for window in micro_batch_windows(experience, batch, shuffler, unsupervised):
-                    loss = trainer.train_rlhf(window)
+                    loss = trainer.train_rlhf(window, partial(nonfinite.found, step=update))
                     if loss is not None:
                         losses.append(loss)
                         if args.enable_ema and loss["actor_step_applied"]:
@@ -190,14 +221,13 @@ def main():
             times.training = watch.lap()
 
             # 4d. Report
+            metrics["skipped_steps"] = nonfinite.skipped
             answer_tokens = reporter.report(epoch, step, experience, metrics, losses, times)
             bar.note(pace(answer_tokens, times.total))
             step += 1
-            stop = args.enable_test_mode and step >= args.test_stop_step
-            if stop:
-                print_rank_0(f"test mode: stopping after {step} steps (--test_stop_step)")
-                break
-        if stop:
+            checkpoints.end_step(epoch, update + 1)
+        if step >= stop_after:
+            print_rank_0(f"test mode: stopping after {step} steps (--test_stop_step)")
             break
 
     # 5. Save
@@ -213,6 +243,7 @@ def main():
                 save_hf_format(engine, tokenizer, args, sub_folder=name)
                 if args.save_lora_adapters:
                     save_lora_adapters(engine, tokenizer, args, start, sub_folder=name)
+    checkpoints.finish()
     writer.close()
 
 
@@ -236,6 +267,13 @@ class Reporter:
     def __init__(self, args, rlhf_engine, trainer, writer):
         self.args, self.engine, self.trainer, self.writer = args, rlhf_engine, trainer, writer
         self.samples_per_second, self.score = MovingAverage(), ExponentialMovingAverage()
+
+    def state_dict(self) -> dict:
+        return {"samples_per_second": self.samples_per_second.state_dict(), "score": self.score.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.samples_per_second.load_state_dict(state["samples_per_second"])
+        self.score.load_state_dict(state["score"])
 
     def report(self, epoch, step, experience, metrics, losses, times: StepTimes) -> int:
         """``metrics`` of the experience, ``losses`` of its updates; an update without a usable answer has none.

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,12 @@ from training.step3_rlhf_finetuning.experience import Experience
 from training.step3_rlhf_finetuning.ppo_math import gather_log_probs
 from training.step3_rlhf_finetuning.reward_functions import RewardFunction
 from utils.distributed import UserError, agree, all_reduce_sum, get_world_size
+from utils.faults import refuse_nonfinite
 from utils.model.inputs import model_inputs
 from utils.model.losses import IGNORE_INDEX, LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.reward_model import end_scores
 from utils.sampling import Decoding
-from utils.utils import print_rank_0, take_step, to_device
+from utils.utils import drop_gradients, print_rank_0, take_step, to_device
 
 __all__ = ["DeepSpeedPPOTrainer", "DeepSpeedPPOTrainerUnsupervised", "gather_log_probs"]
 
@@ -73,6 +74,13 @@ class DeepSpeedPPOTrainer:
         self.generated_steps = 0
         self.skipped_updates = 0
         self.reward_scale = reward_scale(self.reward_model.module.config) if args.normalize_reward else None
+
+    def state_dict(self) -> dict:
+        """What a checkpoint of the run must hold beside the engines."""
+        return {"kl_ctl": self.kl_controller.value, "skipped_updates": self.skipped_updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.kl_controller.value, self.skipped_updates = state["kl_ctl"], state["skipped_updates"]
 
     # ------------------------------------------------------------ experience
 
@@ -297,8 +305,13 @@ class DeepSpeedPPOTrainer:
     def critic_loss_fn(self, values, old_values, returns, mask) -> ppo_math.ValueLoss:
         return ppo_math.value_loss_sum(values, old_values, returns, mask, self.args.cliprange_value)
 
-    def train_rlhf(self, window: list[MicroBatch]) -> dict[str, float] | None:
+    def train_rlhf(
+        self, window: list[MicroBatch], is_dropped: Callable[[dict[str, float]], bool] = refuse_nonfinite
+    ) -> dict[str, float] | None:
         """One optimizer step of actor and critic from the micro-batches of this rank.
+
+        Args:
+            is_dropped: from the losses by name, whether the step makes no update; it may raise (NonFiniteLosses).
 
         Losses are means over the real answer tokens of all ranks and micro-batches. Returns metrics; None, on every
         rank alike, if there was no token to learn from.
@@ -337,9 +350,9 @@ class DeepSpeedPPOTrainer:
                 names += ["critic_loss", "value_clip_fraction", "value"] * (value is not None)
                 metrics = dict(zip(names, all_reduce_sum(sums).tolist(), strict=False))
                 losses = ("actor_loss", "critic_loss", "unsupervised_loss")
-                bad = [name for name in losses if not math.isfinite(metrics.get(name, 0.0))]
-                if bad:
-                    raise UserError(f"{' and '.join(bad)} not finite: no update was made from this batch")
+                if is_dropped({name: metrics[name] for name in losses if name in metrics}):
+                    for engine in self.rlhf_engine.trained_engines().values():
+                        drop_gradients(engine)
             if is_last and self.args.align_overflow:
                 align_overflow(self.actor_model, self.critic_model)
             norms = {

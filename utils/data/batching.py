@@ -32,7 +32,7 @@ class StepBatchSampler(Sampler):
         self.lengths, self.micro, self.accumulation = np.asarray(lengths), micro_batch_size, accumulation
         self.seed, self.shuffle, self.group_by_length, self.drop_last = seed, shuffle, group_by_length, drop_last
         self.rank, self.world = get_rank(), get_world_size()
-        self.epoch = 0
+        self.epoch, self.first_step = 0, 0
 
     @property
     def rows_per_pass(self) -> int:
@@ -42,8 +42,13 @@ class StepBatchSampler(Sampler):
     def rows_per_step(self) -> int:
         return self.rows_per_pass * self.accumulation
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Args: first_step: optimizer steps of the epoch that are left out, being done already."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Indices of the rows of one optimizer step of the epoch, of all ranks."""
+        return self._order()[step * self.rows_per_step : (step + 1) * self.rows_per_step].tolist()
 
     def __len__(self) -> int:
         """Micro-batches of one rank in one epoch."""
@@ -76,12 +81,14 @@ class StepBatchSampler(Sampler):
     def __iter__(self):
         order = self._order().tolist()
         order += [FILLER] * (-len(order) % self.rows_per_pass)
-        for i in range(len(self)):
+        for i in range(self.first_step * self.accumulation, len(self)):
             yield order[i * self.rows_per_pass : (i + 1) * self.rows_per_pass][self.rank :: self.world]
 
 
 def make_loader(dataset, sampler: StepBatchSampler, collator) -> DataLoader:
-    return DataLoader(_WithFillers(dataset), batch_sampler=sampler, collate_fn=collator)
+    # A generator of its own: torch's loader draws a number at the start of each pass, in a resumed run once more often.
+    generator = torch.Generator()
+    return DataLoader(_WithFillers(dataset), batch_sampler=sampler, collate_fn=collator, generator=generator)
 
 
 class _WithFillers(Dataset):

@@ -1,0 +1,566 @@
+"""Stopping and resuming: checkpoints of a whole run, and going on from one as if nothing had happened.
+
+A checkpoint is a folder ``step-00000050`` of --checkpoint_dir:
+
+    state.json            flags, step, metrics files, name and size of every other file; written last
+    rank00000.json        per rank: random states, and the small state of whatever the run tracks
+    ENGINE/               DeepSpeed's shards of a trained engine (weights, optimizer, schedule)
+    NAME-rank00000.safetensors   shards of a moving average
+
+It is written under another name and renamed when complete; then ``latest`` names it, and older ones go. On resuming
+every file must be there in its full size, and every flag that shapes the training must be what it was.
+"""
+
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from utils.arguments import MAY_CHANGE_AT_RESUME
+from utils.distributed import (
+    EndOfRun,
+    UserError,
+    agree,
+    all_gather_objects,
+    all_reduce_sum,
+    get_rank,
+    get_world_size,
+)
+from utils.utils import print_rank_0
+
+STATE_FILE, LATEST_FILE, FINISHED_FILE, LOCK_FILE = "state.json", "latest", "finished.json", ".lock"
+PREFIX = "step-"
+LOCK_SECONDS = 60  # how long a start waits for the end of the run before it
+# The classes, beside tensors and plain containers, that DeepSpeed's files hold. Nothing else is ever unpickled.
+CLASSES_IN_FILES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+class SafeFiles(TorchCheckpointEngine):
+    """DeepSpeed's own way to read and write files, but one that runs no code from a file, and that reports a disk
+    without room after all ranks have met again: DeepSpeed waits for every rank in the middle of saving."""
+
+    problem: Exception | None = None
+
+    def makedirs(self, path, exist_ok=False):
+        try:
+            os.makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.problem = self.problem or error
+
+    def save(self, state_dict, path: str):
+        try:
+            torch.save(state_dict, path)
+            flush_to_disk(path)
+        except (OSError, RuntimeError) as error:  # torch's zip writer wraps the error of the file
+            self.problem = self.problem or error
+
+    def load(self, path: str, map_location=None):
+        try:
+            with torch.serialization.safe_globals(CLASSES_IN_FILES):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"--resume: {path} could not be read: {error}") from error
+
+
+# ---------------------------------------------------------------- what a run must have in common with its checkpoint
+
+
+def plain(value):
+    """As it comes back from JSON."""
+    if isinstance(value, Enum):
+        return value.value
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def flags_of(args) -> dict:
+    """The flags that shape the training, and the content of the DeepSpeed configuration file."""
+    flags = {name: plain(value) for name, value in vars(args).items() if name not in MAY_CHANGE_AT_RESUME}
+    file = flags.pop("deepspeed_config_overrides", None)
+    return flags | {"deepspeed_config_overrides": file and json.loads(Path(file).read_text())}
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
+
+
+def model_fingerprint(folder: str | None) -> str | None:
+    """Of a model's files: names, sizes, and what stands at the head and the end of each. None for a name on the hub."""
+    if folder is None or not Path(folder).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(file for file in Path(folder).iterdir() if file.suffix in (".safetensors", ".bin", ".gguf")):
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            head = content.read(2**20)
+            content.seek(max(0, size - 2**20))
+            digest.update(f"{file.name} {size} ".encode() + head + content.read(2**20))
+    return digest.hexdigest()
+
+
+def rows_fingerprint(dataset, sampled: int = 64) -> str:
+    """Of training rows: how many, the length of each, and the content of some all over."""
+    digest = hashlib.sha256(np.ascontiguousarray(dataset.lengths, dtype=np.int64).tobytes())
+    for index in np.linspace(0, len(dataset) - 1, num=min(sampled, len(dataset)), dtype=int).tolist():
+        digest.update(json.dumps(dataset[index], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def differences(args, saved: dict) -> list[str]:
+    """What keeps a run with these flags from going on where the checkpoint was written, one reason a line."""
+    if saved["world_size"] != get_world_size():
+        return [
+            f"it was written by {saved['world_size']} ranks and this run has {get_world_size()}: DeepSpeed's shards "
+            "and the batches of a step are cut for that number; start as many"
+        ]
+    now, then = flags_of(args), saved["flags"]
+    found = [
+        f"--{name} is {now.get(name)!r}, and was {then.get(name)!r}"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name)
+    ]
+    for name, fingerprint in saved["models"].items():
+        if not found and model_fingerprint(getattr(args, name)) != fingerprint:
+            found.append(f"--{name} {getattr(args, name)}: its weights are not those of the first start")
+    return found
+
+
+# ---------------------------------------------------------------- random states
+
+
+def random_states() -> dict:
+    kind, keys, *rest = np.random.get_state()
+    version, numbers, gauss = random.getstate()
+    accelerator = get_accelerator()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+        "accelerator": None if accelerator.device_name() == "cpu" else accelerator.get_rng_state().tolist(),
+    }
+
+
+def restore_random_states(states: dict) -> None:
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    if states["accelerator"] is not None:
+        get_accelerator().set_rng_state(torch.tensor(states["accelerator"], dtype=torch.uint8))
+
+
+# ---------------------------------------------------------------- folders
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint on disk that is complete."""
+
+    folder: Path
+    state: dict
+
+
+def read_checkpoint(folder: Path) -> Found:
+    """Raises UserError: no checkpoint, or one that is not whole, with the file."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+        sizes = state["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is no checkpoint: {STATE_FILE}: {error}") from error
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise UserError(f"{folder} is not a whole checkpoint: {name} is missing or not {size} bytes long")
+    return Found(folder, state)
+
+
+def complete_checkpoints(folder: Path) -> list[Found]:
+    """Oldest first."""
+    found = []
+    for entry in folder.glob(f"{PREFIX}*"):
+        with suppress(UserError):
+            found.append(read_checkpoint(entry))
+    return sorted(found, key=lambda checkpoint: checkpoint.state["saved_at"])
+
+
+def newest_checkpoint(folder: Path) -> Found | None:
+    """What ``latest`` names, else the newest that is whole."""
+    with suppress(OSError, UserError):
+        return read_checkpoint(folder / Path((folder / LATEST_FILE).read_text().strip()).name)
+    found = complete_checkpoints(folder)
+    return found[-1] if found else None
+
+
+def write_atomically(file: Path, text: str) -> None:
+    scratch = file.with_name(f".{file.name}.writing")
+    scratch.write_text(text)
+    flush_to_disk(scratch)
+    os.replace(scratch, file)
+
+
+def flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- the run
+
+
+class Checkpoints:
+    """Saves a run's checkpoints and resumes it from one; every rank makes all its calls alike.
+
+    Args:
+        args: of the run. models: the flags that name the models it starts from.
+
+    Attributes:
+        found: what the run resumes from, or None for a fresh start.
+        steps: optimizer steps done (step 3: updates).
+
+    Raises:
+        UserError: a folder, checkpoint or flag that does not fit; on all ranks alike.
+        EndOfRun: --resume auto, and the run has finished.
+    """
+
+    def __init__(self, args, *models: str):
+        self.args, self.models, self.steps, self.found = args, models, 0, None
+        self.folder = None if args.checkpoint_dir is None else Path(args.checkpoint_dir)
+        self.enabled = self.folder is not None and (args.checkpoint_steps > 0 or args.checkpoint_dir_given)
+        self._lock, self._stop = None, False
+        self._fingerprints = {name: model_fingerprint(getattr(args, name)) for name in models}
+        finished = None
+
+        def look() -> None:
+            nonlocal finished
+            if self.enabled:
+                self._take_folder()
+            finished = self._read_finished()
+            if finished is None:
+                self.found = self._choose()
+
+        agree(look if get_rank() == 0 else lambda: None)
+        finished, self.found = all_gather_objects((finished, self.found))[0]
+        if finished is not None:
+            raise EndOfRun(
+                f"--resume auto: this run has finished after {finished['steps']} steps; its model is in "
+                f"{finished['output_dir']}. To save that again delete {self.folder / FINISHED_FILE}, to train anew "
+                f"{self.folder}"
+            )
+        if self.found is not None:
+            agree(self._check_found)
+        elif args.resume == "auto":
+            print_rank_0(f"--resume auto: no checkpoint in {self.folder}, so this is a fresh start")
+
+    # ------------------------------------------------------------ at the start
+
+    def _take_folder(self) -> None:
+        """Make the folder this run's own: two runs that write the same checkpoints would ruin them."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)  # held until the process ends
+        except OSError as error:
+            raise UserError(f"--checkpoint_dir {self.folder}: cannot be written: {error.strerror}") from error
+        end = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                    break
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"--checkpoint_dir {self.folder}: another run that is not over writes its checkpoints there"
+                    ) from error
+                time.sleep(0.5)
+        for scratch in self.folder.glob(f".{PREFIX}*"):  # of a run that was killed while it saved
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _read_finished(self) -> dict | None:
+        if self.args.resume != "auto":
+            return None
+        try:
+            finished = json.loads((self.folder / FINISHED_FILE).read_text())
+        except (OSError, ValueError):
+            return None
+        self._refuse(f"the run that finished in {self.folder}", differences(self.args, finished))
+        return finished
+
+    def _choose(self) -> Found | None:
+        resume = self.args.resume
+        if resume == "auto":
+            return newest_checkpoint(self.folder)
+        if resume is not None:
+            return read_checkpoint(Path(resume))
+        if self.enabled and newest_checkpoint(self.folder) is not None:
+            raise UserError(
+                f"--checkpoint_dir {self.folder} holds checkpoints of an earlier run: go on from them with "
+                "--resume auto, delete them, or name another folder"
+            )
+        return None
+
+    def _check_found(self) -> None:
+        if not (self.found.folder / STATE_FILE).is_file():
+            raise UserError(
+                f"{self.found.folder} is not to be seen on every node: checkpoints belong on storage that all share"
+            )
+        self._refuse(f"{self.found.folder} is of another run", differences(self.args, self.found.state))
+        other = [f"{name} {then}" for name, then in self.found.state["versions"].items() if versions()[name] != then]
+        if other and get_rank() == 0:
+            print(f"note: the checkpoint was written with {', '.join(other)}: losses may differ in their last digits")
+
+    @staticmethod
+    def _refuse(what: str, reasons: list[str]) -> None:
+        if reasons:
+            raise UserError(f"--resume: {what}: {'; '.join(reasons)}")
+
+    @property
+    def resumed(self) -> dict | None:
+        """The state of the checkpoint that the run goes on from."""
+        return None if self.found is None else self.found.state
+
+    def resume(self, writer, dataset, engines: dict, averages: dict | None = None, **tracked) -> None:
+        """Take in what makes up the run; put it into the state of the checkpoint if there is one.
+
+        Args:
+            writer: of the metrics. dataset: of the training rows, which must be those of the checkpoint.
+            engines: name -> DeepSpeed engine that trains.
+            averages: name -> (engine of a moving average, the engine it follows).
+            tracked: whatever else has a ``state_dict()`` of numbers, strings and lists, and a ``load_state_dict()``;
+                and NumPy generators.
+        """
+        self._writer, self._engines, self._averages, self._tracked = writer, engines, averages or {}, tracked
+        self._rows = rows_fingerprint(dataset) if self.enabled or self.found else None
+        for engine in engines.values():
+            engine.checkpoint_engine = SafeFiles()
+            # Among the shards DeepSpeed puts a script of its own, on rank 0 alone: no use here, and on a full disk the
+            # others would wait for rank 0.
+            engine._copy_recovery_script = lambda folder: None
+        if self.found is not None:
+            start = time.perf_counter()
+            self._load()
+            print_rank_0(
+                f"resumed from {self.found.folder}: {self.steps} steps are done "
+                f"(read in {time.perf_counter() - start:.1f} s)"
+            )
+        if self.enabled:
+            signal.signal(signal.SIGTERM, self._ask_to_stop)
+
+    def _load(self) -> None:
+        folder, state = self.found.folder, self.found.state
+        rank_state = None
+
+        def look() -> None:
+            nonlocal rank_state
+            if self._rows != state["rows"]:
+                raise UserError(f"--resume: {folder} is of another run: its training rows were other ones")
+            try:
+                rank_state = json.loads((folder / _rank_name("rank", ".json")).read_text())
+            except (OSError, ValueError) as error:
+                raise UserError(f"--resume: {folder}: {error}") from error
+
+        agree(look)
+        self.steps = state["steps"]
+        for name, engine in self._engines.items():
+            # What is frozen is not in the files: it came from the model that the run starts from, as it did then.
+            engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+        for name, (average, followed) in self._averages.items():
+            saved = load_file(folder / _average_file(name, average))
+            for part, target in _moving_parts(average, followed):
+                target.copy_(saved[part])
+        for name, thing in self._tracked.items():
+            if isinstance(thing, np.random.Generator):
+                thing.bit_generator.state = rank_state["tracked"][name]
+            else:
+                thing.load_state_dict(rank_state["tracked"][name])
+        restore_random_states(rank_state["random"])
+
+    # ------------------------------------------------------------ in the loop
+
+    def epochs(self, count: int) -> Iterator[tuple[int, int]]:
+        """(epoch, steps of it that are done) for every epoch that is not over, evaluation included."""
+        epoch, done = (0, 0) if self.found is None else self.found.state["position"]
+        for later in range(epoch, count):
+            yield later, done if later == epoch else 0
+
+    def end_step(self, epoch: int, done: int) -> None:
+        """After each step: save where a checkpoint is due; after a SIGTERM to any rank save and end the run.
+
+        Args:
+            done: steps of the epoch that are done.
+
+        Raises:
+            EndOfRun: a signal asked for it.
+        """
+        self.steps += 1
+        if not self.enabled:
+            return
+        stop = bool(all_reduce_sum(torch.tensor(int(self._stop), device=_device())))
+        if stop or (self.args.checkpoint_steps and self.steps % self.args.checkpoint_steps == 0):
+            self._save(epoch, done)
+        if stop:
+            self._writer.close()
+            raise EndOfRun(
+                f"stopped by SIGTERM after {self.steps} steps; all is in {self.folder / self._name}. "
+                "The same command with --resume auto goes on from there"
+            )
+
+    def finish(self) -> None:
+        """The run is over and its model saved: a later start with --resume auto has nothing to do."""
+        if not self.enabled:
+            return
+        state = self._common_state() | {"output_dir": self.args.output_dir}
+        self._on_rank_0(lambda: write_atomically(self.folder / FINISHED_FILE, json.dumps(state, indent=1)))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def last(self) -> str:
+        """Where a run that fails now can be taken up, for messages."""
+        found = newest_checkpoint(self.folder) if self.folder is not None else None
+        return "there is no checkpoint of this run" if found is None else f"the last checkpoint is {found.folder}"
+
+    def _ask_to_stop(self, *_signal) -> None:
+        self._stop = True
+        print(f"rank {get_rank()}: SIGTERM: finishing the step, then saving a checkpoint", flush=True)
+
+    # ------------------------------------------------------------ saving
+
+    @property
+    def _name(self) -> str:
+        return f"{PREFIX}{self.steps:08d}"
+
+    def _common_state(self) -> dict:
+        return {
+            "steps": self.steps,
+            "saved_at": time.time(),
+            "world_size": get_world_size(),
+            "flags": flags_of(self.args),
+            "models": self._fingerprints,
+            "versions": versions(),
+        }
+
+    def _save(self, epoch: int, done: int) -> None:
+        scratch, start = self.folder / f".{self._name}", time.perf_counter()
+        try:
+            self._on_rank_0(lambda: scratch.mkdir())
+            self._write(scratch)
+            self._on_rank_0(lambda: self._complete(scratch, epoch, done))
+        except UserError:
+            if get_rank() == 0:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        print_rank_0(f"checkpoint {self.folder / self._name} ({time.perf_counter() - start:.1f} s)")
+
+    def _write(self, scratch: Path) -> None:
+        """The shards of every rank."""
+        problems = []
+        for name, engine in self._engines.items():
+            engine.checkpoint_engine.problem = None
+            engine.save_checkpoint(str(scratch), tag=name, save_latest=False, exclude_frozen_parameters=True)
+            problems.append(engine.checkpoint_engine.problem)
+
+        def write() -> None:
+            for problem in filter(None, problems):
+                raise self._could_not(problem)
+            try:
+                for name, (average, followed) in self._averages.items():
+                    if get_rank() == 0 or _is_sharded(average):
+                        parts = {n: part.to("cpu", copy=True) for n, part in _moving_parts(average, followed)}
+                        save_file(parts, scratch / _average_file(name, average))
+                        flush_to_disk(scratch / _average_file(name, average))
+                tracked = {
+                    name: thing.bit_generator.state if isinstance(thing, np.random.Generator) else thing.state_dict()
+                    for name, thing in self._tracked.items()
+                }
+                state = {"random": random_states(), "tracked": tracked}
+                write_atomically(scratch / _rank_name("rank", ".json"), json.dumps(state))
+            except (OSError, SafetensorError) as error:
+                raise self._could_not(error) from error
+
+        agree(write)
+
+    def _complete(self, scratch: Path, epoch: int, done: int) -> None:
+        files = [file for file in scratch.rglob("*") if file.is_file()]
+        state = self._common_state() | {
+            "position": [epoch, done],
+            "rows": self._rows,
+            "metrics": self._writer.position(),
+            "files": {str(file.relative_to(scratch)): file.stat().st_size for file in sorted(files)},
+        }
+        write_atomically(scratch / STATE_FILE, json.dumps(state, indent=1))
+        target = self.folder / self._name
+        if target.exists():  # of a run that was taken up again at an earlier step
+            shutil.rmtree(target)
+        scratch.rename(target)
+        flush_to_disk(self.folder)
+        write_atomically(self.folder / LATEST_FILE, self._name + "\n")
+        for old in complete_checkpoints(self.folder)[: -self.args.keep_checkpoints]:
+            (old.folder / STATE_FILE).unlink()  # from here on it is not a whole one
+            shutil.rmtree(old.folder, ignore_errors=True)
+
+    def _on_rank_0(self, work) -> None:
+        """A failure there reaches all."""
+
+        def telling() -> None:
+            if get_rank() == 0:
+                try:
+                    work()
+                except OSError as error:
+                    raise self._could_not(error) from error
+
+        agree(telling)
+
+    def _could_not(self, error: Exception) -> UserError:
+        free = shutil.disk_usage(self.folder).free / 2**20
+        return UserError(
+            f"the checkpoint of step {self.steps} could not be written to {self.folder}, where {free:.1f} MiB are "
+            f"free: {error}; {self.last()}"
+        )
+
+
+def _device() -> str:
+    accelerator = get_accelerator()
+    return "cpu" if accelerator.device_name() == "cpu" else accelerator.current_device_name()
+
+
+def _rank_name(prefix: str, suffix: str) -> str:
+    return f"{prefix}{get_rank():05d}{suffix}"
+
+
+def _is_sharded(engine) -> bool:
+    return any(hasattr(param, "ds_id") for param in engine.module.parameters())
+
+
+def _average_file(name: str, average) -> str:
+    return _rank_name(f"{name}-rank", ".safetensors") if _is_sharded(average) else f"{name}-rank00000.safetensors"
+
+
+def _moving_parts(average, followed) -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's part of each weight of an average that moves: of those that train."""
+    pairs = zip(average.module.named_parameters(), followed.module.parameters(), strict=True)
+    for (name, param), source in pairs:
+        if source.requires_grad:
+            yield name, (param.ds_tensor if hasattr(param, "ds_id") else param).data
