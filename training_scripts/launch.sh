@@ -27,7 +27,7 @@ activate_environment() { # the project's own, unless there is one with deepspeed
 }
 
 launch() { # launch STEP OUTPUT FLAGS...
-    local step="$1" output="$2" command more where=(--num_gpus "${RANKS:-${ranks:-}}")
+    local step="$1" output="$2" log=training.log command more where=(--num_gpus "${RANKS:-${ranks:-}}")
     shift 2
     activate_environment || return
     if [ -n "${hostfile:-}" ]; then
@@ -47,8 +47,10 @@ launch() { # launch STEP OUTPUT FLAGS...
         echo
         return
     fi
+    # Nodes that are started one by one may share the folder. And one that has nothing to say is not one that failed.
+    [[ " ${more[*]-} " =~ " --node_rank "([1-9][0-9]*)" " ]] && log="training.node${BASH_REMATCH[1]}.log"
     mkdir -p "$output"
-    "${command[@]}" 2>&1 | grep --line-buffered -v -e '\[INFO\]' -e '\[WARNING\]' | tee "$output/training.log"
+    "${command[@]}" 2>&1 | { grep --line-buffered -v -e '\[INFO\]' -e '\[WARNING\]' || [ $? = 1 ]; } | tee "$output/$log"
 }
 
 _recipe_usage() { # the comment at the head of the recipe

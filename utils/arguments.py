@@ -10,10 +10,12 @@ from pathlib import Path
 from transformers import SchedulerType
 from transformers.utils import is_flash_attn_2_available
 
-from utils.distributed import COMM_TIMEOUT, UserError, deepspeed, get_accelerator
+from utils.distributed import COMM_TIMEOUT, UserError, check_same_on_all_nodes, deepspeed, get_accelerator
 from utils.ds_utils import get_train_ds_config, merge_config_file
 
 QUANTIZATIONS = ("nf4", "int8")
+# Flags whose values may differ between nodes: where things lie there.
+OF_A_NODE = re.compile("rank|path|_dir|resume|deepspeed_config|reward_function|dataset_name|num_workers")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SOFT_PROMPT_LEARNING_RATES = {"prompt_tuning": 1e-2, "p_tuning": 1e-4}
 
@@ -524,6 +526,7 @@ def resolve_common(args) -> None:
     for name in args.report_to:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--report_to {name} needs the package {name}: pip install {name}")
+    check_same_on_all_nodes({f"--{name}": value for name, value in vars(args).items() if not OF_A_NODE.search(name)})
 
 
 def check_output_dir(output_dir: str | None, flag: str = "--output_dir") -> None:

@@ -246,6 +246,23 @@ def agree(check: Callable[[], None]) -> None:
         raise SharedError(problems[0])
 
 
+def check_same_on_all_nodes(values: dict[str, object]) -> None:
+    """Named values that must not differ between ranks: nodes are started, and get their files, one by one.
+
+    Raises:
+        UserError: on all ranks, with the name that differs, its two values, and the hosts.
+    """
+    here = {name: str(value) for name, value in values.items()}
+    (first, first_host), *others = all_gather_objects((here, socket.gethostname()))
+    for found, host in others:
+        for name in first.keys() | found.keys():
+            if first.get(name) != found.get(name):
+                raise SharedError(
+                    f"{name} must be the same on every node: it is {first.get(name)} on {first_host}, the first, and "
+                    f"{found.get(name)} on {host}"
+                )
+
+
 OWN_ERROR_SECONDS = 5  # how long a rank other than 0 waits before it tells an error of its own
 _run_id: str | None = None
 
@@ -280,7 +297,7 @@ def once_per_node(result: Path, build: Callable[[], None], rebuild: bool = False
                 build()
         except Exception as error:
             failure.parent.mkdir(parents=True, exist_ok=True)
-            scratch = failure.with_suffix(".writing")
+            scratch = failure.with_suffix(f".{uuid.uuid4().hex}")  # other nodes may fail at the same place
             scratch.write_text(str(error) or repr(error))
             os.replace(scratch, failure)
             if isinstance(error, ValueError | OSError | UserError):
@@ -293,8 +310,9 @@ def once_per_node(result: Path, build: Callable[[], None], rebuild: bool = False
             time.sleep(poll_seconds)
 
 
-# What gloo, NCCL and the store say of a collective that others do not join.
+# What gloo, NCCL and the store say of a collective that others do not join, and gloo of one that they left.
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+CONNECTION_LOST = re.compile(r"gloo.*(Connection (reset|closed)|Broken pipe)", re.IGNORECASE | re.DOTALL)
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -321,10 +339,17 @@ def run_main(main: Callable[[], None]) -> None:
             print(f"\nerror: {'' if get_rank() == 0 else f'rank {get_rank()}: '}{error}", file=sys.stderr)
     except Exception as error:
         exit_code = 1
-        if isinstance(error, RuntimeError) and TIMED_OUT.search(str(error)):
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, RuntimeError) and CONNECTION_LOST.search(str(error)):
+            print(
+                f"\nerror: rank {get_rank()}: the connection to another rank is lost: its process or its node has "
+                f"ended, and its own output says why ({reason})",
+                file=sys.stderr,
+            )
+        elif isinstance(error, RuntimeError) and TIMED_OUT.search(str(error)):
             print(
                 f"\nerror: rank {get_rank()}: another rank did not take part within --comm_timeout seconds; it hangs, "
-                f"was stopped, or is slower than that ({str(error).splitlines()[0]})",
+                f"was stopped, is slower than that, or cannot be reached ({reason})",
                 file=sys.stderr,
             )
         else:

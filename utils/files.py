@@ -1,7 +1,10 @@
 """Writing files whole."""
 
+import contextlib
 import json
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from utils.distributed import UserError
@@ -20,11 +23,39 @@ def check_writable(path: str | None):
         raise UserError(f"{path} cannot be written")
 
 
-def write_text(path: str, text: str):
+@contextlib.contextmanager
+def scratch_beside(path: str | os.PathLike) -> Iterator[Path]:
+    """A name in the file's folder, to write it under and then rename; gone at the end, whatever happened.
+
+    No one else has it: on a file system that several nodes share a process id would not do.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}")
+    try:
+        yield scratch
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str):
     """Write a file whole: a kill leaves the old file or the new one."""
-    unfinished = Path(f"{path}.tmp{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    with scratch_beside(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+
+
+def name_if_new(scratch: Path, path: Path) -> None:
+    """Give a finished file its name, unless there is one of that name by now.
+
+    For a file that others map into memory as soon as they find it: one that is replaced on a network drive is gone for
+    the other nodes.
+    """
+    try:
+        os.link(scratch, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        scratch.replace(path)
 
 
 def write_jsonl(path: str, rows: list[dict]):

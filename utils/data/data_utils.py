@@ -35,7 +35,8 @@ from utils.data.encoding import (
 )
 from utils.data.raw_datasets import DataError, PromptRawDataset, RowReport, SkipRow, open_raw_dataset, text
 from utils.data.readers import ConcatRows, Rows, TextFile, content_fingerprint, file_kind, open_splits, splits_of_hub
-from utils.distributed import UserError, get_local_rank, once_per_node
+from utils.distributed import UserError, check_same_on_all_nodes, get_local_rank, once_per_node
+from utils.files import name_if_new, scratch_beside, write_text
 from utils.utils import print_rank_0, progress
 
 __all__ = [  # what other people's code imports from here, wherever it is written
@@ -123,10 +124,10 @@ def _write_split_file(file: Path, indices: np.ndarray) -> None:
         except (ValueError, OSError, EOFError):
             pass  # a torn file of some earlier crash: written anew below
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(scratch, "wb") as out:
-        np.save(out, indices, allow_pickle=False)
-    os.replace(scratch, file)
+    with scratch_beside(file) as scratch:
+        with open(scratch, "wb") as out:
+            np.save(out, indices, allow_pickle=False)
+        scratch.replace(file)
 
 
 # ---------------------------------------------------------------- the cache
@@ -176,15 +177,12 @@ def _key_of(tokenizer, *parts) -> str:
 def _arrow_file(file: Path, schema: pa.Schema, counts: PreparationCounts):
     """A writer of an Arrow file that appears, with its counts beside it, only when the block has ended well."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with scratch_beside(file) as scratch:
         with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             yield writer
         # The counts first: whoever finds the rows finds them too.
-        _write_text(file.with_suffix(".json"), json.dumps(vars(counts)))
-        os.replace(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)
+        write_text(file.with_suffix(".json"), json.dumps(vars(counts)))
+        name_if_new(scratch, file)
 
 
 def _print_counts(split: str, file: Path) -> None:
@@ -212,16 +210,12 @@ def create_dataset_split(raw_dataset, rows, indices, tokenizer, rules: TokenRule
     return encoder.counts
 
 
-def _write_text(file: Path, text: str) -> None:
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(text)
-    os.replace(scratch, file)
-
-
 def _prepare(
     raw_dataset, split, tokenizer, rules, output_path, data_split, share, seed, limit, rebuild
 ) -> PromptDataset:
     """One split ("train" or "eval") of one dataset, from the cache or made now by the first rank of each node."""
+    content = _key_of(tokenizer, raw_dataset.fingerprint(), tokenizer.chat_template if rules.chat_template else None)
+    check_same_on_all_nodes({f"what {raw_dataset.dataset_name} and the tokenizer hold (here as a checksum)": content})
     key = _cache_key(raw_dataset, split, tokenizer, rules, f"{data_split}/{share}", seed, limit)
     file = (
         Path(output_path)

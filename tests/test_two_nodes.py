@@ -1,0 +1,158 @@
+"""The multi_node recipes on two nodes that share nothing they need not share; see two_nodes.py.
+
+Where the rights to make such nodes are missing, all of it is skipped with the reason.
+"""
+
+import json
+import shlex
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import two_nodes
+from conftest import PROJECT, make_model, read_metrics, run_command, write_pairs
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from two_nodes import TwoNodes
+
+from utils.model.model_utils import create_critic_model
+from utils.utils import load_hf_tokenizer, save_hf_format
+
+REASON = two_nodes.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"two nodes cannot be made: {REASON}")
+RECIPE = "training_scripts/step{}_{}_finetuning/qwen3/multi_node/run_8b.sh"
+SFT, PPO = PROJECT / RECIPE.format(1, "supervised"), PROJECT / RECIPE.format(3, "rlhf")
+PATIENCE = 240  # seconds for one launch
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """What both nodes find at the same place: models and pairs."""
+    folder = tmp_path_factory.mktemp("shared")
+    actor = make_model(folder / "actor")
+    tokenizer = load_hf_tokenizer(actor)
+    torch.manual_seed(5)
+    save_hf_format(create_critic_model(actor, tokenizer), tokenizer, SimpleNamespace(output_dir=str(folder / "reward")))
+    config = json.loads((folder / "reward/config.json").read_text())
+    scale = {"reward_score_mean": 0.1, "reward_score_std": 0.5}  # as step 2 leaves them
+    (folder / "reward/config.json").write_text(json.dumps(config | scale))
+    (folder / "pairs").mkdir()
+    write_pairs(folder / "pairs/train.jsonl", 60)
+    write_pairs(folder / "pairs/eval.jsonl", 20)
+    return folder
+
+
+def sft(shared, output, cache):
+    return [
+        *(output, 3, "--model_name_or_path", shared / "actor", "--data_path", shared / "pairs", "--dtype", "fp32"),
+        *(
+            "--data_output_path",
+            cache,
+            "--max_seq_len",
+            48,
+            "--per_device_train_batch_size",
+            2,
+            "--learning_rate",
+            1e-3,
+        ),
+        *("--lr_scheduler_type", "constant", "--num_warmup_steps", 0, "--log_interval", 10**6),
+    ]
+
+
+def ppo(shared, output, cache):
+    return [
+        *(shared / "actor", shared / "reward", 3, 3, output, "--data_path", shared / "pairs", "--dtype", "fp32"),
+        *("--data_output_path", cache, "--max_prompt_seq_len", 24, "--max_answer_seq_len", 8, "--num_warmup_steps", 0),
+        *("--per_device_generation_batch_size", 2, "--actor_learning_rate", 1e-3, "--critic_learning_rate", 1e-3),
+        *("--enable_ema", "--enable_test_mode", "--test_stop_step", 2),
+    ]
+
+
+@pytest.fixture(scope="module")
+def one_node(shared, tmp_path_factory):
+    """The same flags on two ranks of one node: the folder with ``sft`` and ``ppo``."""
+    folder = tmp_path_factory.mktemp("one_node")
+    runs = []
+    for step, recipe, arguments in (
+        (1, SFT, [*sft(shared, folder / "sft", folder / "cache"), "--num_train_epochs", 1]),
+        (3, PPO, ppo(shared, folder / "ppo", folder / "cache")),
+    ):
+        code, printed = run_command(["bash", recipe, *arguments], DRY_RUN="1")
+        assert code == 0, printed
+        words = shlex.split(printed)
+        main = next(i for i, word in enumerate(words) if word.endswith("/main.py"))
+        runs.append([step, words[main + 1 :]])
+    (folder / "runs.json").write_text(json.dumps(runs))
+    torchrun = Path(two_nodes.sys.executable).parent / "torchrun"
+    command = [torchrun, "--standalone", "--nproc_per_node=2", PROJECT / "tests/runs_in_one_launch.py"]
+    code, console = run_command([*command, folder / "runs.json"], timeout=PATIENCE)
+    assert code == 0, console
+    return folder
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    with TwoNodes(tmp_path) as both:
+        yield both
+
+
+def logs(nodes) -> str:
+    return "".join(f"\n===== {node.name}\n{node.log.read_text()}" for node in nodes)
+
+
+def assert_same_figures(rows, expected, names):
+    """Equal but for the order in which two sums of floats were taken."""
+    assert len(rows) == len(expected) > 0
+    for row, other in zip(rows, expected, strict=True):
+        for name in names:
+            assert row[f"train/{name}"] == pytest.approx(other[f"train/{name}"], rel=1e-5, abs=1e-6), name
+
+
+def prepared(folder: Path) -> set[str]:
+    return {file.name for file in folder.glob("tokenised/*")}
+
+
+def test_ppo_on_two_nodes_is_ppo_on_two_ranks_and_the_first_node_has_the_whole_model(nodes, one_node, shared):
+    nodes.start_recipe(PPO, ppo(shared, nodes.local / "out", nodes.local / "cache"))
+    assert nodes.wait(PATIENCE) == [0, 0], logs(nodes)
+    first, second = nodes
+    names = ("actor_loss", "critic_loss", "kl", "score", "answer_length")
+    assert_same_figures(read_metrics(first.disk / "out"), read_metrics(one_node / "ppo"), names)
+    for model in ("actor", "critic", "actor_ema"):
+        weights = load_file(first.disk / "out" / model / "model.safetensors")
+        expected = load_file(one_node / "ppo" / model / "model.safetensors")
+        assert weights.keys() == expected.keys()
+        for name, value in weights.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    assert AutoModelForCausalLM.from_pretrained(first.disk / "out/actor")
+    # The second saved nothing but its console, and prepared its own data.
+    assert [file.name for file in (second.disk / "out").iterdir()] == ["training.node1.log"]
+    assert prepared(first.disk / "cache") == prepared(second.disk / "cache") == prepared_by_step_3(one_node / "cache")
+    assert [node.left_running for node in nodes] == ["", ""]
+
+
+def prepared_by_step_3(folder: Path) -> set[str]:
+    return {name for name in prepared(folder) if "_step3_" in name}
+
+
+def test_sft_on_two_nodes_is_sft_on_two_ranks_and_a_node_that_dies_ends_the_other(nodes, one_node, shared):
+    first, second = nodes
+    cache = nodes.folder / "cache"  # both see this one, and prepare the same file at once
+    nodes.start_recipe(SFT, [*sft(shared, nodes.local / "out", cache), "--num_train_epochs", 10**5])
+    expected = read_metrics(one_node / "sft")
+    end = time.monotonic() + PATIENCE
+    rows = []
+    while len(rows) <= len(expected):
+        assert first.process.poll() is None and time.monotonic() < end, logs(nodes)
+        time.sleep(0.1)
+        if (first.disk / "out/metrics.jsonl").exists():
+            rows = read_metrics(first.disk / "out")
+    second.kill()
+    assert first.process.wait(PATIENCE) not in (0, None)
+    assert_same_figures(rows[: len(expected)], expected, ("loss", "grad_norm"))
+    assert "error: rank 0: the connection to another rank is lost" in first.log.read_text(), logs(nodes)
+    assert first.left_running == ""
+    assert not list((first.disk / "out").glob("*.safetensors"))
+    assert len(prepared(cache)) == 4 and not list(cache.rglob(".*"))
