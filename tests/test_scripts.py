@@ -69,8 +69,10 @@ def test_a_recipe_s_command_is_one_its_step_understands(script, monkeypatch):
 def test_environment_overrides_reach_the_launcher():
     recipe = PROJECT / "training_scripts/step1_supervised_finetuning/opt/multi_node/run_66b.sh"
     environment = {"HOSTFILE": "/my hosts", "MASTER_PORT": "1234", "LAUNCHER_ARGS": "--no_ssh --node_rank 1"}
-    words, _ = parsed(dry_run(recipe, **environment).stdout)
+    words, _ = parsed(dry_run(recipe, VIRTUAL_ENV="", **environment).stdout)
     assert words == ["deepspeed", "--hostfile", "/my hosts", "--master_port", "1234", "--no_ssh", "--node_rank", "1"]
+    words, _ = parsed(dry_run(recipe, VIRTUAL_ENV="/my env", **environment).stdout)
+    assert words[3:5] == ["--venv_script", "/my env/bin/activate"]
     node = PROJECT / "training_scripts/step1_supervised_finetuning/opt/single_node/run_1.3b.sh"
     words, _ = parsed(dry_run(node, RANKS="5").stdout)
     assert words[:3] == ["deepspeed", "--num_gpus", "5"]

@@ -36,6 +36,8 @@ launch() { # launch STEP OUTPUT FLAGS...
             exit 1
         fi
         where=(--hostfile "$hostfile")
+        # What ssh starts on a node has the interpreter of this one, but not the programs beside it (ninja, say).
+        if [ -n "${VIRTUAL_ENV:-}" ]; then where+=(--venv_script "$VIRTUAL_ENV/bin/activate"); fi
     elif [ -z "${where[1]}" ]; then
         where[1]="$(count_ranks)"
     fi
