@@ -15,7 +15,9 @@ from conftest import PROJECT, STEPS, make_model, read_metrics, run_command
 from transformers import AutoModelForCausalLM
 
 from utils import distributed
+from utils.arguments import OF_A_NODE
 from utils.distributed import UserError
+from utils.files import name_if_new, scratch_beside
 from utils.model.model_utils import create_critic_model
 from utils.utils import load_hf_tokenizer, save_hf_format
 
@@ -175,6 +177,59 @@ def test_a_rank_that_stops_answering_ends_the_others_with_a_message(model_folder
     assert "error: rank 0: another rank did not take part within --comm_timeout" in told
     assert "10000ms" in told and "Traceback" not in told
     assert not (tmp_path / "out/model.safetensors").exists()
+
+
+# ---------------------------------------------------------------- nodes that differ
+
+
+@pytest.fixture
+def two_hosts(monkeypatch):
+    """Whatever this rank says, another on host b says with a change: two_hosts["--flag"] = value there."""
+    changes = {}
+
+    def gather(mine):
+        if not isinstance(mine, tuple):
+            return [mine]
+        values, _ = mine
+        return [mine, (values | {name: changes[name] for name in values.keys() & changes.keys()}, "b")]
+
+    monkeypatch.setattr(distributed, "all_gather_objects", gather)
+    monkeypatch.setattr(distributed.socket, "gethostname", lambda: "a")
+    return changes
+
+
+def test_a_flag_or_data_that_differs_between_nodes_is_named_with_both_hosts(
+    two_hosts, run_step, model_folder, pairs_folder, tmp_path
+):
+    arguments = ["--model_name_or_path", model_folder, "--data_path", pairs_folder, "--dtype", "fp32"]
+    arguments += ["--data_output_path", tmp_path / "cache", "--output_dir", tmp_path / "out"]
+    two_hosts["--learning_rate"] = "0.5"
+    message = r"--learning_rate must be the same on every node: it is 0\.001 on a, the first, and 0\.5 on b"
+    with pytest.raises(UserError, match=message):
+        run_step(1, arguments)
+    two_hosts.clear()
+    two_hosts["the checksum of data and tokenizer"] = "0123"
+    with pytest.raises(UserError, match=r"the checksum of data .* must be the same on every node: .* 0123 on b"):
+        run_step(1, arguments)
+    assert not (tmp_path / "out/metrics.jsonl").exists() and not (tmp_path / "cache").exists()
+
+
+def test_places_may_differ_between_nodes_and_what_shapes_the_training_may_not():
+    for name in ("output_dir", "data_path", "data_output_path", "actor_model_name_or_path", "local_rank", "resume"):
+        assert OF_A_NODE.search(name), name
+    for name in ("learning_rate", "data_split", "dtype", "seed", "offload_reward_model", "actor_zero_stage", "top_p"):
+        assert not OF_A_NODE.search(name), name
+
+
+def test_a_file_that_others_may_have_mapped_is_not_replaced(tmp_path):
+    path, inodes = tmp_path / "rows.arrow", []
+    for content in ("first", "second"):
+        with scratch_beside(path) as scratch:
+            scratch.write_text(content)
+            name_if_new(scratch, path)
+        inodes.append(path.stat().st_ino)
+    assert path.read_text() == "first" and inodes[0] == inodes[1]
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.arrow"]
 
 
 # ---------------------------------------------------------------- the lock of an operator's build

@@ -6,7 +6,7 @@
 #
 # RANKS        processes per node (default: the GPUs, or 2 on a CPU with two or more cores; of a single_gpu recipe 1)
 # MASTER_PORT  where they meet (default 29517)
-# HOSTFILE     of a multi_node recipe: a line "HOST slots=GPUS" per node (default /job/hostfile)
+# HOSTFILE     of a multi_node recipe: a line "HOST slots=GPUS" per node, the first node first (default /job/hostfile)
 # LAUNCHER_ARGS  more arguments of the deepspeed launcher, as in "--no_ssh --node_rank 0 --master_addr 10.0.0.1"
 # DRY_RUN=1    print the command, run nothing
 

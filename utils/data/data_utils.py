@@ -215,7 +215,7 @@ def _prepare(
 ) -> PromptDataset:
     """One split ("train" or "eval") of one dataset, from the cache or made now by the first rank of each node."""
     content = _key_of(tokenizer, raw_dataset.fingerprint(), tokenizer.chat_template if rules.chat_template else None)
-    check_same_on_all_nodes({f"what {raw_dataset.dataset_name} and the tokenizer hold (here as a checksum)": content})
+    check_same_on_all_nodes({"the checksum of data and tokenizer": content})
     key = _cache_key(raw_dataset, split, tokenizer, rules, f"{data_split}/{share}", seed, limit)
     file = (
         Path(output_path)
