@@ -310,9 +310,24 @@ def once_per_node(result: Path, build: Callable[[], None], rebuild: bool = False
             time.sleep(poll_seconds)
 
 
-# What gloo, NCCL and the store say of a collective that others do not join, and gloo of one that they left.
-TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
-CONNECTION_LOST = re.compile(r"gloo.*(Connection (reset|closed)|Broken pipe)", re.IGNORECASE | re.DOTALL)
+# What gloo, NCCL and the store say when ranks do not come together, and what it means; the first that fits counts.
+TROUBLE_BETWEEN_RANKS = {
+    r"connectFullMesh": "the ranks cannot reach each other; name the network interface between the nodes, as in "
+    "GLOO_SOCKET_IFNAME=eth0",
+    r"gloo.*(connection (reset|closed)|broken pipe)": "the connection to another rank is lost: its process or its node "
+    "has ended, and its own output says why",
+    r"timed? ?out": "another rank did not take part within --comm_timeout seconds; it hangs, was stopped, is slower "
+    "than that, or cannot be reached",
+}
+
+
+def trouble_between_ranks(error: Exception) -> str | None:
+    """What a failed collective means to the user; None for any other error."""
+    if isinstance(error, RuntimeError):
+        for pattern, meaning in TROUBLE_BETWEEN_RANKS.items():
+            if re.search(pattern, str(error), re.IGNORECASE | re.DOTALL):
+                return meaning
+    return None
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -339,19 +354,9 @@ def run_main(main: Callable[[], None]) -> None:
             print(f"\nerror: {'' if get_rank() == 0 else f'rank {get_rank()}: '}{error}", file=sys.stderr)
     except Exception as error:
         exit_code = 1
-        reason = str(error).partition("\n")[0]
-        if isinstance(error, RuntimeError) and CONNECTION_LOST.search(str(error)):
-            print(
-                f"\nerror: rank {get_rank()}: the connection to another rank is lost: its process or its node has "
-                f"ended, and its own output says why ({reason})",
-                file=sys.stderr,
-            )
-        elif isinstance(error, RuntimeError) and TIMED_OUT.search(str(error)):
-            print(
-                f"\nerror: rank {get_rank()}: another rank did not take part within --comm_timeout seconds; it hangs, "
-                f"was stopped, is slower than that, or cannot be reached ({reason})",
-                file=sys.stderr,
-            )
+        if meaning := trouble_between_ranks(error):
+            reason = str(error).partition("\n")[0]
+            print(f"\nerror: rank {get_rank()}: {meaning} ({reason})", file=sys.stderr)
         else:
             print(f"rank {get_rank()} failed:", file=sys.stderr)
             traceback.print_exc()
