@@ -12,6 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from utils.distributed import COMM_TIMEOUT, UserError, check_same_on_all_nodes, deepspeed, get_accelerator
 from utils.ds_utils import get_train_ds_config, merge_config_file
+from utils.files import scratch_beside
 
 QUANTIZATIONS = ("nf4", "int8")
 # Flags whose values may differ between nodes: where things lie there.
@@ -536,9 +537,8 @@ def check_output_dir(output_dir: str | None, flag: str = "--output_dir") -> None
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        with scratch_beside(folder / "write-test") as probe:
+            probe.write_bytes(b"")
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {output_dir}: cannot be written: {getattr(error, 'strerror', error)}") from error
 
