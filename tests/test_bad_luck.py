@@ -188,10 +188,9 @@ def two_hosts(monkeypatch):
     changes = {}
 
     def gather(mine):
-        if not isinstance(mine, tuple):
-            return [mine]
-        values, _ = mine
-        return [mine, (values | {name: changes[name] for name in values.keys() & changes.keys()}, "b")]
+        if not isinstance(mine, tuple) or not isinstance(mine[0], dict):
+            return [mine]  # not what is compared here
+        return [mine, (mine[0] | {name: changes[name] for name in mine[0].keys() & changes.keys()}, "b")]
 
     monkeypatch.setattr(distributed, "all_gather_objects", gather)
     monkeypatch.setattr(distributed.socket, "gethostname", lambda: "a")
