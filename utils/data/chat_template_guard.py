@@ -54,11 +54,12 @@ def _try_in_child(template: str, special_tokens: dict[str, str]) -> str:
 
 
 def _limit_this_process() -> None:
-    with open("/proc/self/statm") as sizes:
-        address_space = int(sizes.read().split()[0]) * resource.getpagesize()
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    limit = address_space + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
+    if os.path.exists("/proc/self/statm"):  # Linux: elsewhere memory is bounded by the time alone
+        with open("/proc/self/statm") as sizes:
+            address_space = int(sizes.read().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = address_space + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

@@ -1,0 +1,191 @@
+#!/usr/bin/env python
+"""Kill a run again and again, with kill -9, at random moments; start it again with --resume auto; compare the end.
+
+    python tests/soak/soak.py --steps 1 2 3 --kills 30 --ranks 2
+
+Of each step an undisturbed run comes first. Then the same run is started with checkpoints, and after a random time the
+launcher, or one of its processes, gets SIGKILL; so until it has been killed --kills times and has come to its end (a
+run that ends before is begun anew). Every time no process may be left over a few seconds later, and at the end the
+saved weights must be those of the undisturbed run, bit for bit. Works in the demo world, on a CPU; not part of the CI.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT))
+RESUME = ("--resume", "auto")
+MAINS = {
+    1: PROJECT / "training/step1_supervised_finetuning/main.py",
+    2: PROJECT / "training/step2_reward_model_finetuning/main.py",
+    3: PROJECT / "training/step3_rlhf_finetuning/main.py",
+}
+COMMON = "--data_path local/demo --data_split 4,3,3 --dtype fp32 --seed 7 --num_train_epochs 2 --dropout 0.1"
+FLAGS = {
+    1: "--max_seq_len 48 --per_device_train_batch_size 4 --max_train_samples 96 --max_eval_samples 16 --zero_stage 2",
+    2: "--max_seq_len 48 --per_device_train_batch_size 4 --max_train_samples 96 --max_eval_samples 16 --zero_stage 3",
+    3: "--max_prompt_seq_len 24 --max_answer_seq_len 16 --per_device_generation_batch_size 4 "
+    "--per_device_training_batch_size 2 --max_train_samples 48 --enable_ema --enable_hybrid_engine "
+    "--actor_zero_stage 2 --critic_zero_stage 2 --num_warmup_steps 0",
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--steps", type=int, nargs="+", choices=[1, 2, 3], default=[1, 2, 3], help="of the pipeline (default all)")
+    add("--kills", type=int, default=30, help="of each step (default 30)")
+    add("--ranks", type=int, default=2, help="processes of a run (default 2)")
+    add("--launcher", choices=["deepspeed", "torchrun", "python"], default="deepspeed", help="(default deepspeed)")
+    add("--checkpoint_steps", type=int, default=3, help="steps between checkpoints (default 3)")
+    add("--seed", type=int, default=0, help="of moments and victims (default 0)")
+    add("--folder", type=Path, default=Path("output/soak"), help="for all files, emptied first (default output/soak)")
+    add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags of the step, last on the command line")
+    return parser.parse_args()
+
+
+class Run:
+    """A launch of a step, known among all processes by a mark in its environment."""
+
+    def __init__(self, args, step: int, output: Path, *flags):
+        self.mark, binaries = uuid.uuid4().hex, Path(sys.executable).parent
+        command = {
+            "python": [sys.executable],
+            "torchrun": [binaries / "torchrun", "--standalone", f"--nproc_per_node={args.ranks}"],
+            "deepspeed": [
+                binaries / "deepspeed",
+                "--num_gpus",
+                args.ranks,
+                "--master_port",
+                random.randint(20000, 60000),
+            ],
+        }[args.launcher]
+        paths = {
+            1: ["--model_name_or_path", args.folder / "base"],
+            2: ["--model_name_or_path", args.folder / "base"],
+            3: [
+                "--actor_model_name_or_path",
+                args.folder / "base",
+                "--critic_model_name_or_path",
+                args.folder / "reward",
+            ],
+        }[step]
+        dropout = COMMON if step < 3 else COMMON.replace("--dropout", "--actor_dropout")
+        command += [MAINS[step], *dropout.split(), *FLAGS[step].split(), *paths, "--output_dir", output]
+        command += ["--data_output_path", args.folder / "data", *flags, *args.flags]
+        environment = os.environ | {"SOAK_MARK": self.mark, "PATH": f"{binaries}:{os.environ['PATH']}"}
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        self.log = output.with_suffix(".log")
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("SOAK_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def kill_one(self, generator: random.Random) -> str | None:
+        victims = [process for process in self.processes() if "main.py" in " ".join(process.cmdline())]
+        if not victims or self.process.poll() is not None:
+            return None
+        victim = generator.choice(victims)
+        name = next(
+            (w for w in ("launcher.launch", "bin/deepspeed", "bin/torchrun") if w in " ".join(victim.cmdline())), "rank"
+        )
+        victim.kill()
+        return name
+
+    def wait_for_all(self, seconds: float = 90) -> None:
+        end = time.monotonic() + seconds
+        while left := self.processes():
+            if time.monotonic() > end:
+                raise SystemExit(f"left over after {seconds} s: {[' '.join(p.cmdline()) for p in left]}")
+            time.sleep(0.2)
+        self.process.wait()
+
+
+def weights(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*.safetensors") if "checkpoints" not in file.parts)
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def losses(folder: Path) -> list:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        [row["step"]] + [row.get(f"train/{name}") for name in ("loss", "actor_loss", "critic_loss")] for row in rows
+    ]
+
+
+def undisturbed(args, step: int, output: Path) -> float:
+    start, run = time.monotonic(), Run(args, step, output)
+    if run.process.wait() != 0:
+        raise SystemExit(run.log.read_text())
+    return time.monotonic() - start
+
+
+def soak(args, step: int, generator: random.Random) -> None:
+    plain, killed = args.folder / f"step{step}", args.folder / f"step{step}_killed"
+    seconds = undisturbed(args, step, plain)
+    kills, ends, victims = 0, 0, {}
+    while kills < args.kills or not ends:
+        start, run = time.monotonic(), Run(args, step, killed, "--checkpoint_steps", args.checkpoint_steps, *RESUME)
+        if kills < args.kills:
+            try:
+                # From the loading of packages on; a run that resumes is shorter than the whole one.
+                run.process.wait(generator.uniform(0.3, 1.0) * seconds)
+            except subprocess.TimeoutExpired:
+                if victim := run.kill_one(generator):
+                    kills += 1
+                    victims[victim] = victims.get(victim, 0) + 1
+                    run.wait_for_all()
+                    continue
+        run.process.wait()
+        if run.process.returncode != 0:
+            raise SystemExit(f"a start after {kills} kills failed:\n{run.log.read_text()[-3000:]}")
+        run.wait_for_all()
+        if weights(killed) != weights(plain) or losses(killed) != losses(plain):
+            raise SystemExit(f"after {kills} kills the model is another one: {killed}, {plain}")
+        ends += 1
+        seconds = min(seconds, time.monotonic() - start)  # the undisturbed run may have built operators, or waited
+        print(f"step {step}: {kills} kills so far, the model of end {ends} equals the undisturbed one", flush=True)
+        if kills < args.kills:
+            shutil.rmtree(killed)
+    print(
+        f"step {step}: survived {kills} of {kills} kills ({victims}), {ends} times to the end; undisturbed it takes "
+        f"{seconds:.0f} s"
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    from utils.demo.tiny_model import create_demo_model
+
+    shutil.rmtree(args.folder, ignore_errors=True)
+    args.folder.mkdir(parents=True)
+    args.folder = args.folder.resolve()
+    create_demo_model(args.folder / "base", seed=7)
+    if 3 in args.steps:
+        undisturbed(args, 2, args.folder / "reward")
+    generator = random.Random(args.seed)
+    for step in args.steps:
+        soak(args, step, generator)
+
+
+if __name__ == "__main__":
+    main()
