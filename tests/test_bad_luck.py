@@ -37,11 +37,11 @@ PATCHES = {
     "killed": """
         import signal
         train, calls = Trainer.train_rlhf, []
-        def patched(self, window):
+        def patched(self, window, *others):
             calls.append(window)
             if RANK == 1 and len(calls) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return train(self, window)
+            return train(self, window, *others)
         Trainer.train_rlhf = patched
     """,
     # The logits of rank 1 are no numbers.
