@@ -24,6 +24,7 @@ COMMAND = r"(?:[A-Z_]+=\S+ )*(?:python|bash|deepspeed|torchrun|transformers) "
 ELSEWHERE = {
     "bash training_scripts/quickstart.sh": "run below, at a small size",
     "bash tests/run.sh": "what runs this",
+    "bash training_scripts/study.sh": "hours; run by hand for the figures",
     "bash training_scripts/real_model.sh": "needs a model of 135 M parameters from a package; run by hand",
     "python evaluation_scripts/benchmark/": "minutes; each is run by hand for the figures",
     "python -m utils.plan": "test_preflight.py plans each step, for a configuration it makes",
@@ -48,8 +49,11 @@ SMALL = {
     3: "--dtype fp32 --max_train_samples 8 --max_prompt_seq_len 32 --max_answer_seq_len 8 "
     "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --num_warmup_steps 0",
 }
-# What step 3 needs and "..." leaves out.
-LEFT_OUT = "--actor_model_name_or_path output/sft --critic_model_name_or_path output/reward --output_dir output/rlhf"
+# What a step needs and "..." leaves out.
+LEFT_OUT = {
+    "1": "--model_name_or_path facebook/opt-125m",
+    "3": "--actor_model_name_or_path output/sft --critic_model_name_or_path output/reward --output_dir output/rlhf",
+}
 LORA = "--model_name_or_path output/sft --output_dir output/lora --lora_dim 2 --only_optimize_lora --save_lora_adapters"
 
 
@@ -132,20 +136,17 @@ def test_a_command_of_the_pages_works_as_printed(page, command, sandbox, cache_f
         )
         assert code == 0, console
         return
-    if "..." in arguments and "--data_path" not in arguments:
-        place = arguments.index("...")
-        arguments[place : place + 1] = LEFT_OUT.split()
-    arguments = ["pairs" if argument == "..." else argument for argument in arguments]
     script = next(base / script for base in (sandbox, PROJECT / page) if (base / script).exists())
+    step = re.search(r"step(\d)|$", str(script.resolve()))[1]  # None for other scripts
+    if step and "..." in arguments and "--data_path" not in arguments:
+        place = arguments.index("...")
+        arguments[place : place + 1] = LEFT_OUT[step].split()
+    arguments = ["pairs" if argument == "..." else argument for argument in arguments]
     data = f"--data_path pairs --data_output_path {cache_folder}"
     if NAMES["OUTPUT_DIR/adapter"] in arguments:
         _run_python(STEPS[1], f"{LORA} {data} {SMALL[1]}".split(), monkeypatch)
-    if (step := re.search(r"step(\d)", str(script.resolve()))) and "--help" not in arguments:
-        arguments = [
-            *data.split(),
-            *arguments,
-            *SMALL[int(step[1])].split(),
-        ]  # what is given twice counts the last time
+    if step and "--help" not in arguments:  # of a flag that is given twice the last one counts
+        arguments = [*data.split(), *arguments, *SMALL[int(step)].split()]
     _run_python(script, arguments, monkeypatch)
 
 
