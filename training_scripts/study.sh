@@ -22,7 +22,7 @@ flags() { # flags VARIANT: what it changes in the quickstart's step 3
     lora) echo "$lora" ;;
     zero3_2_ranks) echo "--actor_zero_stage 3 --critic_zero_stage 3 --per_device_generation_batch_size 32 --per_device_training_batch_size 16" ;;
     rloo) echo "--advantage_estimator rloo $group" ;;
-    grpo) echo "--advantage_estimator grpo $group" ;;
+    grpo) echo "--advantage_estimator grpo --kl_ctl 0.2 $group" ;;
     *) echo "error: no variant $1" >&2 && return 1 ;;
     esac
 }
