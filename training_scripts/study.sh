@@ -46,6 +46,7 @@ for seed in $seeds; do run "seed_$seed" "$seed"; done
 for variant in ${VARIANTS-ppo_epochs_4 lora zero3_2_ranks rloo grpo}; do
     for seed in ${VARIANT_SEEDS:-$seeds}; do run "${variant}_$seed" "$seed" "$variant"; done
 done
-# shellcheck source=training_scripts/setup_env.sh
-command -v deepspeed >/dev/null || . "$here/setup_env.sh"
+# shellcheck source=training_scripts/launch.sh
+. "$here/launch.sh"
+activate_environment
 python "$here/../evaluation_scripts/study_report.py" "$output"

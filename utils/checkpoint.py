@@ -48,6 +48,7 @@ from utils.distributed import (
     get_rank,
     get_world_size,
 )
+from utils.files import flush_to_disk, write_text
 from utils.utils import print_rank_0
 
 STATE_FILE, LATEST_FILE, FINISHED_FILE, LOCK_FILE = "state.json", "latest", "finished.json", ".lock"
@@ -211,21 +212,6 @@ def newest_checkpoint(folder: Path) -> Found | None:
         return read_checkpoint(folder / Path((folder / LATEST_FILE).read_text().strip()).name)
     found = complete_checkpoints(folder)
     return found[-1] if found else None
-
-
-def write_atomically(file: Path, text: str) -> None:
-    scratch = file.with_name(f".{file.name}.writing")
-    scratch.write_text(text)
-    flush_to_disk(scratch)
-    os.replace(scratch, file)
-
-
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- the run
@@ -434,7 +420,7 @@ class Checkpoints:
         if not self.enabled:
             return
         state = self._common_state() | {"output_dir": self.args.output_dir}
-        self._on_rank_0(lambda: write_atomically(self.folder / FINISHED_FILE, json.dumps(state, indent=1)))
+        self._on_rank_0(lambda: write_text(self.folder / FINISHED_FILE, json.dumps(state, indent=1), flush=True))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def last(self) -> str:
@@ -496,7 +482,7 @@ class Checkpoints:
                     for name, thing in self._tracked.items()
                 }
                 state = {"random": random_states(), "tracked": tracked}
-                write_atomically(scratch / _rank_name("rank", ".json"), json.dumps(state))
+                write_text(scratch / _rank_name("rank", ".json"), json.dumps(state), flush=True)
             except (OSError, SafetensorError) as error:
                 raise self._could_not(error) from error
 
@@ -510,13 +496,13 @@ class Checkpoints:
             "metrics": self._writer.position(),
             "files": {str(file.relative_to(scratch)): file.stat().st_size for file in sorted(files)},
         }
-        write_atomically(scratch / STATE_FILE, json.dumps(state, indent=1))
+        write_text(scratch / STATE_FILE, json.dumps(state, indent=1), flush=True)
         target = self.folder / self._name
         if target.exists():  # of a run that was taken up again at an earlier step
             shutil.rmtree(target)
         scratch.rename(target)
         flush_to_disk(self.folder)
-        write_atomically(self.folder / LATEST_FILE, self._name + "\n")
+        write_text(self.folder / LATEST_FILE, self._name + "\n", flush=True)
         for old in complete_checkpoints(self.folder)[: -self.args.keep_checkpoints]:
             (old.folder / STATE_FILE).unlink()  # from here on it is not a whole one
             shutil.rmtree(old.folder, ignore_errors=True)

@@ -167,9 +167,12 @@ def follow_launcher(poll_seconds: float = 1.0) -> None:
     if "RANK" not in os.environ or not hasattr(libc, "prctl"):  # nobody started it, or this is no Linux
         return
     launcher = psutil.Process(os.getppid())
+    command = " ".join(launcher.cmdline())
+    if not re.search(r"deepspeed\.launcher\.launch|torch\.distributed\.run|torchrun", command):
+        return  # a shell, say, whose background processes may outlive it
     set_parent_death_signal = 1
     libc.prctl(set_parent_death_signal, int(signal.SIGKILL))
-    if "deepspeed.launcher.launch" not in " ".join(launcher.cmdline()):
+    if "deepspeed.launcher.launch" not in command:
         return
     runner = launcher.ppid()
     if not Path(f"/proc/{runner}/cmdline").read_text().replace("\0", " ").count("deepspeed"):

@@ -37,11 +37,22 @@ def scratch_beside(path: str | os.PathLike) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike, text: str):
-    """Write a file whole: a kill leaves the old file or the new one."""
+def write_text(path: str | os.PathLike, text: str, flush: bool = False):
+    """Write a file whole: a kill leaves the old file or the new one; with ``flush`` a power cut does too."""
     with scratch_beside(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+        if flush:
+            flush_to_disk(scratch)
         scratch.replace(path)
+
+
+def flush_to_disk(path: str | os.PathLike) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def name_if_new(scratch: Path, path: Path) -> None:
