@@ -244,14 +244,19 @@ def test_all_rows_end_at_once_at_the_limit_or_alone(llama):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_are_an_error(llama, temperature):
+@pytest.mark.parametrize("answer", [sample_answers, generate_by_transformers])
+def test_logits_that_are_not_finite_are_an_error_after_the_last_token(llama, temperature, answer):
     prompts, mask = _prompts()
 
     def spoil(logits, rows, position):
         return torch.where((rows == 3)[:, None] & (position == 2), torch.nan, logits)
 
+    forwards = []
+    handle = llama.register_forward_hook(lambda *_: forwards.append(1))
     with pytest.raises(FloatingPointError, match=r"\[3\]"):
-        sample_answers(llama, prompts, mask, _decoding(eos=-1, temperature=temperature), rewrite_logits=spoil)
+        answer(llama, prompts, mask, _decoding(eos=-1, limit=6, temperature=temperature), rewrite_logits=spoil)
+    handle.remove()
+    assert len(forwards) == 6
 
 
 def test_a_rank_that_is_done_goes_along_until_all_are(llama):

@@ -236,7 +236,7 @@ class Checkpoints:
         self.args, self.models, self.steps, self.found = args, models, 0, None
         self.folder = None if args.checkpoint_dir is None else Path(args.checkpoint_dir)
         self.enabled = self.folder is not None and (args.checkpoint_steps > 0 or args.checkpoint_dir_given)
-        self._lock, self._stop = None, False
+        self._lock, self._stop, self._saved = None, False, None
         self._fingerprints = {name: model_fingerprint(getattr(args, name)) for name in models}
         finished = None
 
@@ -340,6 +340,7 @@ class Checkpoints:
                 and NumPy generators.
         """
         self._writer, self._engines, self._averages, self._tracked = writer, engines, averages or {}, tracked
+        self._position = [0, 0]
         self._rows = rows_fingerprint(dataset) if self.enabled or self.found else None
         for engine in engines.values():
             engine.checkpoint_engine = SafeFiles()
@@ -354,7 +355,16 @@ class Checkpoints:
                 f"(read in {time.perf_counter() - start:.1f} s)"
             )
         if self.enabled:
+            self._rank_state = self._take_rank_state()
             signal.signal(signal.SIGTERM, self._ask_to_stop)
+
+    def _take_rank_state(self) -> dict:
+        """The small state of this rank, as between two steps."""
+        tracked = {
+            name: thing.bit_generator.state if isinstance(thing, np.random.Generator) else thing.state_dict()
+            for name, thing in self._tracked.items()
+        }
+        return {"random": random_states(), "tracked": tracked}
 
     def _load(self) -> None:
         folder, state = self.found.folder, self.found.state
@@ -370,7 +380,8 @@ class Checkpoints:
                 raise UserError(f"--resume: {folder}: {error}") from error
 
         agree(look)
-        self.steps = state["steps"]
+        self.steps = self._saved = state["steps"]
+        self._position = state["position"]
         for name, engine in self._engines.items():
             # What is frozen is not in the files: it came from the model that the run starts from, as it did then.
             engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
@@ -389,7 +400,7 @@ class Checkpoints:
 
     def epochs(self, count: int) -> Iterator[tuple[int, int]]:
         """(epoch, steps of it that are done) for every epoch that is not over, evaluation included."""
-        epoch, done = (0, 0) if self.found is None else self.found.state["position"]
+        epoch, done = self._position
         for later in range(epoch, count):
             yield later, done if later == epoch else 0
 
@@ -405,9 +416,10 @@ class Checkpoints:
         self.steps += 1
         if not self.enabled:
             return
+        self._position, self._rank_state = [epoch, done], self._take_rank_state()
         stop = bool(all_reduce_sum(torch.tensor(int(self._stop), device=_device())))
         if stop or (self.args.checkpoint_steps and self.steps % self.args.checkpoint_steps == 0):
-            self._save(epoch, done)
+            self._save()
         if stop:
             self._writer.close()
             raise EndOfRun(
@@ -422,6 +434,22 @@ class Checkpoints:
         state = self._common_state() | {"output_dir": self.args.output_dir}
         self._on_rank_0(lambda: write_text(self.folder / FINISHED_FILE, json.dumps(state, indent=1), flush=True))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def save_before_step(self) -> str:
+        """For a step that cannot be made: save the run as it was before it, so that it begins with this step when it is
+        taken up; the weights are those of now (in step 3 some updates of the step may have gone well).
+
+        Returns:
+            where the run can be taken up, for messages
+        """
+        if not self.enabled or self._saved == self.steps:
+            return self.last()
+        unsound = [name for name, engine in self._engines.items() if not _is_finite(engine)]
+        unsound = next(filter(None, all_gather_objects(unsound)), None)
+        if unsound:
+            return f"the weights of the engine {unsound[0]!r} are not finite, so they were not saved; {self.last()}"
+        self._save()
+        return self.last()
 
     def last(self) -> str:
         """Where a run that fails now can be taken up, for messages."""
@@ -448,16 +476,17 @@ class Checkpoints:
             "versions": versions(),
         }
 
-    def _save(self, epoch: int, done: int) -> None:
+    def _save(self) -> None:
         scratch, start = self.folder / f".{self._name}", time.perf_counter()
         try:
             self._on_rank_0(lambda: scratch.mkdir())
             self._write(scratch)
-            self._on_rank_0(lambda: self._complete(scratch, epoch, done))
+            self._on_rank_0(lambda: self._complete(scratch))
         except UserError:
             if get_rank() == 0:
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
+        self._saved = self.steps
         print_rank_0(f"checkpoint {self.folder / self._name} ({time.perf_counter() - start:.1f} s)")
 
     def _write(self, scratch: Path) -> None:
@@ -477,21 +506,16 @@ class Checkpoints:
                         parts = {n: part.to("cpu", copy=True) for n, part in _moving_parts(average, followed)}
                         save_file(parts, scratch / _average_file(name, average))
                         flush_to_disk(scratch / _average_file(name, average))
-                tracked = {
-                    name: thing.bit_generator.state if isinstance(thing, np.random.Generator) else thing.state_dict()
-                    for name, thing in self._tracked.items()
-                }
-                state = {"random": random_states(), "tracked": tracked}
-                write_text(scratch / _rank_name("rank", ".json"), json.dumps(state), flush=True)
+                write_text(scratch / _rank_name("rank", ".json"), json.dumps(self._rank_state), flush=True)
             except (OSError, SafetensorError) as error:
                 raise self._could_not(error) from error
 
         agree(write)
 
-    def _complete(self, scratch: Path, epoch: int, done: int) -> None:
+    def _complete(self, scratch: Path) -> None:
         files = [file for file in scratch.rglob("*") if file.is_file()]
         state = self._common_state() | {
-            "position": [epoch, done],
+            "position": self._position,
             "rows": self._rows,
             "metrics": self._writer.position(),
             "files": {str(file.relative_to(scratch)): file.stat().st_size for file in sorted(files)},
@@ -534,6 +558,12 @@ def _device() -> str:
 
 def _rank_name(prefix: str, suffix: str) -> str:
     return f"{prefix}{get_rank():05d}{suffix}"
+
+
+def _is_finite(engine) -> bool:
+    """Whether this rank's part of the weights that train is."""
+    parts = (getattr(param, "ds_tensor", param) for param in engine.module.parameters() if param.requires_grad)
+    return all(part.isfinite().all() for part in parts)
 
 
 def _is_sharded(engine) -> bool:

@@ -1,4 +1,4 @@
-"""Losses that are no numbers: where a run stops, and which steps it may leave out."""
+"""Numbers that are none: where a run stops, and which steps it may leave out."""
 
 import math
 from collections.abc import Callable
@@ -7,60 +7,80 @@ from utils.distributed import UserError
 from utils.utils import PlainState, print_rank_0
 
 ROWS_NAMED = 32
+Numbers = dict[str, dict[str, float | None]]  # engine -> name -> loss or norm, the same on every rank
 
 
-def refuse_nonfinite(losses: dict[str, float], where: str = "") -> bool:
-    """False, if all losses are finite.
+def not_finite(numbers: Numbers) -> str:
+    """Which numbers are not, with their engines; nothing if all are. None is no number, and in order."""
+    return " and ".join(
+        f"the {name} of the engine {engine!r} is {value}"
+        for engine, named in numbers.items()
+        for name, value in named.items()
+        if not (value is None or math.isfinite(value))
+    )
+
+
+def refuse_nonfinite(numbers: Numbers) -> bool:
+    """False, if all numbers are finite.
 
     Raises:
         UserError: naming those that are not.
     """
-    bad = [f"the {name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
-    if bad:
-        raise UserError(f"{' and '.join(bad)}{where}: not finite, so no update was made from this batch")
+    if bad := not_finite(numbers):
+        raise UserError(f"{bad}, so no update was made from this batch")
     return False
 
 
-class NonFiniteLosses(PlainState):
+class NonFiniteNumbers(PlainState):
     """Counts the steps that were left out, and stops the run after ``allowed`` of them.
 
+    Every rank must ask with the same numbers.
+
     Args:
-        sampler: the StepBatchSampler of the training rows. last_checkpoint: says where the run can be taken up.
+        sampler: the StepBatchSampler of the training rows.
+        save: makes a checkpoint of the state before the step, if the run has checkpoints, and says where the run can
+            be taken up.
 
     Attributes:
         skipped: steps left out so far, for the metrics.
     """
 
-    def __init__(self, allowed: int, sampler, last_checkpoint: Callable[[], str]):
-        self._allowed, self._sampler, self._last_checkpoint, self.skipped = allowed, sampler, last_checkpoint, 0
+    def __init__(self, allowed: int, sampler, save: Callable[[], str]):
+        self._allowed, self._sampler, self._save, self.skipped = allowed, sampler, save, 0
 
     def state_dict(self) -> dict:
         return {"skipped": self.skipped}
 
-    def found(self, losses: dict[str, float], step: int) -> bool:
-        """Whether the coming optimizer step must be dropped; every rank must ask with the same numbers.
-
+    def refuse(self, numbers: Numbers, step: int) -> None:
+        """
         Args:
-            losses: name -> mean over all ranks. step: of the sampler's epoch.
+            step: of the sampler's epoch.
 
         Raises:
-            UserError: a loss that is not finite, and no step may be left out any more.
+            UserError: a number that is not finite; with the step, its training rows, and a way on.
         """
-        if all(map(math.isfinite, losses.values())):
+        if bad := not_finite(numbers):
+            raise UserError(
+                f"{bad} {self._place(step)}: no update was made from this batch; {self._save()}. A lower learning rate "
+                "or --dtype bf16 or fp32 usually helps; --skip_nonfinite N leaves out N such steps "
+                f"(now {self._allowed}), also after --resume auto"
+            )
+
+    def found(self, numbers: Numbers, step: int) -> bool:
+        """Whether the step must make no update, for numbers that are not finite; it is counted and told.
+
+        Raises:
+            UserError: as ``refuse``, when no more steps may be left out.
+        """
+        if self.skipped >= self._allowed:
+            self.refuse(numbers, step)
+        if not (bad := not_finite(numbers)):
             return False
-        rows = self._sampler.rows_of_step(step)
-        named = ", ".join(map(str, rows[:ROWS_NAMED])) + f" and {len(rows) - ROWS_NAMED} more" * (
-            len(rows) > ROWS_NAMED
-        )
-        where = f" in epoch {self._sampler.epoch}, step {step} (training rows {named})"
-        try:
-            refuse_nonfinite(losses, where)
-        except UserError as error:
-            if self.skipped >= self._allowed:
-                raise UserError(
-                    f"{error}; {self._last_checkpoint()}. A lower learning rate or --dtype bf16 or fp32 usually helps; "
-                    f"--skip_nonfinite N leaves out N such steps (now {self._allowed})"
-                ) from error
-            self.skipped += 1
-            print_rank_0(f"{error} (--skip_nonfinite: {self.skipped} of {self._allowed})")
+        self.skipped += 1
+        print_rank_0(f"{bad} {self._place(step)}: left out (--skip_nonfinite: {self.skipped} of {self._allowed})")
         return True
+
+    def _place(self, step: int) -> str:
+        rows = self._sampler.rows_of_step(step)
+        named, more = ", ".join(map(str, rows[:ROWS_NAMED])), len(rows) - ROWS_NAMED
+        return f"in epoch {self._sampler.epoch}, step {step} (training rows {named}{f' and {more} more' * (more > 0)})"

@@ -257,10 +257,13 @@ def sample_answers(
 
     width = int(lengths.max())
     answers, log_probs = answers[:, :width], log_probs[:, :width]
-    if not torch.isfinite(log_probs).all():
-        bad = (~torch.isfinite(log_probs)).any(dim=1).nonzero().flatten().tolist()
-        raise FloatingPointError(f"logits of rows {bad} of the batch are not finite")
+    _refuse_rows(~torch.isfinite(log_probs).all(dim=1))
     return Rollout(torch.cat([prompts, answers], dim=1), log_probs, width)
+
+
+def _refuse_rows(broken: torch.Tensor) -> None:
+    if broken.any():
+        raise FloatingPointError(f"logits of rows {broken.nonzero().flatten().tolist()} of the batch are not finite")
 
 
 def _drop_pads(cache: DynamicCache, mask: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -283,7 +286,7 @@ def generate_by_transformers(
         synced_gpus: ranks go along until all are done.
 
     Raises:
-        FloatingPointError: when logits were not finite (only noticed when sampling).
+        FloatingPointError: when logits were not finite; after the last token, since other ranks may come along to it.
     """
     samples = decoding.temperature > 0
     sampling = dict(temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k) if samples else {}
@@ -299,9 +302,17 @@ def generate_by_transformers(
     )
     # What the model came with (a repetition penalty, say) must not shape rollouts that PPO scores without it.
     rows = torch.arange(len(prompts), device=prompts.device)
+    broken = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
+
+    def watch(_ids, logits):
+        here = ~(logits.amax(dim=1).isfinite())  # a NaN is the largest of numbers
+        broken.logical_or_(here)
+        return logits.masked_fill(here.unsqueeze(1), 0.0)
+
     processors = LogitsProcessorList()
     if rewrite_logits is not None:
         processors.append(lambda ids, logits: rewrite_logits(logits, rows, ids.shape[1] - prompts.shape[1]))
+    processors.append(watch)
     module = unwrap(model)
     own_config, module.generation_config = module.generation_config, config
     try:
@@ -312,10 +323,7 @@ def generate_by_transformers(
             synced_gpus=synced_gpus,
             logits_processor=processors,
         )
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise FloatingPointError(str(error)) from error
     finally:
         module.generation_config = own_config
+    _refuse_rows(broken)
     return Rollout(sequences, None, sequences.shape[1] - prompts.shape[1])

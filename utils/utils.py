@@ -255,16 +255,24 @@ def make_optimizer(
 
 
 def take_step(engine) -> float | None:
-    """engine.step(), and the norm of the whole gradient before clipping where the step was an optimizer step."""
+    """engine.step(); where that was an optimizer step, the norm of the whole gradient before clipping.
+
+    A norm that is not finite means that no update was made, at any ZeRO stage. In fp16 that happens now and then, while
+    the loss scale finds its place: the norm is None then.
+    """
     norm = None
     # DeepSpeed keeps the norm in its own optimizers; at stage 0 in fp32 there is none around torch's.
     if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        if not norm.isfinite():
+            drop_gradients(engine)
     engine.step()
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         engine.optimizer.overflow = False
     norm = engine.get_global_grad_norm() if norm is None else norm
-    return None if norm is None else float(norm)
+    if norm is None or (engine.fp16_enabled() and not math.isfinite(norm)):
+        return None
+    return float(norm)
 
 
 def drop_gradients(engine) -> None:

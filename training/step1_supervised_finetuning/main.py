@@ -48,7 +48,7 @@ from utils.ds_utils import (
     offloads_optimizer,
     with_batch_sizes,
 )
-from utils.faults import NonFiniteLosses
+from utils.faults import NonFiniteNumbers
 from utils.metrics import make_writer
 from utils.model.inputs import forward_accepts, sft_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
@@ -181,7 +181,7 @@ def main():
     )
     engine = initialize(model, ds_config, optimizer, scheduler)
     label_log_probs = LabelLogProbs(engine)
-    nonfinite = NonFiniteLosses(args.skip_nonfinite, sampler, checkpoints.last)
+    nonfinite = NonFiniteNumbers(args.skip_nonfinite, sampler, checkpoints.save_before_step)
     checkpoints.resume(writer, train_dataset, {"model": engine}, nonfinite=nonfinite)
 
     def evaluate_and_report(epoch: int) -> None:
@@ -216,10 +216,11 @@ def main():
                 step_loss += loss.detach()
                 if is_last:
                     mean_loss = all_reduce_sum(step_loss).item()
-                    dropped = nonfinite.found({"loss": mean_loss}, step)
+                    dropped = nonfinite.found({"model": {"loss": mean_loss}}, step)
                     if dropped:
                         drop_gradients(engine)
                 grad_norm = take_step(engine)
+            dropped = dropped or nonfinite.found({"model": {"gradient norm": grad_norm}}, step)
             if args.print_loss:
                 print(
                     f"Time: {now()}, Epoch: {epoch}, Step: {step}, Rank: {get_rank()}, loss = {mean_loss}", flush=True

@@ -37,7 +37,7 @@ from utils.ds_utils import (
     offloads_optimizer,
     with_batch_sizes,
 )
-from utils.faults import NonFiniteLosses
+from utils.faults import NonFiniteNumbers
 from utils.metrics import make_writer
 from utils.model.model_utils import adapt_model, check_model, create_critic_model
 from utils.model.reward_model import pair_accuracy
@@ -188,7 +188,7 @@ def main():
         args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.num_train_epochs * steps_per_epoch
     )
     engine = initialize(model, ds_config, optimizer, scheduler)
-    nonfinite, epoch_loss = NonFiniteLosses(args.skip_nonfinite, sampler, checkpoints.last), MovingAverage()
+    nonfinite, epoch_loss = NonFiniteNumbers(args.skip_nonfinite, sampler, checkpoints.save_before_step), MovingAverage()
     checkpoints.resume(writer, train_dataset, {"model": engine}, nonfinite=nonfinite, epoch_loss=epoch_loss)
 
     def evaluate_and_report(epoch: int, iterations: int) -> dict[str, float]:
@@ -235,10 +235,11 @@ def main():
                 sums += torch.stack([loss.detach(), right.sum() / pairs, margin.sum() / pairs])
                 if is_last:
                     mean_loss, accuracy, mean_margin = all_reduce_sum(sums).tolist()
-                    dropped = nonfinite.found({"loss": mean_loss}, step)
+                    dropped = nonfinite.found({"model": {"loss": mean_loss}}, step)
                     if dropped:
                         drop_gradients(engine)
                 grad_norm = take_step(engine)
+            dropped = dropped or nonfinite.found({"model": {"gradient norm": grad_norm}}, step)
             if not dropped:
                 epoch_loss.update(mean_loss)
             seconds = watch.lap()

@@ -43,7 +43,7 @@ from utils.data.batching import (
 from utils.data.data_utils import datasets_of_step, get_unsupervised_data
 from utils.data.encoding import RLHF
 from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, run_main
-from utils.faults import NonFiniteLosses
+from utils.faults import NonFiniteNumbers
 from utils.metrics import make_writer
 from utils.model.loading import load_config
 from utils.model.model_utils import check_model
@@ -166,7 +166,7 @@ def main():
     set_random_seed(args.seed + 1000 * get_rank())  # from here on ranks sample different answers
     shuffler = np.random.default_rng([args.seed, get_rank()])
     reporter = Reporter(args, rlhf_engine, trainer, writer)
-    nonfinite = NonFiniteLosses(args.skip_nonfinite, sampler, checkpoints.last)
+    nonfinite = NonFiniteNumbers(args.skip_nonfinite, sampler, checkpoints.save_before_step)
     averages = {"actor_ema": (rlhf_engine.actor_ema, rlhf_engine.actor)} if args.enable_ema else {}
     tracked = dict(trainer=trainer, reporter=reporter, shuffler=shuffler, nonfinite=nonfinite)
     tracked |= {"unsupervised": unsupervised} if unsupervised else {}
@@ -191,7 +191,8 @@ def main():
                     prompt_batch[name].repeat_interleave(args.num_generations_per_prompt, dim=0)
                     for name in ("prompt", "prompt_att_mask")
                 )
-                experience = trainer.generate_experience(prompt, prompt_mask, step)
+                refuse = partial(nonfinite.refuse, step=update)
+                experience = trainer.generate_experience(prompt, prompt_mask, step, refuse)
                 rounds.append(experience)
                 times.generate += trainer.generate_time
                 times.generated_positions += trainer.generated_steps

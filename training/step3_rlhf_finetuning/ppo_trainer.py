@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from training.step3_rlhf_finetuning.experience import Experience
 from training.step3_rlhf_finetuning.ppo_math import gather_log_probs
 from training.step3_rlhf_finetuning.reward_functions import RewardFunction
 from utils.distributed import UserError, agree, all_reduce_sum, get_world_size
-from utils.faults import refuse_nonfinite
+from utils.faults import Numbers, refuse_nonfinite
 from utils.model.inputs import model_inputs
 from utils.model.losses import IGNORE_INDEX, LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.reward_model import end_scores
@@ -20,6 +21,8 @@ from utils.sampling import Decoding
 from utils.utils import drop_gradients, print_rank_0, take_step, to_device
 
 __all__ = ["DeepSpeedPPOTrainer", "DeepSpeedPPOTrainerUnsupervised", "gather_log_probs"]
+
+LOSSES = {"actor": ("actor_loss", "unsupervised_loss"), "critic": ("critic_loss",)}  # engine -> what it descends
 
 
 def align_overflow(*engines) -> None:
@@ -84,15 +87,18 @@ class DeepSpeedPPOTrainer:
 
     # ------------------------------------------------------------ experience
 
-    def generate_experience(self, prompts, mask, step=0) -> Experience:
+    def generate_experience(
+        self, prompts, mask, step=0, refuse: Callable[[Numbers], object] = refuse_nonfinite
+    ) -> Experience:
         """Sample answers and look at them with all four models.
 
         Args:
             prompts, mask: [B, P], left-padded.
             step: for messages.
+            refuse: called on every rank when logits of any were not finite; it must raise.
         """
         self.eval()
-        input_ids = self._generate_sequence(prompts, mask, step)
+        input_ids = self._generate_sequence(prompts, mask, step, refuse)
         answers = input_ids[:, prompts.shape[1] :]
         real = ppo_math.answer_mask(answers, self.tokenizer.eos_token_id)
         attention_mask = torch.cat([mask, real], dim=1)
@@ -142,14 +148,14 @@ class DeepSpeedPPOTrainer:
             top_p=args.top_p,
         )
 
-    def _generate_sequence(self, prompts, mask, step) -> torch.Tensor:
+    def _generate_sequence(self, prompts, mask, step, refuse: Callable[[Numbers], object]) -> torch.Tensor:
         """[B, P] -> [B, P + A], A the longest answer of this rank; after a row's EOS come pads."""
-        args, start = self.args, time.perf_counter()
-        try:
+        args, start, sequences = self.args, time.perf_counter(), None
+        with suppress(FloatingPointError):
             rollout = self.rlhf_engine.generator.generate(prompts, mask, self.decoding())
-        except FloatingPointError as error:
-            raise UserError(f"the actor's logits are not finite in step {step}: {error}") from error
-        sequences = rollout.sequences
+            sequences = rollout.sequences
+        if all_reduce_sum(torch.tensor(int(sequences is None), device=prompts.device)):
+            refuse({"actor": {"logits in generation": math.nan}})
         self.generate_time = time.perf_counter() - start
         self.generated_steps = rollout.width
         if args.print_answers and step % args.print_answers_interval == 0:
@@ -306,12 +312,12 @@ class DeepSpeedPPOTrainer:
         return ppo_math.value_loss_sum(values, old_values, returns, mask, self.args.cliprange_value)
 
     def train_rlhf(
-        self, window: list[MicroBatch], is_dropped: Callable[[dict[str, float]], bool] = refuse_nonfinite
+        self, window: list[MicroBatch], is_dropped: Callable[[Numbers], bool] = refuse_nonfinite
     ) -> dict[str, float] | None:
         """One optimizer step of actor and critic from the micro-batches of this rank.
 
         Args:
-            is_dropped: from the losses by name, whether the step makes no update; it may raise (NonFiniteLosses).
+            is_dropped: from losses and norms, whether the step makes no update; it may raise (NonFiniteNumbers).
 
         Losses are means over the real answer tokens of all ranks and micro-batches. Returns metrics; None, on every
         rank alike, if there was no token to learn from.
@@ -324,7 +330,7 @@ class DeepSpeedPPOTrainer:
         if tokens == 0:
             self.skipped_updates += 1
             return None
-        sums = torch.zeros(10, device=device)
+        engines, sums = self.rlhf_engine.trained_engines(), torch.zeros(10, device=device)
         for i, micro in enumerate(window):
             is_last = i == len(window) - 1
             batch = micro.experience
@@ -349,15 +355,16 @@ class DeepSpeedPPOTrainer:
                 names = ["actor_loss", "unsupervised_loss", "clip_fraction", "approx_kl", "ratio", "entropy", "kl_loss"]
                 names += ["critic_loss", "value_clip_fraction", "value"] * (value is not None)
                 metrics = dict(zip(names, all_reduce_sum(sums).tolist(), strict=False))
-                losses = ("actor_loss", "critic_loss", "unsupervised_loss")
-                if is_dropped({name: metrics[name] for name in losses if name in metrics}):
-                    for engine in self.rlhf_engine.trained_engines().values():
+                dropped = is_dropped({n: {x: metrics[x] for x in LOSSES[n] if x in metrics} for n in engines})
+                if dropped:
+                    for engine in engines.values():
                         drop_gradients(engine)
             if is_last and self.args.align_overflow:
                 align_overflow(self.actor_model, self.critic_model)
-            norms = {
-                f"{name}_grad_norm": take_step(engine) for name, engine in self.rlhf_engine.trained_engines().items()
-            }
+            norms = {name: take_step(engine) for name, engine in engines.items()}
+        if not dropped:
+            is_dropped({name: {"gradient norm": norm} for name, norm in norms.items()})
+        norms = {f"{name}_grad_norm": math.nan if norm is None else norm for name, norm in norms.items()}
         return metrics | norms | {"actor_step_applied": self.actor_model.was_step_applied()}
 
     @staticmethod
