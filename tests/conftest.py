@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -244,3 +245,67 @@ def merge_lora(monkeypatch, tmp_path):
 def read_metrics(folder: Path, prefix: str = "train") -> list[dict]:
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if any(name.startswith(prefix + "/") for name in row)]
+
+
+# ---------------------------------------------------------------- small runs of each step, to compare bit for bit
+
+MEASURED = ("seconds", "time", "per_second", "latency", "tflops", "gb_per", "memory_gib")  # and so never equal
+SMALL_RUN = ["--data_split", "1,1,1", "--dtype", "fp32", "--max_train_samples", 16, "--max_eval_samples", 8]
+SUPERVISED = [*SMALL_RUN, "--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 4, "--max_seq_len", 48]
+SUPERVISED += ["--num_train_epochs", 2, "--dropout", 0.1]
+RLHF = [*SMALL_RUN, "--per_device_generation_batch_size", 2, "--per_device_training_batch_size", 1]
+RLHF += ["--max_prompt_seq_len", 32, "--max_answer_seq_len", 8, "--num_warmup_steps", 0, "--sample_interval", 1]
+RLHF += ["--actor_learning_rate", 1e-3, "--critic_learning_rate", 1e-3, "--actor_dropout", 0.1, "--kl_target", 0.1]
+RLHF += ["--kl_horizon", 50]
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory):
+    """What the steps start from; and a file of plain text."""
+    from types import SimpleNamespace
+
+    from utils.model.model_utils import create_critic_model
+    from utils.utils import load_hf_tokenizer, save_hf_format
+
+    base = tmp_path_factory.mktemp("models")
+    actor = make_model(base / "actor")
+    tokenizer = load_hf_tokenizer(actor)
+    torch.manual_seed(5)
+    save_hf_format(create_critic_model(actor, tokenizer), tokenizer, SimpleNamespace(output_dir=str(base / "reward")))
+    (base / "text.txt").write_text("".join(f"the house is {color}, thanks.\n" for color in ("red", "blue")) * 20)
+    return base
+
+
+def step_arguments(step: int, models, pairs_folder, cache_folder) -> list:
+    data = ["--data_path", pairs_folder, "--data_output_path", cache_folder]
+    if step < 3:
+        return [*data, *SUPERVISED, "--model_name_or_path", models / "actor"]
+    paths = ["--actor_model_name_or_path", models / "actor", "--critic_model_name_or_path", models / "reward"]
+    return [*data, *RLHF, *paths]
+
+
+@pytest.fixture
+def start(small_models, pairs_folder, cache_folder):
+    """step -> the arguments every run of it has."""
+    return lambda step: step_arguments(step, small_models, pairs_folder, cache_folder)
+
+
+def _numbers(folder: Path) -> list[dict]:
+    """The rows of a metrics file without what a clock or a memory meter said."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not any(m in name for m in MEASURED)} for row in rows]
+
+
+def assert_same_run(plain: Path, resumed: Path) -> None:
+    assert _numbers(plain) == _numbers(resumed)
+    samples = [folder / "samples.jsonl" for folder in (plain, resumed)]
+    assert samples[0].exists() == samples[1].exists()
+    if samples[0].exists():
+        assert samples[0].read_text() == samples[1].read_text()
+    files = sorted(file.relative_to(plain) for file in plain.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        want, got = load_file(plain / file), load_file(resumed / file)
+        assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want), file
+    configs = [next((folder / files[0].parent).glob("*config.json")).read_text() for folder in (plain, resumed)]
+    assert json.loads(configs[0]) == json.loads(configs[1])

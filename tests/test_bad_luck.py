@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from utils import distributed
 from utils.arguments import OF_A_NODE
+from utils.checkpoint import newest_checkpoint
 from utils.distributed import UserError
 from utils.files import name_if_new, scratch_beside
 from utils.model.model_utils import create_critic_model
@@ -25,8 +26,8 @@ PATCHES = {
     # Rank 1 answers every prompt with EOS alone.
     "empty": """
         generate = Trainer._generate_sequence
-        def patched(self, prompts, mask, step):
-            sequences = generate(self, prompts, mask, step)
+        def patched(self, prompts, *others):
+            sequences = generate(self, prompts, *others)
             if RANK == 1:
                 sequences[:, prompts.shape[1] :] = self.tokenizer.pad_token_id
                 sequences[:, prompts.shape[1]] = self.tokenizer.eos_token_id
@@ -44,14 +45,25 @@ PATCHES = {
             return train(self, window, *others)
         Trainer.train_rlhf = patched
     """,
+    # The loss of rank 1 is none in its second step, which has two updates.
+    "nan loss": """
+        loss_fn, calls = Trainer.actor_loss_fn, []
+        def patched(self, *tensors):
+            loss = loss_fn(self, *tensors)
+            calls.append(1)
+            if RANK == 1 and len(calls) == 3:
+                loss.loss = loss.loss * float("nan")
+            return loss
+        Trainer.actor_loss_fn = patched
+    """,
     # The logits of rank 1 are no numbers.
     "nan": """
         train = Trainer.generate_experience
-        def patched(self, prompts, mask, step=0):
+        def patched(self, prompts, mask, step=0, *others):
             if RANK == 1 and step == 1:
                 with torch.no_grad():
                     self.actor_model.module.get_input_embeddings().weight.fill_(float("nan"))
-            return train(self, prompts, mask, step)
+            return train(self, prompts, mask, step, *others)
         Trainer.generate_experience = patched
     """,
 }
@@ -118,11 +130,25 @@ def test_a_rank_killed_in_mid_step_ends_the_run(models, pairs_folder, cache_fold
     assert "| Step: 0 |" in console and "| Step: 1 |" not in console
 
 
-def test_logits_that_are_no_numbers_end_all_ranks_with_the_step(models, pairs_folder, cache_folder, tmp_path):
-    code, console, _ = _run(models, "nan", "torchrun", tmp_path, pairs_folder, cache_folder)
+@pytest.mark.parametrize(
+    "patch, what, saved",
+    [
+        ("nan", "the logits in generation of the engine 'actor' is nan in epoch 0, step 1 (training rows ", []),
+        ("nan loss", "the actor_loss of the engine 'actor' is nan in epoch 0, step 1 (training rows ", [0, 1]),
+    ],
+)
+def test_numbers_that_are_none_on_one_rank_end_all_ranks_alike(
+    models, pairs_folder, cache_folder, tmp_path, patch, what, saved
+):
+    flags = ["--checkpoint_steps", 50]
+    code, console, _ = _run(models, patch, "torchrun", tmp_path, pairs_folder, cache_folder, *flags)
     assert code != 0
-    assert "not finite in step 1" in console, console
+    assert what in console and console.count("error: ") == 1, console
     assert not (tmp_path / "out/actor").exists()
+    checkpoint = newest_checkpoint(tmp_path / "out/checkpoints")
+    assert ([] if checkpoint is None else checkpoint.state["position"]) == saved
+    if not saved:
+        assert "the weights of the engine 'actor' are not finite" in console
 
 
 def test_a_rank_that_stops_answering_ends_the_others_with_a_message(model_folder, pairs_folder, cache_folder, tmp_path):

@@ -4,6 +4,7 @@ Where the rights to make such nodes are missing, all of it is skipped with the r
 """
 
 import json
+import re
 import shlex
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"two nodes cannot be
 RECIPE = "training_scripts/step{}_{}_finetuning/qwen3/multi_node/run_8b.sh"
 SFT, PPO = PROJECT / RECIPE.format(1, "supervised"), PROJECT / RECIPE.format(3, "rlhf")
 PATIENCE = 240  # seconds for one launch
+EPOCHS = ["--num_train_epochs", 60, "--max_eval_samples", 4]  # of three steps each
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def one_node(shared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_node")
     runs = []
     for step, recipe, arguments in (
-        (1, SFT, [*sft(shared, folder / "sft", folder / "cache"), "--num_train_epochs", 1]),
+        (1, SFT, [*sft(shared, folder / "sft", folder / "cache"), *EPOCHS]),
         (3, PPO, ppo(shared, folder / "ppo", folder / "cache")),
     ):
         code, printed = run_command(["bash", recipe, *arguments], DRY_RUN="1")
@@ -137,22 +139,42 @@ def prepared_by_step_3(folder: Path) -> set[str]:
     return {name for name in prepared(folder) if "_step3_" in name}
 
 
-def test_sft_on_two_nodes_is_sft_on_two_ranks_and_a_node_that_dies_ends_the_other(nodes, one_node, shared):
+def test_a_node_that_dies_ends_the_other_and_both_go_on_from_checkpoints_on_storage_that_they_share(
+    nodes, one_node, shared
+):
     first, second = nodes
     cache = nodes.folder / "cache"  # both see this one, and prepare the same file at once
-    nodes.start_recipe(SFT, [*sft(shared, nodes.local / "out", cache), "--num_train_epochs", 10**5])
-    expected = read_metrics(one_node / "sft")
+    saving = [*sft(shared, nodes.local / "out", cache), *EPOCHS, "--checkpoint_steps", 5]
+    saving += ["--checkpoint_dir", nodes.folder / "checkpoints", "--resume", "auto"]
+    nodes.start_recipe(SFT, saving)
+    expected, rows = read_metrics(one_node / "sft"), []
     end = time.monotonic() + PATIENCE
-    rows = []
-    while len(rows) <= len(expected):
+    while len(rows) < 12:
         assert first.process.poll() is None and time.monotonic() < end, logs(nodes)
-        time.sleep(0.1)
+        time.sleep(0.05)
         if (first.disk / "out/metrics.jsonl").exists():
             rows = read_metrics(first.disk / "out")
     second.kill()
     assert first.process.wait(PATIENCE) not in (0, None)
-    assert_same_figures(rows[: len(expected)], expected, ("loss", "grad_norm"))
     assert "error: rank 0: the connection to another rank is lost" in first.log.read_text(), logs(nodes)
     assert first.left_running == ""
     assert not list((first.disk / "out").glob("*.safetensors"))
     assert len(prepared(cache)) == 4 and not list(cache.rglob(".*"))
+
+    nodes.start_recipe(SFT, saving)
+    assert nodes.wait(PATIENCE) == [0, 0], logs(nodes)
+    resumed = re.search(r"step-(\d+): \d+ steps are done", first.log.read_text())
+    assert resumed and 0 < int(resumed[1]) < len(expected) == 180, logs(nodes)
+    assert_same_figures(read_metrics(first.disk / "out"), expected, ("loss", "grad_norm"))
+    weights, others = (load_file(f / "model.safetensors") for f in (first.disk / "out", one_node / "sft"))
+    assert all(torch.equal(value, others[name]) for name, value in weights.items())
+    assert not [file for file in (nodes.folder / "checkpoints").iterdir() if file.name.startswith(".node-")]
+
+
+def test_a_folder_of_checkpoints_that_each_node_has_for_itself_is_refused_at_the_start(nodes, shared):
+    arguments = sft(shared, nodes.local / "out", nodes.local / "cache")
+    nodes.start_recipe(SFT, [*arguments, *EPOCHS, "--checkpoint_steps", 5])
+    assert 0 not in nodes.wait(PATIENCE), logs(nodes)
+    told = r"error: --checkpoint_dir .*: on node1: .*; checkpoints of several nodes belong on storage that all of them"
+    assert re.search(told, nodes[0].log.read_text()), logs(nodes)
+    assert not list(nodes.folder.glob("disk-*/cache/*/*")) and not list(nodes.folder.rglob(".node-*"))

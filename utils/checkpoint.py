@@ -21,7 +21,9 @@ import pickle
 import random
 import shutil
 import signal
+import socket
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,8 +47,10 @@ from utils.distributed import (
     agree,
     all_gather_objects,
     all_reduce_sum,
+    get_local_rank,
     get_rank,
     get_world_size,
+    ranks_per_node,
 )
 from utils.files import flush_to_disk, write_text
 from utils.utils import print_rank_0
@@ -249,6 +253,8 @@ class Checkpoints:
                 self.found = self._choose()
 
         agree(look if get_rank() == 0 else lambda: None)
+        if self.enabled and get_world_size() > ranks_per_node():
+            self._check_shared()
         finished, self.found = all_gather_objects((finished, self.found))[0]
         if finished is not None:
             raise EndOfRun(
@@ -285,6 +291,34 @@ class Checkpoints:
                 time.sleep(0.5)
         for scratch in self.folder.glob(f".{PREFIX}*"):  # of a run that was killed while it saved
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _check_shared(self) -> None:
+        """Refuse a folder of which each node has its own: every rank writes its part of a checkpoint there."""
+        mark = f".node-{all_gather_objects(uuid.uuid4().hex)[0]}-"
+        own = self.folder / f"{mark}{get_rank()}"
+
+        def write() -> None:
+            try:
+                if get_local_rank() == 0:
+                    own.touch()
+            except OSError as error:
+                raise refused(error.strerror) from error
+
+        def look() -> None:
+            if not (self.folder / f"{mark}0").exists():
+                raise refused("what the first node writes there is not to be seen")
+
+        def refused(reason: str) -> UserError:
+            return UserError(
+                f"--checkpoint_dir {self.folder}: on {socket.gethostname()}: {reason}; checkpoints of several nodes "
+                "belong on storage that all of them share"
+            )
+
+        try:
+            agree(write)
+            agree(look)
+        finally:
+            own.unlink(missing_ok=True)
 
     def _read_finished(self) -> dict | None:
         if self.args.resume != "auto":
@@ -444,11 +478,10 @@ class Checkpoints:
         """
         if not self.enabled or self._saved == self.steps:
             return self.last()
-        unsound = [name for name, engine in self._engines.items() if not _is_finite(engine)]
-        unsound = next(filter(None, all_gather_objects(unsound)), None)
-        if unsound:
-            return f"the weights of the engine {unsound[0]!r} are not finite, so they were not saved; {self.last()}"
-        self._save()
+        try:
+            self._save()
+        except UserError as error:
+            return str(error)
         return self.last()
 
     def last(self) -> str:
@@ -478,6 +511,7 @@ class Checkpoints:
 
     def _save(self) -> None:
         scratch, start = self.folder / f".{self._name}", time.perf_counter()
+        agree(self._check_weights)
         try:
             self._on_rank_0(lambda: scratch.mkdir())
             self._write(scratch)
@@ -488,6 +522,15 @@ class Checkpoints:
             raise
         self._saved = self.steps
         print_rank_0(f"checkpoint {self.folder / self._name} ({time.perf_counter() - start:.1f} s)")
+
+    def _check_weights(self) -> None:
+        """The checkpoint before is worth more than one that no training can go on from."""
+        for name, engine in self._engines.items():
+            if not _is_finite(engine):
+                raise UserError(
+                    f"the weights of the engine {name!r} are not finite in step {self.steps}, so no checkpoint was "
+                    f"written; {self.last()}"
+                )
 
     def _write(self, scratch: Path) -> None:
         """The shards of every rank."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from utils.distributed import UserError
+from utils.distributed import SharedError
 from utils.utils import PlainState, print_rank_0
 
 ROWS_NAMED = 32
@@ -24,10 +24,10 @@ def refuse_nonfinite(numbers: Numbers) -> bool:
     """False, if all numbers are finite.
 
     Raises:
-        UserError: naming those that are not.
+        SharedError: naming those that are not.
     """
     if bad := not_finite(numbers):
-        raise UserError(f"{bad}, so no update was made from this batch")
+        raise SharedError(f"{bad}, so no update was made from this batch")
     return False
 
 
@@ -57,10 +57,10 @@ class NonFiniteNumbers(PlainState):
             step: of the sampler's epoch.
 
         Raises:
-            UserError: a number that is not finite; with the step, its training rows, and a way on.
+            SharedError: a number that is not finite; with the step, its training rows, and a way on.
         """
         if bad := not_finite(numbers):
-            raise UserError(
+            raise SharedError(
                 f"{bad} {self._place(step)}: no update was made from this batch; {self._save()}. A lower learning rate "
                 "or --dtype bf16 or fp32 usually helps; --skip_nonfinite N leaves out N such steps "
                 f"(now {self._allowed}), also after --resume auto"
@@ -70,7 +70,7 @@ class NonFiniteNumbers(PlainState):
         """Whether the step must make no update, for numbers that are not finite; it is counted and told.
 
         Raises:
-            UserError: as ``refuse``, when no more steps may be left out.
+            SharedError: as ``refuse``, when no more steps may be left out.
         """
         if self.skipped >= self._allowed:
             self.refuse(numbers, step)

@@ -1,0 +1,142 @@
+"""Numbers that are none: a loss, a gradient or logits that are not finite stop a run with engine, step and rows, or are
+left out where the user allows it; the state before the step is saved, and nothing else."""
+
+import re
+
+import pytest
+import torch
+from conftest import assert_same_run, read_metrics
+from safetensors.torch import load_file
+
+from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer
+from utils.checkpoint import newest_checkpoint
+from utils.distributed import UserError
+from utils.model import losses
+from utils.model.reward_model import RewardModel
+
+BROKEN = {
+    "loss": lambda loss: loss * torch.nan,
+    "gradient": lambda loss: loss + (loss * 0).sqrt(),  # the loss is as it was, its gradient infinity times zero
+}
+
+
+@pytest.fixture
+def break_step(monkeypatch):
+    """break_step(step of the pipeline, kind, micro-batches, of the critic): what is BROKEN there."""
+
+    def patch(step, kind, micro_batches, critic=False):
+        owner, name = {
+            1: (losses, "causal_lm_loss_sum"),
+            2: (RewardModel, "forward"),
+            3: (DeepSpeedPPOTrainer, "critic_loss_fn" if critic else "actor_loss_fn"),
+        }[step]
+        calls, original = [], getattr(owner, name)
+
+        def broken(*args, **kwargs):
+            found = original(*args, **kwargs)
+            if torch.is_grad_enabled() and not kwargs.get("values_only"):
+                calls.append(1)
+                if len(calls) - 1 in micro_batches:
+                    if step == 1:
+                        return BROKEN[kind](found)
+                    if step == 2:
+                        return found | {"loss": BROKEN[kind](found["loss"])}
+                    found.loss = BROKEN[kind](found.loss)
+            return found
+
+        monkeypatch.setattr(owner, name, broken)
+
+    return patch
+
+
+def _stages(step, stage):
+    return ["--zero_stage", stage] if step < 3 else ["--actor_zero_stage", stage, "--critic_zero_stage", stage]
+
+
+ONE_EPOCH = ["--num_train_epochs", 1, "--lr_scheduler_type", "constant"]
+LOSS = {1: "train/loss", 2: "train/loss", 3: "train/actor_loss"}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_step_that_may_be_left_out_makes_no_update_at_every_zero_stage(
+    run_step, start, break_step, tmp_path, capsys, step, kind, stage
+):
+    # PPO's steps have two updates of one micro-batch each here.
+    bad, steps = (3, 8) if step < 3 else (2, 8)
+    break_step(step, kind, (3,) if step < 3 else (4, 5))
+    run_step(step, [*start(step), *ONE_EPOCH, *_stages(step, stage), "--skip_nonfinite", 2, "--output_dir", tmp_path])
+    rows = read_metrics(tmp_path)
+    left_out = 1 if step < 3 else 2
+    assert [row["train/skipped_steps"] for row in rows] == [0] * bad + [left_out] * (steps - bad)
+    if kind == "loss":
+        assert rows[bad][LOSS[step]] is None
+    assert all(abs(row[LOSS[step]]) < 20 for i, row in enumerate(rows) if i != bad)
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert files and all(value.isfinite().all() for file in files for value in load_file(file).values())
+    name = "gradient norm" if kind == "gradient" else LOSS[step].removeprefix("train/")
+    engine = "actor" if step == 3 else "model"
+    assert f"the {name} of the engine {engine!r} is " in capsys.readouterr().out
+
+
+STOPS = {  # what is broken: (step, of the critic, words of the message)
+    "sft": (1, False, "loss of the engine 'model'"),
+    "reward": (2, False, "loss of the engine 'model'"),
+    "actor": (3, False, "actor_loss of the engine 'actor'"),
+    "critic": (3, True, "critic_loss of the engine 'critic'"),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_the_run_stops_with_engine_step_and_rows_saves_the_state_before_and_goes_on_from_it_bit_for_bit(
+    run_step, start, break_step, tmp_path, case
+):
+    """A fault that does not come back (of the hardware, say) leaves no trace."""
+    step, critic, name = STOPS[case]
+    arguments = [*start(step), "--num_train_epochs", 1]
+    run_step(step, [*arguments, "--output_dir", tmp_path / "plain"])
+    arguments += ["--output_dir", tmp_path / "resumed", "--checkpoint_steps", 2]
+    break_step(step, "loss", (5,) if step < 3 else (6,), critic)
+    with pytest.raises(UserError) as stop:
+        run_step(step, arguments)
+    bad = 5 if step < 3 else 3
+    found = re.search(
+        rf"the {name} is nan in epoch 0, step {bad} \(training rows ([\d, ]+)\).*step-{bad:08d}", str(stop.value)
+    )
+    assert found, stop.value
+    assert len(found[1].split(",")) == 2
+    assert newest_checkpoint(tmp_path / "resumed/checkpoints").state["position"] == [0, bad]
+    # The micro-batches of the second start are counted on, so that nothing is broken any more.
+    run_step(step, [*arguments, "--resume", "auto"])
+    assert_same_run(tmp_path / "plain", tmp_path / "resumed")
+
+
+def test_what_was_saved_can_go_on_without_the_step(run_step, start, break_step, tmp_path):
+    break_step(1, "gradient", (3, 4))  # the second start begins with the step that failed
+    arguments = [*start(1), *ONE_EPOCH, "--checkpoint_steps", 2, "--output_dir", tmp_path]
+    with pytest.raises(UserError, match=r"the gradient norm of the engine 'model' is (nan|inf) in epoch 0, step 3"):
+        run_step(1, arguments)
+    run_step(1, [*arguments, "--resume", "auto", "--skip_nonfinite", 1])
+    assert [row["train/skipped_steps"] for row in read_metrics(tmp_path)] == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("token, when", [("seen", "in epoch 0, step 4"), ("unseen", "in step 6")])
+def test_weights_that_are_no_numbers_are_not_saved(run_step, start, monkeypatch, tmp_path, token, when):
+    """Whatever made them so, and whether the loss sees them or not: the checkpoint before is worth more."""
+    loss_sum, calls = losses.causal_lm_loss_sum, []
+
+    def spoiled(scorer, inputs, labels):
+        if torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == 5:
+                row = int(inputs["input_ids"][0, 0]) if token == "seen" else -1
+                scorer.model.get_input_embeddings().weight.data[row] = torch.nan
+        return loss_sum(scorer, inputs, labels)
+
+    monkeypatch.setattr(losses, "causal_lm_loss_sum", spoiled)
+    told = r"the weights of the engine 'model' are not finite.*no checkpoint.*step-00000003"
+    with pytest.raises(UserError, match=told) as stop:
+        run_step(1, [*start(1), "--output_dir", tmp_path, "--checkpoint_steps", 3])
+    assert when in str(stop.value)
+    assert newest_checkpoint(tmp_path / "checkpoints").state["steps"] == 3
