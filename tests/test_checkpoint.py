@@ -4,12 +4,14 @@ of another run or of a stranger is taken up."""
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, assert_same_run, killed_after, run_command, step_arguments
+from conftest import PROJECT, STEPS, assert_same_run, killed_after, read_metrics, run_command, step_arguments
 
 from utils import checkpoint
 from utils.checkpoint import newest_checkpoint, read_checkpoint
@@ -177,28 +179,6 @@ def test_no_code_in_a_checkpoint_is_run(run_step, stopped, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system with room for one checkpoint and a half."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", folder]
-    if os.geteuid() != 0 or run_command(command)[0] != 0:
-        pytest.skip("mounting a small file system takes the rights of root")
-    yield folder
-    run_command(["umount", "-l", folder])  # this process holds the lock of its checkpoints
-
-
-def test_a_full_disk_is_told_and_the_checkpoint_before_stays_whole(run_step, start, small_disk, tmp_path):
-    saving = ["--checkpoint_steps", 2, "--checkpoint_dir", small_disk, "--output_dir", tmp_path / "out"]
-    with pytest.raises(
-        UserError, match=r"step 4 could not be written to .* MiB are free: .*; the last checkpoint is .*step-00000002"
-    ):
-        run_step(1, [*start(1), *saving])
-    assert newest_checkpoint(small_disk).state["steps"] == 2
-    assert not list(small_disk.glob(".step*"))
-
-
 def test_an_unwritable_folder_of_checkpoints_is_told_at_the_start(run_step, start, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--checkpoint_dir .*: cannot be written"):
@@ -233,3 +213,85 @@ def test_sigterm_finishes_the_step_saves_and_ends_well(run_step, start, tmp_path
     run_step(1, [*arguments, "--resume", "auto"])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert_same_run(tmp_path / "plain", tmp_path / "resumed")
+
+
+SLOW_STEPS = """
+import os, runpy, sys, time
+sys.path.insert(0, {project!r})
+from utils import utils
+take_step = utils.take_step
+def slowly(engine):
+    time.sleep(0.2)
+    return take_step(engine)
+utils.take_step = slowly
+runpy.run_path({main!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_sigterm_to_a_launcher_stops_and_saves_two_ranks_and_the_rest_is_done_by_the_next_start(
+    start, tmp_path, launcher
+):
+    script = tmp_path / "slow_main.py"
+    script.write_text(SLOW_STEPS.format(project=str(PROJECT), main=str(STEPS[1])))
+    binaries = Path(sys.executable).parent
+    command = {
+        "torchrun": [binaries / "torchrun", "--standalone", "--nproc_per_node=2"],
+        "deepspeed": [binaries / "deepspeed", "--num_gpus", 2, "--master_port", 20000 + os.getpid() % 20000],
+    }[launcher]
+    arguments = [*start(1), "--zero_stage", 2, "--output_dir", tmp_path / "resumed"]
+    arguments += ["--checkpoint_steps", 100, "--resume", "auto"]
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{binaries}:{os.environ['PATH']}"}
+    metrics, log = tmp_path / "resumed/metrics.jsonl", tmp_path / "log"
+    with log.open("w") as output:
+        run = subprocess.Popen(
+            [str(part) for part in [*command, script, *arguments]], stdout=output, stderr=output, env=surroundings
+        )
+    try:
+        end = time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:  # the first evaluation is one of them
+            assert run.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        run.terminate()
+        run.wait(60)
+        while "stopped by SIGTERM after" not in log.read_text():  # deepspeed goes before its ranks
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+    finally:
+        run.kill()
+    assert "Traceback (most recent call last)" not in log.read_text().split("stopped by SIGTERM")[0], log.read_text()
+    stopped = newest_checkpoint(tmp_path / "resumed/checkpoints").state["steps"]
+    assert 2 <= stopped < 8
+    runs = [[1, [*arguments, "--output_dir", tmp_path / "plain"]], [1, arguments]]
+    runs = [[step, [str(argument) for argument in arguments]] for step, arguments in runs]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    torchrun = [binaries / "torchrun", "--standalone", "--nproc_per_node=2"]
+    code, console = run_command([*torchrun, PROJECT / "tests/runs_in_one_launch.py", tmp_path / "runs.json"])
+    assert code == 0 and f"{stopped} steps are done" in console, console
+    assert_same_run(tmp_path / "plain", tmp_path / "resumed")
+
+
+def test_torchrun_starts_the_ranks_again_when_one_is_killed_and_they_go_on(start, tmp_path):
+    """Elastic restart: the launcher stays, its processes begin anew with --resume auto."""
+    script = tmp_path / "killed_main.py"
+    script.write_text(
+        "import os, runpy, signal, sys\n"
+        f"sys.path.insert(0, {str(PROJECT)!r})\n"
+        "from utils.checkpoint import Checkpoints\n"
+        "end_step = Checkpoints.end_step\n"
+        "def killed(self, *position):\n"
+        "    end_step(self, *position)\n"
+        "    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1' and self.steps == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Checkpoints.end_step = killed\n"
+        f"runpy.run_path({str(STEPS[1])!r}, run_name='__main__')\n"
+    )
+    torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    arguments = [*start(1), "--zero_stage", 2, "--output_dir", tmp_path / "restarted"]
+    command = [*torchrun, script, *arguments, "--checkpoint_steps", 2, "--resume", "auto"]
+    code, console = run_command(command)
+    assert code != 0 and console.count("error: torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 2
+    code, console = run_command(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert code == 0, console
+    assert "so this is a fresh start" in console and "step-00000002: 2 steps are done" in console
+    assert [row["step"] for row in read_metrics(tmp_path / "restarted")] == list(range(1, 9))

@@ -7,9 +7,11 @@ other module needs an "if distributed".
 import contextlib
 import ctypes
 import datetime
+import errno
 import fcntl
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -186,12 +188,26 @@ def follow_launcher(poll_seconds: float = 1.0) -> None:
     threading.Thread(target=watch, name="follow_launcher", daemon=True).start()
 
 
+def check_restarts() -> None:
+    """Refuse restarts by torchrun in which new ranks would read the addresses of the dead from the old store.
+
+    torchrun shares the store of its rendezvous with the ranks, and keeps it when it starts them again.
+    """
+    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shares and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise SharedError(
+            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, on every node; "
+            "without it ranks that are started again look for each other where the ended ones were"
+        )
+
+
 def init_distributed(args) -> torch.device:
     """Join the process group and return this rank's device.
 
     Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one on a free local port). Sets
     ``args.local_rank`` and ``args.global_rank``. ``args.comm_timeout`` (seconds) bounds every collective.
     """
+    check_restarts()
     follow_launcher()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
@@ -299,12 +315,14 @@ def once_per_node(result: Path, build: Callable[[], None], rebuild: bool = False
             if not result.exists():
                 build()
         except Exception as error:
-            failure.parent.mkdir(parents=True, exist_ok=True)
-            scratch = failure.with_suffix(f".{uuid.uuid4().hex}")  # other nodes may fail at the same place
-            scratch.write_text(str(error) or repr(error))
-            os.replace(scratch, failure)
+            message = trouble_with_files(error, result.parent) or str(error) or repr(error)
+            with contextlib.suppress(OSError):  # a full disk: the launcher ends the others then
+                failure.parent.mkdir(parents=True, exist_ok=True)
+                scratch = failure.with_suffix(f".{uuid.uuid4().hex}")  # other nodes may fail at the same place
+                scratch.write_text(message)
+                os.replace(scratch, failure)
             if isinstance(error, ValueError | OSError | UserError):
-                raise SharedError(str(error)) from error
+                raise SharedError(message) from error
             raise
     else:
         while not result.exists():
@@ -331,6 +349,21 @@ def trouble_between_ranks(error: Exception) -> str | None:
             if re.search(pattern, str(error), re.IGNORECASE | re.DOTALL):
                 return meaning
     return None
+
+
+def trouble_with_files(error: Exception, folder: Path | None = None) -> str | None:
+    """What a file that cannot be written means to the user; None for any other error.
+
+    Args:
+        folder: where it was to be written, which such errors do not always tell.
+    """
+    if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)):
+        return None
+    place = error.filename or folder
+    told = f"{place or 'a file'} could not be written: {os.strerror(error.errno)}"
+    if folder is not None:
+        told += f" ({shutil.disk_usage(folder).free / 2**20:.1f} MiB are free there)"
+    return told
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -360,6 +393,8 @@ def run_main(main: Callable[[], None]) -> None:
         if meaning := trouble_between_ranks(error):
             reason = str(error).partition("\n")[0]
             print(f"\nerror: rank {get_rank()}: {meaning} ({reason})", file=sys.stderr)
+        elif told := trouble_with_files(error):
+            print(f"\nerror: rank {get_rank()}: {told}", file=sys.stderr)
         else:
             print(f"rank {get_rank()} failed:", file=sys.stderr)
             traceback.print_exc()

@@ -1,6 +1,7 @@
 """What a run writes down: one JSON object per line in metrics.jsonl, and the same numbers to TensorBoard, wandb or
 trackio; rollouts for a person to read in samples.jsonl."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -23,7 +24,10 @@ class TensorBoard:
     def __init__(self, folder: str | Path, purge_step: int | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        except OSError as error:
+            raise UserError(f"--tensorboard_path {folder}: cannot be written: {error.strerror}") from error
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -101,18 +105,27 @@ class MetricsWriter:
         row = {f"{prefix}/{name}": value for name, value in values.items()}
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         row |= {name: None for name, value in numbers.items() if not math.isfinite(value)}
-        for tracker in self._trackers:
-            tracker.log(numbers, step)
-        if self._file is not None:
-            row = {"step": step, "time": round(time.time() - self._start, 3)} | row
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._file.flush()
+        with self._told():
+            for tracker in self._trackers:
+                tracker.log(numbers, step)
+            if self._file is not None:
+                row = {"step": step, "time": round(time.time() - self._start, 3)} | row
+                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._file.flush()
 
     def write_samples(self, step: int, samples: list[dict]) -> None:
         """Rows of texts and figures, each with its step, to samples.jsonl."""
         if self._samples is not None:
-            with self._samples.open("a", encoding="utf-8") as file:
+            with self._told(), self._samples.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in samples)
+
+    @contextlib.contextmanager
+    def _told(self):
+        try:
+            yield
+        except OSError as error:
+            place = self._file.name if self._file is not None else "--report_to"
+            raise UserError(f"the metrics could not be written ({place}): {error}") from error
 
     def close(self) -> None:
         if self._file is not None:
