@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import PROJECT, STEPS, assert_same_run, killed_after, read_metrics, run_command, step_arguments
 
 from utils import checkpoint
@@ -161,22 +160,6 @@ def test_half_written_checkpoints_are_passed_over_and_refused_by_name(run_step, 
     assert [found.state["steps"] for found in checkpoint.complete_checkpoints(folder)] == [14, 16]
     with pytest.raises(EndOfRun, match="this run has finished after 16 steps"):
         run_step(1, [*arguments, "--resume", "auto"])
-
-
-def test_no_code_in_a_checkpoint_is_run(run_step, stopped, tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    arguments, folder = stopped
-    file = next((folder / "step-00000004/model").glob("*.pt"))
-    torch.save({"module": Bomb()}, file)
-    state = read_checkpoint(folder / "step-00000002").state
-    state["files"] = {}
-    (folder / "step-00000004/state.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match="could not be read"):
-        run_step(1, [*arguments, "--resume", folder / "step-00000004"])
-    assert not (tmp_path / "executed").exists()
 
 
 def test_an_unwritable_folder_of_checkpoints_is_told_at_the_start(run_step, start, tmp_path):

@@ -25,7 +25,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -67,6 +67,7 @@ class SafeFiles(TorchCheckpointEngine):
     without room after all ranks have met again: DeepSpeed waits for every rank in the middle of saving."""
 
     problem: Exception | None = None
+    wanted: set[str] = frozenset()  # names of weights that a file of weights must hold
 
     def makedirs(self, path, exist_ok=False):
         try:
@@ -84,9 +85,20 @@ class SafeFiles(TorchCheckpointEngine):
     def load(self, path: str, map_location=None):
         try:
             with torch.serialization.safe_globals(CLASSES_IN_FILES):
-                return torch.load(path, map_location=map_location, weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"--resume: {path} could not be read: {error}") from error
+                content = torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"--resume: {path} could not be read: it is no file of weights, or holds more than tensors and "
+                f"{', '.join(kind.__name__ for kind in CLASSES_IN_FILES)}, and nothing else is ever loaded"
+            ) from error
+        except (OSError, RuntimeError, ValueError, EOFError) as error:
+            raise UserError(f"--resume: {path} could not be read: {error or type(error).__name__}") from error
+        if not isinstance(content, dict) or (
+            "module" in content and (missing := sorted(self.wanted - content["module"].keys()))
+        ):
+            what = f"the weight {missing[0]}" if isinstance(content, dict) else "any weights"
+            raise UserError(f"--resume: {path} does not hold {what}")
+        return content
 
 
 # ---------------------------------------------------------------- what a run must have in common with its checkpoint
@@ -187,15 +199,39 @@ class Found:
     state: dict
 
 
+STATE = {
+    **{"steps": int, "saved_at": float, "world_size": int, "rows": str},
+    **{"flags": dict, "models": dict, "versions": dict, "metrics": dict, "files": dict, "position": list},
+}
+MAX_STATE_BYTES = 64 * 2**20
+
+
+def _read_small(file: Path) -> str:
+    """Raises ValueError for what is no file of a reasonable size: a pipe would be waited for, a device has no end."""
+    if not file.is_file() or file.stat().st_size > MAX_STATE_BYTES:
+        raise ValueError("it is missing, or no file, or a very large one")
+    return file.read_text()
+
+
 def read_checkpoint(folder: Path) -> Found:
     """Raises UserError: no checkpoint, or one that is not whole, with the file."""
     try:
-        state = json.loads((folder / STATE_FILE).read_text())
-        sizes = state["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = json.loads(_read_small(folder / STATE_FILE))
+        for name, kind in STATE.items():
+            if not isinstance(state.get(name), kind):
+                raise ValueError(f"{name} is {json.dumps(state.get(name))[:80]}")
+        epoch, done = state["position"]
+        numbers = [epoch, done, state["steps"], *state["files"].values()]
+        numbers += [number for size_and_checksum in state["metrics"]["files"].values() for number in size_and_checksum]
+        float(state["metrics"]["seconds"])
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError("positions, steps, sizes and checksums are whole numbers from 0 on")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} is no checkpoint: {STATE_FILE}: {error}") from error
-    for name, size in sizes.items():
+    for name, size in state["files"].items():
         file = folder / name
+        if file.resolve().parent not in (folder.resolve(), *(folder.resolve() / part for part in os.listdir(folder))):
+            raise UserError(f"{folder} is no checkpoint: {STATE_FILE} names {name}, outside of it")
         if not file.is_file() or file.stat().st_size != size:
             raise UserError(f"{folder} is not a whole checkpoint: {name} is missing or not {size} bytes long")
     return Found(folder, state)
@@ -212,8 +248,8 @@ def complete_checkpoints(folder: Path) -> list[Found]:
 
 def newest_checkpoint(folder: Path) -> Found | None:
     """What ``latest`` names, else the newest that is whole."""
-    with suppress(OSError, UserError):
-        return read_checkpoint(folder / Path((folder / LATEST_FILE).read_text().strip()).name)
+    with suppress(OSError, ValueError, UserError):
+        return read_checkpoint(folder / Path(_read_small(folder / LATEST_FILE).strip()).name)
     found = complete_checkpoints(folder)
     return found[-1] if found else None
 
@@ -409,26 +445,38 @@ class Checkpoints:
             if self._rows != state["rows"]:
                 raise UserError(f"--resume: {folder} is of another run: its training rows were other ones")
             try:
-                rank_state = json.loads((folder / _rank_name("rank", ".json")).read_text())
-            except (OSError, ValueError) as error:
-                raise UserError(f"--resume: {folder}: {error}") from error
+                rank_state = json.loads(_read_small(folder / _rank_name("rank", ".json")))
+            except (OSError, ValueError, RecursionError) as error:
+                raise UserError(f"--resume: {folder / _rank_name('rank', '.json')}: {error}") from error
 
         agree(look)
         self.steps = self._saved = state["steps"]
         self._position = state["position"]
         for name, engine in self._engines.items():
-            # What is frozen is not in the files: it came from the model that the run starts from, as it did then.
-            engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
-        for name, (average, followed) in self._averages.items():
-            saved = load_file(folder / _average_file(name, average))
-            for part, target in _moving_parts(average, followed):
-                target.copy_(saved[part])
-        for name, thing in self._tracked.items():
-            if isinstance(thing, np.random.Generator):
-                thing.bit_generator.state = rank_state["tracked"][name]
-            else:
-                thing.load_state_dict(rank_state["tracked"][name])
-        restore_random_states(rank_state["random"])
+            weights = {key for key, param in engine.module.named_parameters() if param.requires_grad}
+            engine.checkpoint_engine.wanted = weights
+            with _taking_up(folder / name):
+                # What is frozen is not in the files: it came from the model that the run starts from, as it did then.
+                engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+
+        def take_up() -> None:
+            for name, (average, followed) in self._averages.items():
+                file = folder / _average_file(name, average)
+                with _taking_up(file):
+                    saved = load_file(file)
+                    for part, target in _moving_parts(average, followed):
+                        if saved[part].shape != target.shape:
+                            raise ValueError(f"{part} has the shape {list(saved[part].shape)}")
+                        target.copy_(saved[part])
+            with _taking_up(folder / _rank_name("rank", ".json")):
+                for name, thing in self._tracked.items():
+                    if isinstance(thing, np.random.Generator):
+                        thing.bit_generator.state = rank_state["tracked"][name]
+                    else:
+                        thing.load_state_dict(rank_state["tracked"][name])
+                restore_random_states(rank_state["random"])
+
+        agree(take_up)
 
     # ------------------------------------------------------------ in the loop
 
@@ -601,6 +649,17 @@ def _device() -> str:
 
 def _rank_name(prefix: str, suffix: str) -> str:
     return f"{prefix}{get_rank():05d}{suffix}"
+
+
+@contextmanager
+def _taking_up(file: Path) -> Iterator[None]:
+    """Content that is not what a checkpoint holds there becomes an error that names the file."""
+    wrong = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, AssertionError, OverflowError)
+    try:
+        yield
+    except (*wrong, OSError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(f"--resume: {file} does not hold what a checkpoint of this run does: {reason}") from error
 
 
 def _is_finite(engine) -> bool:

@@ -92,6 +92,12 @@ class PlainState:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError: other names than ``state_dict`` gives, or what is no number."""
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(f"{', '.join(sorted(state))} instead of {', '.join(sorted(self.state_dict()))}")
+        for name, value in state.items():
+            if not (value is None or isinstance(value, int | float)):
+                raise ValueError(f"{name} is no number")
         vars(self).update(state)
 
 

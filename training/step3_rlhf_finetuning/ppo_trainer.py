@@ -83,7 +83,7 @@ class DeepSpeedPPOTrainer:
         return {"kl_ctl": self.kl_controller.value, "skipped_updates": self.skipped_updates}
 
     def load_state_dict(self, state: dict) -> None:
-        self.kl_controller.value, self.skipped_updates = state["kl_ctl"], state["skipped_updates"]
+        self.kl_controller.value, self.skipped_updates = float(state["kl_ctl"]), int(state["skipped_updates"])
 
     # ------------------------------------------------------------ experience
 
