@@ -3,13 +3,16 @@
 
     python tests/soak/soak.py --steps 1 2 3 --kills 30 --ranks 2
 
-Of each step an undisturbed run comes first. Then the same run is started with checkpoints, and after a random time the
-launcher, or one of its processes, gets SIGKILL; so until it has been killed --kills times and has come to its end (a
-run that ends before is begun anew). Every time no process may be left over a few seconds later, and at the end the
-saved weights must be those of the undisturbed run, bit for bit. Works in the demo world, on a CPU; not part of the CI.
+Of each step an undisturbed run comes first. Then the same run is started with checkpoints, and the launcher, one of its
+ranks, or all at once get SIGKILL; so until it has been killed --kills times and has come to its end (a run that ends
+before is begun anew, data preparation included). The moment is a random time, or a random one after the first sign of a
+phase, so that the short ones are met too: preparing data, writing a checkpoint, saving the model. Every time no process may be left over a few
+seconds later and every checkpoint that calls itself whole must be; at the end the saved weights and losses must be
+those of the undisturbed run, bit for bit. Works in the demo world, on a CPU; not part of the CI.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -19,12 +22,18 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from pathlib import Path
 
 import psutil
+from safetensors.torch import load_file
 
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
+
+from utils.checkpoint import STATE_FILE, read_checkpoint  # noqa: E402
+from utils.demo.tiny_model import create_demo_model  # noqa: E402
+
 RESUME = ("--resume", "auto")
 MAINS = {
     1: PROJECT / "training/step1_supervised_finetuning/main.py",
@@ -33,12 +42,19 @@ MAINS = {
 }
 COMMON = "--data_path local/demo --data_split 4,3,3 --dtype fp32 --seed 7 --num_train_epochs 2 --dropout 0.1"
 FLAGS = {
-    1: "--max_seq_len 48 --per_device_train_batch_size 4 --max_train_samples 96 --max_eval_samples 16 --zero_stage 2",
-    2: "--max_seq_len 48 --per_device_train_batch_size 4 --max_train_samples 96 --max_eval_samples 16 --zero_stage 3",
+    1: "--max_seq_len 48 --per_device_train_batch_size 4 --max_train_samples 320 --max_eval_samples 16 --zero_stage 2",
+    2: "--max_seq_len 48 --per_device_train_batch_size 4 --max_train_samples 320 --max_eval_samples 16 --zero_stage 3",
     3: "--max_prompt_seq_len 24 --max_answer_seq_len 16 --per_device_generation_batch_size 4 "
-    "--per_device_training_batch_size 2 --max_train_samples 48 --enable_ema --enable_hybrid_engine "
-    "--actor_zero_stage 2 --critic_zero_stage 2 --num_warmup_steps 0",
+    "--per_device_training_batch_size 2 --max_train_samples 96 --enable_ema --enable_hybrid_engine "
+    "--actor_zero_stage 2 --critic_zero_stage 2 --num_warmup_steps 0 --print_answers",
 }
+PREPARING, LOADING, SAVING_CHECKPOINT, SAVING_MODEL = "preparing data", "loading", "writing a checkpoint", "saving"
+TRAINING, GENERATING, UPDATING = "training", "generating", "updating"
+PHASES = {  # of a step: how many seconds at most from its first sign to the kill
+    **{1: {PREPARING: 0.1, TRAINING: 1, SAVING_CHECKPOINT: 0.02, SAVING_MODEL: 0.05}},
+    **{3: {PREPARING: 0.1, GENERATING: 1, UPDATING: 1, SAVING_CHECKPOINT: 0.02, SAVING_MODEL: 0.05}},
+}
+PHASES[2] = PHASES[1]
 
 
 def parse_args():
@@ -59,6 +75,7 @@ class Run:
     """A launch of a step, known among all processes by a mark in its environment."""
 
     def __init__(self, args, step: int, output: Path, *flags):
+        self.step, self.output, self.data = step, output, Path(f"{output}_data")
         self.mark, binaries = uuid.uuid4().hex, Path(sys.executable).parent
         command = {
             "python": [sys.executable],
@@ -83,10 +100,11 @@ class Run:
         }[step]
         dropout = COMMON if step < 3 else COMMON.replace("--dropout", "--actor_dropout")
         command += [MAINS[step], *dropout.split(), *FLAGS[step].split(), *paths, "--output_dir", output]
-        command += ["--data_output_path", args.folder / "data", *flags, *args.flags]
+        command += ["--data_output_path", self.data, *flags, *args.flags]
         environment = os.environ | {"SOAK_MARK": self.mark, "PATH": f"{binaries}:{os.environ['PATH']}"}
         environment.setdefault("OMP_NUM_THREADS", "1")
         self.log = output.with_suffix(".log")
+        self.told_before = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("a") as log:
             self.process = subprocess.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT, env=environment)
 
@@ -100,16 +118,46 @@ class Run:
                 continue
         return found
 
-    def kill_one(self, generator: random.Random) -> str | None:
+    @property
+    def phase(self) -> str:
+        """What the run is at, from its console and its files."""
+        with self.log.open("rb") as log:
+            log.seek(self.told_before)
+            told = log.read().decode(errors="replace")
+        if "***** Running training" not in told:
+            prepared = "data (eval)" in told or (self.step == 3 and "data (train)" in told)
+            return LOADING if prepared or not self.data.exists() else PREPARING
+        if "saving model ..." in told or "saving the final model ..." in told:
+            return SAVING_MODEL
+        if list(self.output.glob("checkpoints/.step-*")):
+            return SAVING_CHECKPOINT
+        if self.step < 3:
+            return TRAINING
+        return UPDATING if told.rfind("--- ans") > told.rfind("-" * 85) else GENERATING
+
+    def wait_for(self, phase: str | None, seconds: float) -> bool:
+        """Until so much time is over, or it is in the phase. False if the run has ended."""
+        end = time.monotonic() + seconds
+        while self.process.poll() is None and (phase or time.monotonic() < end):
+            if phase and self.phase == phase:
+                return True
+            time.sleep(0.003)
+        return self.process.poll() is None
+
+    def kill_one(self, generator: random.Random) -> tuple[str, str] | None:
+        """(victim, phase), or None if nothing was left to kill. Of the launcher, which may be two processes, and its
+        ranks one gets it, or, one time in five, all of them, as when a machine loses its power."""
         victims = [process for process in self.processes() if "main.py" in " ".join(process.cmdline())]
         if not victims or self.process.poll() is not None:
             return None
-        victim = generator.choice(victims)
-        name = next(
-            (w for w in ("launcher.launch", "bin/deepspeed", "bin/torchrun") if w in " ".join(victim.cmdline())), "rank"
-        )
-        victim.kill()
-        return name
+        phase, everyone = self.phase, generator.random() < 0.2
+        chosen = victims if everyone else [generator.choice(victims)]
+        command = " ".join(chosen[0].cmdline())
+        names = ("launcher.launch", "bin/deepspeed", "bin/torchrun")
+        for victim in chosen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+        return "all" if everyone else next((name for name in names if name in command), "rank"), phase
 
     def wait_for_all(self, seconds: float = 90) -> None:
         end = time.monotonic() + seconds
@@ -139,21 +187,35 @@ def undisturbed(args, step: int, output: Path) -> float:
     return time.monotonic() - start
 
 
+def assert_whole(folder: Path) -> None:
+    """What calls itself a checkpoint or a row is one, whenever the run was killed."""
+    for checkpoint in folder.glob("checkpoints/step-*"):
+        if (checkpoint / STATE_FILE).exists():
+            read_checkpoint(checkpoint)
+    for file in folder.rglob("*.safetensors"):
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            load_file(file)
+
+
 def soak(args, step: int, generator: random.Random) -> None:
     plain, killed = args.folder / f"step{step}", args.folder / f"step{step}_killed"
     seconds = undisturbed(args, step, plain)
-    kills, ends, victims = 0, 0, {}
+    kills, ends, victims, phases = 0, 0, Counter(), Counter()
     while kills < args.kills or not ends:
         start, run = time.monotonic(), Run(args, step, killed, "--checkpoint_steps", args.checkpoint_steps, *RESUME)
         if kills < args.kills:
-            try:
-                # From the loading of packages on; a run that resumes is shorter than the whole one.
-                run.process.wait(generator.uniform(0.3, 1.0) * seconds)
-            except subprocess.TimeoutExpired:
-                if victim := run.kill_one(generator):
+            phase, fresh = None, not run.data.exists()
+            if generator.random() < 0.6:
+                phase = generator.choice([p for p in PHASES[step] if fresh or p != PREPARING])
+            # From the loading of packages on; a run that resumes is shorter than the whole one.
+            if run.wait_for(phase, generator.uniform(0.3, 1.0) * seconds):
+                time.sleep(generator.uniform(0, PHASES[step].get(phase, 0)))
+                if found := run.kill_one(generator):
                     kills += 1
-                    victims[victim] = victims.get(victim, 0) + 1
+                    victims[found[0]] += 1
+                    phases[found[1]] += 1
                     run.wait_for_all()
+                    assert_whole(killed)
                     continue
         run.process.wait()
         if run.process.returncode != 0:
@@ -166,16 +228,16 @@ def soak(args, step: int, generator: random.Random) -> None:
         print(f"step {step}: {kills} kills so far, the model of end {ends} equals the undisturbed one", flush=True)
         if kills < args.kills:
             shutil.rmtree(killed)
+            shutil.rmtree(run.data)
     print(
-        f"step {step}: survived {kills} of {kills} kills ({victims}), {ends} times to the end; undisturbed it takes "
-        f"{seconds:.0f} s"
+        f"step {step}: survived {kills} of {kills} kills, {ends} times to the end; undisturbed it takes "
+        f"{seconds:.0f} s\n    killed: {dict(victims)}\n    while: {dict(phases)}",
+        flush=True,
     )
 
 
 def main() -> None:
     args = parse_args()
-    from utils.demo.tiny_model import create_demo_model
-
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir(parents=True)
     args.folder = args.folder.resolve()
