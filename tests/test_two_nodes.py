@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import two_nodes
-from conftest import PROJECT, make_model, read_metrics, run_command, write_pairs
+from conftest import PROJECT, STEPS, make_model, read_metrics, run_command, write_pairs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from two_nodes import TwoNodes
@@ -178,3 +178,51 @@ def test_a_folder_of_checkpoints_that_each_node_has_for_itself_is_refused_at_the
     told = r"error: --checkpoint_dir .*: on node1: .*; checkpoints of several nodes belong on storage that all of them"
     assert re.search(told, nodes[0].log.read_text()), logs(nodes)
     assert not list(nodes.folder.glob("disk-*/cache/*/*")) and not list(nodes.folder.rglob(".node-*"))
+
+
+KILLED_ONCE = """
+import os, runpy, signal, sys
+sys.path.insert(0, {project!r})
+from utils.checkpoint import Checkpoints
+end_step = Checkpoints.end_step
+def killed(self, *position):
+    end_step(self, *position)
+    if self.steps == 7 and self.found is None and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+Checkpoints.end_step = killed
+runpy.run_path({main!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("what", ["a rank", "a node"])
+def test_torchrun_on_two_nodes_starts_all_ranks_again_when_one_is_gone(nodes, one_node, shared, what):
+    """Elastic restart: of the ranks by the launchers that are left, and of a whole node that comes back."""
+    first, second = nodes
+    script = nodes.folder / "main.py"
+    script.write_text(KILLED_ONCE.format(project=str(PROJECT), main=str(STEPS[1])))
+    if what == "a node":
+        script.write_text(script.read_text().replace("self.steps == 7", "False"))
+    elastic = ["--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 3, "--rdzv_backend", "c10d"]
+    elastic += ["--rdzv_endpoint", f"{first.name}:29400", "--rdzv_id", "run"]
+    (_, arguments), _ = json.loads((one_node / "runs.json").read_text())  # as the recipe gives them
+    arguments += ["--output_dir", nodes.local / "out", "--data_output_path", nodes.local / "cache"]
+    arguments += ["--checkpoint_dir", nodes.folder / "checkpoints", "--checkpoint_steps", 5, "--resume", "auto"]
+    torchrun = [Path(two_nodes.sys.executable).parent / "torchrun", *elastic, script, *arguments]
+    surroundings = two_nodes.surroundings() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    for node in nodes:
+        node.start(torchrun, **surroundings)
+    if what == "a node":
+        end, metrics = time.monotonic() + PATIENCE, first.disk / "out/metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 12:
+            assert first.process.poll() is None and time.monotonic() < end, logs(nodes)
+            time.sleep(0.05)
+        second.kill()
+        second.start(torchrun, **surroundings)
+    assert nodes.wait(PATIENCE) == [0, 0], logs(nodes)
+    told = "".join(node.log.read_text() for node in nodes)
+    assert re.search(r"step-\d+: \d+ steps are done", told), logs(nodes)
+    outputs = [node.disk / "out" for node in nodes if (node.disk / "out/model.safetensors").exists()]
+    assert len(outputs) == 1  # of whichever has rank 0 by then
+    weights, others = (load_file(folder / "model.safetensors") for folder in (outputs[0], one_node / "sft"))
+    assert all(torch.equal(value, others[name]) for name, value in weights.items())
+    assert [node.left_running for node in nodes] == ["", ""]

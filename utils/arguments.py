@@ -436,7 +436,8 @@ def add_run_arguments(parser, step: int) -> None:
         "--skip_nonfinite",
         type=_not_negative,
         default=0,
-        help="optimizer steps with a loss that is not finite to leave out, without an update; 0 to stop at the first",
+        help="optimizer steps with a loss or gradient that is not finite to leave out, without an update; 0 to stop at "
+        "the first. What the loss scale of fp16 leaves out does not count",
     )
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     add(

@@ -228,10 +228,9 @@ def read_checkpoint(folder: Path) -> Found:
             raise ValueError("positions, steps, sizes and checksums are whole numbers from 0 on")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} is no checkpoint: {STATE_FILE}: {error}") from error
-    inside = {folder.resolve(), *(folder.resolve() / part for part in os.listdir(folder))}
     for name, size in state["files"].items():
         file = folder / name
-        if file.resolve().parent not in inside:
+        if not file.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{folder} is no checkpoint: {STATE_FILE} names {name}, outside of it")
         if not file.is_file() or file.stat().st_size != size:
             raise UserError(f"{folder} is not a whole checkpoint: {name} is missing or not {size} bytes long")

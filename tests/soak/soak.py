@@ -6,9 +6,9 @@
 Of each step an undisturbed run comes first. Then the same run is started with checkpoints, and the launcher, one of its
 ranks, or all at once get SIGKILL; so until it has been killed --kills times and has come to its end (a run that ends
 before is begun anew, data preparation included). The moment is a random time, or a random one after the first sign of a
-phase, so that the short ones are met too: preparing data, writing a checkpoint, saving the model. Every time no process may be left over a few
-seconds later and every checkpoint that calls itself whole must be; at the end the saved weights and losses must be
-those of the undisturbed run, bit for bit. Works in the demo world, on a CPU; not part of the CI.
+phase, so that the short ones are met too: preparing data, writing a checkpoint, saving the model. Every time no process
+may be left over a few seconds later, and every checkpoint that calls itself whole must be; at the end the saved weights
+and losses must be those of the undisturbed run, bit for bit. Works in the demo world, on a CPU; not part of the CI.
 """
 
 import argparse
