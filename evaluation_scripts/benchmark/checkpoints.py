@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""What checkpoints cost: the same run of step 1 with and without, by turns, and how long going on from one takes.
+
+    python evaluation_scripts/benchmark/checkpoints.py --work /tmp/checkpoints --size 30M --steps 200
+
+The model is a Llama with random weights, made here; data is the quickstart's. Training time is taken from the metrics
+file, from the row of the first step to that of the last, so that it holds what lies between: steps and checkpoints.
+Both runs evaluate once on a few rows, outside of it. The fastest of each kind counts: others may use the machine.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from evaluation_scripts.benchmark.memory import SIZES, make_models
+from utils.checkpoint import FINISHED_FILE, newest_checkpoint
+from utils.flag_table import STEPS
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="for model, outputs and checkpoints, on the disk to measure")
+    add("--size", choices=SIZES, default="30M", help="of the model (default 30M)")
+    add("--steps", type=int, default=200, help="optimizer steps of a run (default 200)")
+    add("--every", type=int, default=50, help="steps between checkpoints (default 50)")
+    add("--repeats", type=int, default=2, help="runs of each kind (default 2)")
+    add("--ranks", type=int, default=2, help="processes (default 2)")
+    add("--zero_stage", type=int, choices=range(4), default=2, help="(default 2)")
+    add("--dtype", choices=["bf16", "fp32"], default="bf16", help="(default bf16)")
+    add("--rows", type=int, default=4, help="per device and step (default 4)")
+    add("--length", type=int, default=128, help="tokens of a row (default 128)")
+    return parser.parse_args()
+
+
+def command_of(args, output: Path) -> list[str]:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}", STEPS[0]]
+    words += ["--model_name_or_path", make_models(args.work, args.size)[0], "--data_path", "local/demo"]
+    words += ["--data_split", "1,0,0", "--data_output_path", args.work / "cache", "--output_dir", output]
+    # One step more: the row of the first is where the time begins.
+    words += ["--max_train_samples", (args.steps + 1) * args.rows * args.ranks, "--max_eval_samples", args.ranks]
+    words += ["--per_device_train_batch_size", args.rows, "--max_seq_len", args.length, "--pad_to_max_length"]
+    words += ["--dtype", args.dtype, "--zero_stage", args.zero_stage, "--learning_rate", "1e-4"]
+    return [str(word) for word in words]
+
+
+def run(command: list[str]) -> tuple[str, float]:
+    """(console, seconds until training begins)."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    start, begins, console = time.perf_counter(), None, []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        for line in process.stdout:
+            console.append(line)
+            if "***** Running training *****" in line:
+                begins = time.perf_counter() - start
+    if process.returncode:
+        sys.exit("".join(console[-40:]))
+    return "".join(console), begins
+
+
+def training_seconds(output: Path) -> float:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    times = [row["time"] for row in rows if "train/loss" in row]
+    return times[-1] - times[0]
+
+
+def main():
+    args = parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    plain, saving, folder = args.work / "plain", args.work / "saving", args.work / "saving/checkpoints"
+    run([*command_of(args, plain), "--max_train_samples", str(args.rows * args.ranks)])  # prepares what can be prepared
+    seconds = {plain: [], saving: []}
+    fresh, writing = [], []
+    for _ in range(args.repeats):
+        for output, flags in ((plain, []), (saving, ["--checkpoint_steps", str(args.every)])):
+            shutil.rmtree(output, ignore_errors=True)
+            console, begins = run([*command_of(args, output), *flags])
+            seconds[output].append(training_seconds(output))
+            fresh.append(begins)
+            writing += [float(time) for time in re.findall(r"^checkpoint .* \(([\d.]+) s\)$", console, re.MULTILINE)]
+    size = sum(newest_checkpoint(folder).state["files"].values())
+    resumed = []
+    for _ in range(args.repeats):
+        (folder / FINISHED_FILE).unlink()
+        command = [*command_of(args, saving), "--checkpoint_steps", str(args.every), "--resume", "auto"]
+        console, begins = run(command)
+        resumed.append((begins, float(re.search(r"read in ([\d.]+) s", console)[1])))
+    without, within = min(seconds[plain]), min(seconds[saving])
+    what = f"{args.size}, {args.ranks} rank(s), ZeRO-{args.zero_stage}, {args.dtype}"
+    runs = {output: ", ".join(f"{number:.1f}" for number in numbers) for output, numbers in seconds.items()}
+    print(f"{what}, {args.steps} steps of {without / args.steps:.2f} s")
+    print(f"  training without checkpoints   {without:8.1f} s   of {runs[plain]}")
+    print(f"  one every {args.every:3} steps            {within:8.1f} s   of {runs[saving]}")
+    print(f"  ratio                          {within / without:8.3f}")
+    print(f"  a checkpoint                   {sum(writing) / len(writing):8.2f} s   {size / 2**20:.0f} MiB")
+    print(f"  start to training, fresh       {min(fresh):8.1f} s")
+    print(f"  start to training, resumed     {min(resumed)[0]:8.1f} s   of which reading {min(resumed)[1]:.2f} s")
+
+
+if __name__ == "__main__":
+    main()
