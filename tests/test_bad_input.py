@@ -49,6 +49,14 @@ BAD = {
         {"--output_dir": "{tmp}/empty.jsonl/out"},
         r"--output_dir .*cannot be written",
     ),
+    "an output folder among the data": (
+        {"--data_path": "{tmp}", "--output_dir": "{tmp}/out"},
+        r"--output_dir .*/out lies in --data_path .*, so it would be read as data",
+    ),
+    "a cache among the data": (
+        {"--data_path": "{tmp}", "--data_output_path": "{tmp}"},
+        r"--data_output_path .* lies in --data_path",
+    ),
     "rows longer than the model": ({"--max_seq_len": 513}, r"--max_seq_len 513 is more than the 512 positions"),
     "offload without ZeRO": ({"--offload": None}, r"--zero_stage"),
     "a configuration that is not there": ({"--deepspeed_config": "{tmp}/nowhere.json"}, r"nowhere\.json"),

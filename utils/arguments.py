@@ -500,8 +500,18 @@ def resolve_checkpoints(args) -> None:
         raise UserError(f"{flag} needs a folder: give --checkpoint_dir or --output_dir")
 
 
+def refuse_inside_data(args) -> None:
+    """What a run writes into a folder of data, the next run would read as data."""
+    for data in (Path(path) for path in args.data_path if Path(path).is_dir()):
+        for name in ("data_output_path", "output_dir", "checkpoint_dir"):
+            written = getattr(args, name)
+            if written is not None and Path(written).resolve().is_relative_to(data.resolve()):
+                raise UserError(f"--{name} {written} lies in --data_path {data}, so it would be read as data; move it")
+
+
 def resolve_common(args) -> None:
     """Fill in what depends on the machine."""
+    refuse_inside_data(args)
     check_output_dir(args.data_output_path, "--data_output_path")
     if args.add_eot_token and not args.eot_token.strip():
         raise UserError("--eot_token: a token that ends answers has letters or signs, and this one is blank")
