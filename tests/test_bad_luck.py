@@ -20,6 +20,7 @@ from utils.checkpoint import newest_checkpoint
 from utils.distributed import UserError
 from utils.files import name_if_new, scratch_beside
 from utils.model.model_utils import create_critic_model
+from utils.model.saving import atomic_folder
 from utils.utils import load_hf_tokenizer, save_hf_format
 
 PATCHES = {
@@ -255,6 +256,40 @@ def test_a_file_that_others_may_have_mapped_is_not_replaced(tmp_path):
         inodes.append(path.stat().st_ino)
     assert path.read_text() == "first" and inodes[0] == inodes[1]
     assert [file.name for file in tmp_path.iterdir()] == ["rows.arrow"]
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from utils.files import scratch_beside
+from utils.model.saving import atomic_folder
+with scratch_beside(Path(sys.argv[1]) / "rows.arrow") as scratch, atomic_folder(Path(sys.argv[1]) / "model") as folder:
+    scratch.write_text("half")
+    (folder / "model.safetensors").write_text("half")
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_left_half_written_goes_and_what_a_living_one_writes_stays(tmp_path):
+    def write_again():
+        with scratch_beside(tmp_path / "rows.arrow") as scratch, atomic_folder(tmp_path / "model") as folder:
+            scratch.write_text("whole")
+            (folder / "model.safetensors").write_text("whole")
+            scratch.replace(tmp_path / "rows.arrow")
+
+    def hidden():
+        return sorted(file.name[:8] for file in [*tmp_path.iterdir(), *tmp_path.glob("model/*")] if file.name[0] == ".")
+
+    command = [sys.executable, "-c", WRITER, tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=PROJECT) as writer:
+        assert writer.stdout.readline() == b"ready\n"
+        write_again()
+        assert hidden() == [".rows.ar", ".saving-"]
+        writer.kill()
+    write_again()
+    assert hidden() == []
+    assert (tmp_path / "rows.arrow").read_text() == (tmp_path / "model/model.safetensors").read_text() == "whole"
 
 
 # ---------------------------------------------------------------- the lock of an operator's build

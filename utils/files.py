@@ -1,6 +1,8 @@
 """Writing files whole."""
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import uuid
@@ -24,15 +26,47 @@ def check_writable(path: str | None):
 
 
 @contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Make a file and keep a lock on it while open: one that is found without was left by a process that was killed."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a file that was ``held`` is so no more; False where that cannot be known."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def scratch_beside(path: str | os.PathLike) -> Iterator[Path]:
     """A name in the file's folder, to write it under and then rename; gone at the end, whatever happened.
 
-    No one else has it: on a file system that several nodes share a process id would not do.
+    No one else has it: on a file system that several nodes share a process id would not do. What killed processes left
+    of the same file goes.
     """
     path = Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if is_left_over(left):
+            left.unlink(missing_ok=True)
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}")
     try:
-        yield scratch
+        with held(scratch):
+            yield scratch
     finally:
         scratch.unlink(missing_ok=True)
 

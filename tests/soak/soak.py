@@ -7,8 +7,8 @@ Of each step an undisturbed run comes first. Then the same run is started with c
 ranks, or all at once get SIGKILL; so until it has been killed --kills times and has come to its end (a run that ends
 before is begun anew, data preparation included). The moment is a random time, or a random one after the first sign of a
 phase, so that the short ones are met too: preparing data, writing a checkpoint, saving the model. Every time no process
-may be left over a few seconds later, and every checkpoint that calls itself whole must be; at the end the saved weights
-and losses must be those of the undisturbed run, bit for bit. Works in the demo world, on a CPU; not part of the CI.
+may be left over a few seconds later, and every checkpoint that calls itself whole must be; at the end no half-written
+file may be left, and the saved weights and losses must be those of the undisturbed run, bit for bit. Works in the demo world, on a CPU; not part of the CI.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
-from utils.checkpoint import STATE_FILE, read_checkpoint  # noqa: E402
+from utils.checkpoint import LOCK_FILE, STATE_FILE, read_checkpoint  # noqa: E402
 from utils.demo.tiny_model import create_demo_model  # noqa: E402
 
 RESUME = ("--resume", "auto")
@@ -197,6 +197,11 @@ def assert_whole(folder: Path) -> None:
             load_file(file)
 
 
+def left_over(*folders: Path) -> list[Path]:
+    """What a run hides while it writes, other than the lock of its checkpoints."""
+    return [file for folder in folders for file in folder.rglob(".*") if file != folder / "checkpoints" / LOCK_FILE]
+
+
 def soak(args, step: int, generator: random.Random) -> None:
     plain, killed = args.folder / f"step{step}", args.folder / f"step{step}_killed"
     seconds = undisturbed(args, step, plain)
@@ -223,6 +228,8 @@ def soak(args, step: int, generator: random.Random) -> None:
         run.wait_for_all()
         if weights(killed) != weights(plain) or losses(killed) != losses(plain):
             raise SystemExit(f"after {kills} kills the model is another one: {killed}, {plain}")
+        if litter := left_over(killed, run.data):
+            raise SystemExit(f"after {kills} kills and an end this is left over: {litter}")
         ends += 1
         seconds = min(seconds, time.monotonic() - start)  # the undisturbed run may have built operators, or waited
         print(f"step {step}: {kills} kills so far, the model of end {ends} equals the undisturbed one", flush=True)

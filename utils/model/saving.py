@@ -24,6 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import str_to_torch_dtype
 
 from utils.distributed import UserError, agree, barrier, get_rank, memory_given_back
+from utils.files import flush_to_disk, held, is_left_over
 from utils.module.lora import LinearLayer_LoRA
 
 MAX_SHARD_SIZE = "5GB"
@@ -206,6 +207,7 @@ def _umask() -> int:
     return mask
 
 
+SCRATCH_LOCK = ".lock"
 # What a loader would take for a part of the model that is saved now: other weights, or an adapter over another base.
 EARLIER_MODEL = ("model*.safetensors", "model*.safetensors.index.json", "adapter_config.json", "adapter_model.*")
 
@@ -215,24 +217,28 @@ def atomic_folder(folder: Path, replaces=EARLIER_MODEL):
     """A scratch folder whose files move into ``folder`` one by one when the block ends well, and vanish otherwise.
 
     Within one file system a move replaces a file in one step. The weights' index moves last; then files of an earlier
-    save that match ``replaces`` and are not of this one go.
+    save that match ``replaces`` and are not of this one go. So do scratch folders that killed processes left.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".saving-*"):
+        if is_left_over(left / SCRATCH_LOCK):
+            shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        yield scratch
-        files = sorted(scratch.rglob("*"), key=lambda path: path.name.endswith(".index.json"))
-        for path in files:
-            if path.is_file():
-                path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
-                target = folder / path.relative_to(scratch)
+        with held(scratch / SCRATCH_LOCK):
+            yield scratch
+            files = [file for file in scratch.rglob("*") if file.is_file() and file.name != SCRATCH_LOCK]
+            for file in sorted(files, key=lambda file: file.name.endswith(".index.json")):
+                file.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
+                flush_to_disk(file)
+                target = folder / file.relative_to(scratch)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
-        kept = {path.name for path in files}
-        for pattern in replaces:  # a loader would prefer a whole file to shards, or an old index to new ones
-            for stale in folder.glob(pattern):
-                if stale.name not in kept:
-                    stale.unlink()
+                os.replace(file, target)
+            kept = {file.name for file in files}
+            for pattern in replaces:  # a loader would prefer a whole file to shards, or an old index to new ones
+                for stale in folder.glob(pattern):
+                    if stale.name not in kept:
+                        stale.unlink()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
