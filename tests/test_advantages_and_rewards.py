@@ -206,7 +206,10 @@ def test_a_file_with_two_functions_runs_once_as_a_module_like_any_other(tmp_path
         ([*GROUPS, "--advantage_estimator", "grpo", "--critic_lora_dim", "2"], "has no critic"),
         (["--only_optimize_lora", "--actor_lora_dim", "2", "--offload_reference_model"], "add --separate_ref"),
         (["--align_overflow"], "fp32 gradients do not overflow"),
-        (["--align_overflow", "--dtype", "bf16", "--critic_zero_stage", "3"], "ZeRO-3 skips no step in bf16"),
+        (
+            ["--align_overflow", "--dtype", "bf16", "--critic_zero_stage", "3"],
+            "ZeRO-3 looks for overflows in fp16 alone",
+        ),
         ([*GROUPS, "--advantage_estimator", "rloo", "--offload", "--critic_zero_stage", "2"], "trains the actor alone"),
     ],
 )
@@ -248,7 +251,9 @@ def test_actor_and_critic_skip_together_when_one_overflows(folders, broken, stag
         last = [p for p in engines[broken].module.parameters() if p.requires_grad][-1]
         last.register_hook(lambda gradient: gradient * float("inf"))
     before = {name: [p.detach().clone() for p in e.module.parameters()] for name, e in engines.items()}
-    metrics = trainer.train_rlhf(_window(experience))
+    asked = []
+    metrics = trainer.train_rlhf(_window(experience), lambda numbers: bool(asked.append(numbers)))
+    assert (asked[-1]["actor"]["gradient norm"] == math.inf) == (broken != "neither")
     for name, engine in engines.items():
         moved = any(not torch.equal(a, b) for a, b in zip(before[name], engine.module.parameters(), strict=True))
         assert moved == (broken == "neither"), name

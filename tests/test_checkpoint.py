@@ -3,6 +3,7 @@ of another run or of a stranger is taken up."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,49 @@ def test_a_run_that_is_not_the_same_is_refused_with_flag_and_values(run_step, st
     (folder / "step-00000004/state.json").write_text(json.dumps(state | {"rows": "others"}))
     with pytest.raises(UserError, match="its training rows were other ones"):
         run_step(1, resuming)
+
+
+def test_checkpoints_of_another_run_are_never_replaced(run_step, stopped, tmp_path):
+    arguments, folder = stopped
+    copy = Path(shutil.copytree(folder / "step-00000002", tmp_path / "copy"))
+    with pytest.raises(UserError, match=r"holds checkpoints already, and not .*copy"):
+        run_step(1, [*arguments, "--resume", copy])
+    assert [found.state["steps"] for found in checkpoint.complete_checkpoints(folder)] == [2, 4]
+    # Back to an earlier one of its own is what was asked for.
+    with killed_after(3):
+        run_step(1, [*arguments, "--resume", folder / "step-00000002"])
+
+
+def test_the_checkpoint_just_written_stays_whatever_the_clock_says(run_step, start, tmp_path, monkeypatch):
+    hours = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(checkpoint.time, "time", lambda: float(next(hours)))
+    with killed_after(6):
+        run_step(1, [*start(1), "--output_dir", tmp_path, "--checkpoint_steps", 2, "--keep_checkpoints", 1])
+    assert (tmp_path / "checkpoints/latest").read_text() == "step-00000006\n"
+    assert [found.state["steps"] for found in checkpoint.complete_checkpoints(tmp_path / "checkpoints")] == [6]
+
+
+def test_a_run_that_begins_anew_forgets_that_an_earlier_one_had_finished(run_step, start, tmp_path):
+    arguments = [*start(1), "--output_dir", tmp_path, "--checkpoint_dir", tmp_path / "checkpoints"]
+    run_step(1, arguments)
+    assert (tmp_path / "checkpoints/finished.json").exists()
+    with killed_after(2):
+        run_step(1, arguments)
+    run_step(1, [*arguments, "--resume", "auto"])  # and is not refused as done
+    for text in ("{}", "[]", "x" * 100):
+        (tmp_path / "checkpoints/finished.json").write_text(text)
+        with killed_after(2):
+            run_step(1, [*arguments, "--resume", "auto"])
+
+
+def test_a_refused_start_leaves_the_metrics_of_the_run_alone(run_step, stopped):
+    arguments, folder = stopped
+    before = (folder.parent / "metrics.jsonl").read_text()
+    state = read_checkpoint(folder / "step-00000004").state
+    (folder / "step-00000004/state.json").write_text(json.dumps(state | {"rows": "others"}))
+    with pytest.raises(UserError, match="other ones"):
+        run_step(1, [*arguments, "--resume", "auto"])
+    assert (folder.parent / "metrics.jsonl").read_text() == before
 
 
 def test_half_written_checkpoints_are_passed_over_and_refused_by_name(run_step, stopped, capsys):

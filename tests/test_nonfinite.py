@@ -8,6 +8,7 @@ import torch
 from conftest import assert_same_run, read_metrics
 from safetensors.torch import load_file
 
+from training.step3_rlhf_finetuning.ppo_math import AdaptiveKLController
 from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer
 from utils.checkpoint import newest_checkpoint
 from utils.distributed import UserError
@@ -57,16 +58,26 @@ ONE_EPOCH = ["--num_train_epochs", 1, "--lr_scheduler_type", "constant"]
 LOSS = {1: "train/loss", 2: "train/loss", 3: "train/actor_loss"}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+ENGINES = {  # name: flags
+    **{f"ZeRO-{stage}": [stage] for stage in range(4)},
+    **{f"ZeRO-{stage}, offload": [stage, "--offload"] for stage in (2, 3)},
+    "ZeRO-3, bf16, offload": [3, "--offload", "--dtype", "bf16"],
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_step_that_may_be_left_out_makes_no_update_at_every_zero_stage(
-    run_step, start, break_step, tmp_path, capsys, step, kind, stage
+def test_a_step_that_may_be_left_out_makes_no_update_in_any_engine(
+    run_step, start, break_step, tmp_path, capsys, step, kind, engine
 ):
+    stage, *flags = ENGINES[engine]
     # PPO's steps have two updates of one micro-batch each here.
     bad, steps = (3, 8) if step < 3 else (2, 8)
     break_step(step, kind, (3,) if step < 3 else (4, 5))
-    run_step(step, [*start(step), *ONE_EPOCH, *_stages(step, stage), "--skip_nonfinite", 2, "--output_dir", tmp_path])
+    run_step(
+        step, [*start(step), *ONE_EPOCH, *_stages(step, stage), *flags, "--skip_nonfinite", 2, "--output_dir", tmp_path]
+    )
     rows = read_metrics(tmp_path)
     left_out = 1 if step < 3 else 2
     assert [row["train/skipped_steps"] for row in rows] == [0] * bad + [left_out] * (steps - bad)
@@ -76,8 +87,7 @@ def test_a_step_that_may_be_left_out_makes_no_update_at_every_zero_stage(
     files = list(tmp_path.rglob("*.safetensors"))
     assert files and all(value.isfinite().all() for file in files for value in load_file(file).values())
     name = "gradient norm" if kind == "gradient" else LOSS[step].removeprefix("train/")
-    engine = "actor" if step == 3 else "model"
-    assert f"the {name} of the engine {engine!r} is " in capsys.readouterr().out
+    assert f"the {name} of the engine '{'actor' if step == 3 else 'model'}' is " in capsys.readouterr().out
 
 
 STOPS = {  # what is broken: (step, of the critic, words of the message)
@@ -118,7 +128,48 @@ def test_what_was_saved_can_go_on_without_the_step(run_step, start, break_step, 
     with pytest.raises(UserError, match=r"the gradient norm of the engine 'model' is (nan|inf) in epoch 0, step 3"):
         run_step(1, arguments)
     run_step(1, [*arguments, "--resume", "auto", "--skip_nonfinite", 1])
-    assert [row["train/skipped_steps"] for row in read_metrics(tmp_path)] == [0, 0, 0, 1, 1, 1, 1, 1]
+    rows = read_metrics(tmp_path)
+    assert [row["train/skipped_steps"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+
+
+def test_a_dropped_step_leaves_weights_and_averages_as_they_were(run_step, start, monkeypatch, tmp_path):
+    """The loss of the critic alone is none, and the actor's gradient is a fine one: neither takes the step."""
+    seen, original = [], DeepSpeedPPOTrainer.train_rlhf
+
+    def watched(self, *args):
+        actor = [param.detach().clone() for param in self.actor_model.module.parameters()]
+        metrics = original(self, *args)
+        same = all(map(torch.equal, actor, self.actor_model.module.parameters()))
+        seen.append((same, metrics["actor_step_applied"]))
+        return metrics
+
+    critic_loss, calls = DeepSpeedPPOTrainer.critic_loss_fn, []
+
+    def broken(self, *args):
+        loss = critic_loss(self, *args)
+        calls.append(1)
+        if len(calls) == 3:
+            loss.loss = loss.loss * torch.nan
+        return loss
+
+    monkeypatch.setattr(DeepSpeedPPOTrainer, "train_rlhf", watched)
+    monkeypatch.setattr(DeepSpeedPPOTrainer, "critic_loss_fn", broken)
+    run_step(3, [*start(3), *_stages(3, 2), "--enable_ema", "--skip_nonfinite", 1, "--output_dir", tmp_path])
+    assert [step == (True, False) for step in seen] == [False, False, True] + [False] * 13
+
+
+def test_a_step_that_has_made_updates_already_is_not_saved_half(run_step, start, break_step, tmp_path):
+    break_step(3, "loss", (7,))  # the second of the two updates of step 3
+    with pytest.raises(UserError, match=r"in epoch 0, step 3 .*; the last checkpoint is .*step-00000002"):
+        run_step(3, [*start(3), "--output_dir", tmp_path, "--checkpoint_steps", 2])
+    assert newest_checkpoint(tmp_path / "checkpoints").state["position"] == [0, 2]
+
+
+def test_a_divergence_that_is_none_leaves_the_kl_controller_alone():
+    controller = AdaptiveKLController(0.1, target=1.0, horizon=10)
+    controller.update(torch.nan, 4)
+    assert controller.value == 0.1
 
 
 @pytest.mark.parametrize("token, when", [("seen", "in epoch 0, step 4"), ("unseen", "in step 6")])

@@ -966,7 +966,7 @@ def check_rlhf(args) -> RLHFBatchSizes:
     if args.align_overflow and args.dtype == "fp32":
         raise UserError("--align_overflow: fp32 gradients do not overflow, and no step is skipped for it")
     if args.align_overflow and args.dtype == "bf16" and 3 in (args.actor_zero_stage, args.critic_zero_stage):
-        raise UserError("--align_overflow: DeepSpeed's ZeRO-3 skips no step in bf16, so there is nothing to align")
+        raise UserError("--align_overflow: DeepSpeed's ZeRO-3 looks for overflows in fp16 alone, before the step")
     if args.enable_mixed_precision_lora:
         if get_accelerator().device_name() != "cuda":
             raise UserError("--enable_mixed_precision_lora: ZeRO++'s quantised gathers need CUDA")

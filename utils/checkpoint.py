@@ -51,13 +51,14 @@ from utils.distributed import (
     get_rank,
     get_world_size,
     ranks_per_node,
+    trouble_between_ranks,
 )
 from utils.files import flush_to_disk, write_text
 from utils.utils import print_rank_0
 
 STATE_FILE, LATEST_FILE, FINISHED_FILE, LOCK_FILE = "state.json", "latest", "finished.json", ".lock"
 PREFIX = "step-"
-LOCK_SECONDS = 60  # how long a start waits for the end of the run before it
+LOCK_SECONDS = 120  # how long a start waits for the end of the run before it; a dead NFS client keeps locks for 90
 # The classes, beside tensors and plain containers, that DeepSpeed's files hold. Nothing else is ever unpickled.
 CLASSES_IN_FILES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
@@ -158,7 +159,7 @@ def differences(args, saved: dict) -> list[str]:
         if now.get(name) != then.get(name)
     ]
     for name, fingerprint in saved["models"].items():
-        if not found and model_fingerprint(getattr(args, name)) != fingerprint:
+        if not found and hasattr(args, name) and model_fingerprint(getattr(args, name)) != fingerprint:
             found.append(f"--{name} {getattr(args, name)}: its weights are not those of the first start")
     return found
 
@@ -199,10 +200,8 @@ class Found:
     state: dict
 
 
-STATE = {
-    **{"steps": int, "saved_at": float, "world_size": int, "rows": str},
-    **{"flags": dict, "models": dict, "versions": dict, "metrics": dict, "files": dict, "position": list},
-}
+FINISHED = {"steps": int, "saved_at": float, "world_size": int, "flags": dict, "models": dict, "versions": dict}
+STATE = FINISHED | {"rows": str, "metrics": dict, "files": dict, "position": list}
 MAX_STATE_BYTES = 64 * 2**20
 
 
@@ -213,19 +212,26 @@ def _read_small(file: Path) -> str:
     return file.read_text()
 
 
+def _check_kinds(state: dict, kinds: dict[str, type]) -> None:
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"{name} is {json.dumps(state.get(name))[:80]}")
+
+
 def read_checkpoint(folder: Path) -> Found:
     """Raises UserError: no checkpoint, or one that is not whole, with the file."""
     try:
         state = json.loads(_read_small(folder / STATE_FILE))
-        for name, kind in STATE.items():
-            if not isinstance(state.get(name), kind):
-                raise ValueError(f"{name} is {json.dumps(state.get(name))[:80]}")
+        _check_kinds(state, STATE)
         epoch, done = state["position"]
         numbers = [epoch, done, state["steps"], *state["files"].values()]
         numbers += [number for size_and_checksum in state["metrics"]["files"].values() for number in size_and_checksum]
         float(state["metrics"]["seconds"])
         if not all(isinstance(number, int) and number >= 0 for number in numbers):
             raise ValueError("positions, steps, sizes and checksums are whole numbers from 0 on")
+        ranks = range(min(state["world_size"], len(state["files"]) + 1))
+        if missing := [file for file in (f"rank{rank:05d}.json" for rank in ranks) if file not in state["files"]]:
+            raise ValueError(f"files does not name {missing[0]}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} is no checkpoint: {STATE_FILE}: {error}") from error
     for name, size in state["files"].items():
@@ -287,6 +293,8 @@ class Checkpoints:
             finished = self._read_finished()
             if finished is None:
                 self.found = self._choose()
+                if self.enabled:  # an earlier run's, from here on
+                    (self.folder / FINISHED_FILE).unlink(missing_ok=True)
 
         agree(look if get_rank() == 0 else lambda: None)
         if self.enabled and get_world_size() > ranks_per_node():
@@ -360,8 +368,9 @@ class Checkpoints:
         if self.args.resume != "auto":
             return None
         try:
-            finished = json.loads((self.folder / FINISHED_FILE).read_text())
-        except (OSError, ValueError):
+            finished = json.loads(_read_small(self.folder / FINISHED_FILE))
+            _check_kinds(finished, FINISHED)
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return None
         self._refuse(f"the run that finished in {self.folder}", differences(self.args, finished))
         return finished
@@ -371,7 +380,17 @@ class Checkpoints:
         if resume == "auto":
             return newest_checkpoint(self.folder)
         if resume is not None:
-            return read_checkpoint(Path(resume))
+            found = read_checkpoint(Path(resume))
+            if (
+                self.enabled
+                and newest_checkpoint(self.folder)
+                and found.folder.resolve().parent != self.folder.resolve()
+            ):
+                raise UserError(
+                    f"--checkpoint_dir {self.folder} holds checkpoints already, and not {found.folder}: those of this "
+                    "run would replace them. Go on from them with --resume auto, or name another folder"
+                )
+            return found
         if self.enabled and newest_checkpoint(self.folder) is not None:
             raise UserError(
                 f"--checkpoint_dir {self.folder} holds checkpoints of an earlier run: go on from them with "
@@ -385,7 +404,9 @@ class Checkpoints:
                 f"{self.found.folder} is not to be seen on every node: checkpoints belong on storage that all share"
             )
         self._refuse(f"{self.found.folder} is of another run", differences(self.args, self.found.state))
-        other = [f"{name} {then}" for name, then in self.found.state["versions"].items() if versions()[name] != then]
+        other = [
+            f"{name} {then}" for name, then in self.found.state["versions"].items() if versions().get(name) != then
+        ]
         if other and get_rank() == 0:
             print(f"note: the checkpoint was written with {', '.join(other)}: losses may differ in their last digits")
 
@@ -425,8 +446,11 @@ class Checkpoints:
                 f"(read in {time.perf_counter() - start:.1f} s)"
             )
         if self.enabled:
-            self._rank_state = self._take_rank_state()
+            self._rank_state, self._updates = self._take_rank_state(), self._count_updates()
             signal.signal(signal.SIGTERM, self._ask_to_stop)
+
+    def _count_updates(self) -> list[int]:
+        return [engine.global_steps - engine.skipped_steps for engine in self._engines.values()]
 
     def _take_rank_state(self) -> dict:
         """The small state of this rank, as between two steps."""
@@ -457,7 +481,9 @@ class Checkpoints:
             engine.checkpoint_engine.wanted = weights
             with _taking_up(folder / name):
                 # What is frozen is not in the files: it came from the model that the run starts from, as it did then.
-                engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+                loaded, _ = engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+                if loaded is None:
+                    raise ValueError("no weights")
 
         def take_up() -> None:
             for name, (average, followed) in self._averages.items():
@@ -498,7 +524,8 @@ class Checkpoints:
         self.steps += 1
         if not self.enabled:
             return
-        self._position, self._rank_state = [epoch, done], self._take_rank_state()
+        self._position = [epoch, done]
+        self._rank_state, self._updates = self._take_rank_state(), self._count_updates()
         stop = bool(all_reduce_sum(torch.tensor(int(self._stop), device=_device())))
         if stop or (self.args.checkpoint_steps and self.steps % self.args.checkpoint_steps == 0):
             self._save()
@@ -519,17 +546,16 @@ class Checkpoints:
 
     def save_before_step(self) -> str:
         """For a step that cannot be made: save the run as it was before it, so that it begins with this step when it is
-        taken up; the weights are those of now (in step 3 some updates of the step may have gone well).
+        taken up. In step 3 updates of the step may have been made already: then the last checkpoint is the way back.
 
         Returns:
             where the run can be taken up, for messages
         """
-        if not self.enabled or self._saved == self.steps:
-            return self.last()
-        try:
-            self._save()
-        except UserError as error:
-            return str(error)
+        if self.enabled and self._saved != self.steps and self._updates == self._count_updates():
+            try:
+                self._save()
+            except UserError as error:
+                return str(error)
         return self.last()
 
     def last(self) -> str:
@@ -539,7 +565,8 @@ class Checkpoints:
 
     def _ask_to_stop(self, *_signal) -> None:
         self._stop = True
-        print(f"rank {get_rank()}: SIGTERM: finishing the step, then saving a checkpoint", flush=True)
+        # Not print: the signal may come in the middle of one.
+        os.write(1, f"rank {get_rank()}: SIGTERM: finishing the step, then saving a checkpoint\n".encode())
 
     # ------------------------------------------------------------ saving
 
@@ -614,13 +641,14 @@ class Checkpoints:
         write_text(scratch / STATE_FILE, json.dumps(state, indent=1), flush=True)
         target = self.folder / self._name
         if target.exists():  # of a run that was taken up again at an earlier step
-            shutil.rmtree(target)
+            _remove(target)
         scratch.rename(target)
         flush_to_disk(self.folder)
         write_text(self.folder / LATEST_FILE, self._name + "\n", flush=True)
-        for old in complete_checkpoints(self.folder)[: -self.args.keep_checkpoints]:
-            (old.folder / STATE_FILE).unlink()  # from here on it is not a whole one
-            shutil.rmtree(old.folder, ignore_errors=True)
+        # Whatever the clocks of its hosts say, the one just written stays.
+        others = [found.folder for found in complete_checkpoints(self.folder) if found.folder != target]
+        for old in others[: max(0, len(others) + 1 - self.args.keep_checkpoints)]:
+            _remove(old)
 
     def _on_rank_0(self, work) -> None:
         """A failure there reaches all."""
@@ -647,6 +675,13 @@ def _device() -> str:
     return "cpu" if accelerator.device_name() == "cpu" else accelerator.current_device_name()
 
 
+def _remove(checkpoint: Path) -> None:
+    """In one step it is no checkpoint any more; what a kill leaves of it goes at the next start."""
+    going = checkpoint.with_name(f".{checkpoint.name}-going")
+    checkpoint.rename(going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
 def _rank_name(prefix: str, suffix: str) -> str:
     return f"{prefix}{get_rank():05d}{suffix}"
 
@@ -658,6 +693,8 @@ def _taking_up(file: Path) -> Iterator[None]:
     try:
         yield
     except (*wrong, OSError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or trouble_between_ranks(error):
+            raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(f"--resume: {file} does not hold what a checkpoint of this run does: {reason}") from error
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
 
 from utils.distributed import UserError, deepspeed, get_world_size, ranks_per_node
@@ -114,9 +115,12 @@ DECIDED_BY_FLAGS = {
     "train_batch_size": "the flags of batch sizes",
     "train_micro_batch_size_per_gpu": "the flags of batch sizes",
     "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "data_types": "--dtype",
     "optimizer": "--learning_rate, --weight_decay and --offload (step 3: --actor_learning_rate ...)",
     "scheduler": "--lr_scheduler_type and --num_warmup_steps",
 }
+# What take_step reads of DeepSpeed: whether a gradient is finite.
+NEEDED = (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm"))
 
 
 def _read_config_file(path: str) -> dict:
@@ -134,6 +138,9 @@ def _read_config_file(path: str) -> dict:
     for key, decided_by in DECIDED_BY_FLAGS.items():
         if key in overrides:
             raise UserError(f"{flag}: {key} is decided by {decided_by}; leave it out of the file")
+    for section, key in NEEDED:
+        if isinstance(overrides.get(section), dict) and overrides[section].get(key) is False:
+            raise UserError(f"{flag}: {section}.{key} false: gradients that are not finite would not be seen; leave it")
     return overrides
 
 
@@ -228,4 +235,7 @@ def initialize(model, ds_config: dict, optimizer=None, lr_scheduler=None):
     """The DeepSpeed engine around a model; without an optimizer one that only runs forward."""
     ds_config = allow_optimizer(ds_config, optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if isinstance(scaler, DynamicLossScaler):
+        scaler.raise_error_at_min_scale = False  # take_step says so, with the step and its rows
     return engine

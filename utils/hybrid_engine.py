@@ -210,12 +210,12 @@ class HybridEngine:
         was_training = module.training
         self.engine.train()  # DeepSpeed's kernels, if there are any, out of the way
         module.eval()
-        with torch.no_grad():
-            plain = generate_by_transformers(module, prompts, mask, decoding, bool(self._sharded)).sequences
-            inputs = model_inputs(module, plain, torch.cat([mask, mask.new_ones(3, 8)], dim=1))
-            logits = module(**inputs).logits[:, 4:-1].float()
-        decoding = replace(decoding, eos_token_id=int(plain[0, 7]))
         try:
+            with torch.no_grad():
+                plain = generate_by_transformers(module, prompts, mask, decoding, bool(self._sharded)).sequences
+                inputs = model_inputs(module, plain, torch.cat([mask, mask.new_ones(3, 8)], dim=1))
+                logits = module(**inputs).logits[:, 4:-1].float()
+            decoding = replace(decoding, eos_token_id=int(plain[0, 7]))
             rollout = self.generate(prompts, mask, decoding)
         except (FloatingPointError, TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
             return f"{type(error).__name__}: {error}"

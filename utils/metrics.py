@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.distributed import UserError, agree
+from utils.files import flush_to_disk
 from utils.utils import is_rank_0
 
 METRICS_FILE, SAMPLES_FILE = FILES = ("metrics.jsonl", "samples.jsonl")
@@ -56,13 +57,15 @@ class Tracker:
 
 
 def _cut(file: Path, size: int, checksum: int) -> None:
-    """Leave the first bytes of a file; nothing of one that does not begin as it did, being of another run."""
+    """Leave the first bytes of a file; one that does not begin as it did is of another run, and put aside."""
     begin = b""
     if file.exists():
         with file.open("rb") as content:
             begin = content.read(size)
-    if size and zlib.crc32(begin) == checksum:
+    if begin and zlib.crc32(begin) == checksum:
         os.truncate(file, size)
+    elif size and begin:
+        file.replace(file.with_name(f"{file.name}.other"))
     else:
         file.unlink(missing_ok=True)
 
@@ -81,23 +84,28 @@ class MetricsWriter:
         trackers: Sequence[TensorBoard | Tracker] = (),
         position: dict | None = None,
     ):
-        self._file, self._samples, self._trackers = None, None, trackers
+        self._folder, self._trackers, self._resumed, self._file = folder and Path(folder), trackers, position, None
         self._start = time.time() - (position["seconds"] if position else 0)
-        if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            for name in FILES:
-                _cut(Path(folder) / name, *(position["files"].get(name, (0, 0)) if position else (0, 0)))
-            self._file = (Path(folder) / METRICS_FILE).open("a", encoding="utf-8")
-            self._samples = Path(folder) / SAMPLES_FILE
+
+    def _open(self) -> None:
+        """Only when there is something to write: a start that fails before leaves the files of an earlier run alone."""
+        if self._folder is None or self._file is not None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            _cut(self._folder / name, *(self._resumed["files"].get(name, (0, 0)) if self._resumed else (0, 0)))
+        self._file = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
 
     def position(self) -> dict:
-        """How far the files are written, for a checkpoint."""
+        """How far the files are written, for a checkpoint; they are on the disk by then."""
         files = {}
-        if self._file is not None:
-            for name in FILES:
-                file = self._samples.with_name(name)
+        with self._told():
+            self._open()
+            for file in (self._folder / name for name in FILES if self._folder is not None):
                 content = file.read_bytes() if file.exists() else b""
-                files[name] = [len(content), zlib.crc32(content)]
+                if content:
+                    flush_to_disk(file)
+                files[file.name] = [len(content), zlib.crc32(content)]
         return {"seconds": time.time() - self._start, "files": files}
 
     def write(self, step: int, values: dict, prefix: str = "train") -> None:
@@ -108,6 +116,7 @@ class MetricsWriter:
         with self._told():
             for tracker in self._trackers:
                 tracker.log(numbers, step)
+            self._open()
             if self._file is not None:
                 row = {"step": step, "time": round(time.time() - self._start, 3)} | row
                 self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -115,8 +124,11 @@ class MetricsWriter:
 
     def write_samples(self, step: int, samples: list[dict]) -> None:
         """Rows of texts and figures, each with its step, to samples.jsonl."""
-        if self._samples is not None:
-            with self._told(), self._samples.open("a", encoding="utf-8") as file:
+        if self._folder is None:
+            return
+        with self._told():
+            self._open()
+            with (self._folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in samples)
 
     @contextlib.contextmanager
@@ -124,7 +136,7 @@ class MetricsWriter:
         try:
             yield
         except OSError as error:
-            place = self._file.name if self._file is not None else "--report_to"
+            place = "--report_to" if self._folder is None else self._folder / METRICS_FILE
             raise UserError(f"the metrics could not be written ({place}): {error}") from error
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_set_full_grad
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from tqdm import tqdm
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import cached_file
@@ -260,13 +260,17 @@ def make_optimizer(
     return torch.optim.AdamW(parameter_groups, lr=learning_rate, betas=betas, fused=True)
 
 
+NORM_QUESTIONS = ("scaled_global_norm", "_get_norm_groups")  # what DeepSpeed's optimizers ask; of ZeRO 1 and 2, of 3
+
+
 def take_step(engine) -> float | None:
     """engine.step(); where that was an optimizer step, the norm of the whole gradient before clipping.
 
     A norm that is not finite means that no update was made, at any ZeRO stage. In fp16 that happens now and then, while
-    the loss scale finds its place: the norm is None then.
+    the loss scale finds its place: the norm is None then, unless the scale cannot become smaller.
     """
-    norm = None
+    norm, scaler = None, getattr(engine.optimizer, "loss_scaler", None)
+    can_scale_down = isinstance(scaler, DynamicLossScaler) and scaler.cur_scale > scaler.min_scale
     # DeepSpeed keeps the norm in its own optimizers; at stage 0 in fp32 there is none around torch's.
     if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
@@ -275,31 +279,41 @@ def take_step(engine) -> float | None:
     engine.step()
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         engine.optimizer.overflow = False
+    for question in NORM_QUESTIONS:  # of drop_gradients, not asked where fp16 had an overflow anyway
+        vars(engine.optimizer).pop(question, None)
     norm = engine.get_global_grad_norm() if norm is None else norm
-    if norm is None or (engine.fp16_enabled() and not math.isfinite(norm)):
+    if norm is None or (can_scale_down and not math.isfinite(norm)):
         return None
     return float(norm)
+
+
+def answer_once(thing, method: str, answer) -> None:
+    """Let the next call of a method of this one object give ``answer``; then it is what it was."""
+    before = vars(thing).get(method)
+
+    def answering(*_args, **_kwargs):
+        delattr(thing, method)
+        if before is not None:
+            setattr(thing, method, before)
+        return answer
+
+    setattr(thing, method, answering)
 
 
 def drop_gradients(engine) -> None:
     """Between backward and step: let the coming step be one without an update, at any ZeRO stage; on every rank.
 
     DeepSpeed leaves out a step whose gradient is not finite: it counts it and keeps weights, optimizer and schedule as
-    they are. So one gradient is made so. At stage 0 in fp32 the optimizer is torch's, without such a check.
+    they are. So it is told that there is such a one. At stage 0 in fp32 the optimizer is torch's, without such a check.
     """
     optimizer = engine.optimizer
     if isinstance(optimizer, torch.optim.Optimizer):
-        step = optimizer.step
-
-        def without_update(*_args, **_kwargs) -> None:
-            optimizer.step = step
-
-        optimizer.step = without_update
+        answer_once(optimizer, "step", None)
         optimizer.overflow = True  # as DeepSpeed's own optimizers say it; taken back by take_step
         optimizer.zero_grad(set_to_none=False)  # the norm of the gradient is taken all the same
         return
-    param = next(param for param in engine.module.parameters() if param.requires_grad)
-    safe_set_full_grad(param, torch.full(getattr(param, "ds_shape", param.shape), math.nan, device=engine.device))
+    norm, groups = torch.tensor(math.inf, device=engine.device), hasattr(optimizer, NORM_QUESTIONS[1])
+    answer_once(optimizer, NORM_QUESTIONS[groups], [norm] if groups else norm)
 
 
 def unwrap(model):

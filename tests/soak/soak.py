@@ -8,7 +8,8 @@ ranks, or all at once get SIGKILL; so until it has been killed --kills times and
 before is begun anew, data preparation included). The moment is a random time, or a random one after the first sign of a
 phase, so that the short ones are met too: preparing data, writing a checkpoint, saving the model. Every time no process
 may be left over a few seconds later, and every checkpoint that calls itself whole must be; at the end no half-written
-file may be left, and the saved weights and losses must be those of the undisturbed run, bit for bit. Works in the demo world, on a CPU; not part of the CI.
+file may be left, and the saved weights and losses must be those of the undisturbed run, bit for bit. Works in the demo
+world, on a CPU; not part of the CI.
 """
 
 import argparse

@@ -188,7 +188,7 @@ def main():
         print_rank_0(f"***** Evaluating perplexity, Epoch {epoch}/{args.num_train_epochs} *****")
         perplexity, loss = evaluate(engine, label_log_probs, eval_loader, device)
         print_rank_0(f"ppl: {perplexity}, loss: {loss}")
-        writer.write(engine.global_steps, {"perplexity": perplexity, "loss": loss}, "eval")
+        writer.write(checkpoints.steps, {"perplexity": perplexity, "loss": loss}, "eval")
 
     # 4. Train
     print_rank_0("***** Running training *****")
@@ -231,7 +231,7 @@ def main():
             figures |= {"skipped_steps": nonfinite.skipped}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
                 figures |= print_throughput(engine, args, seconds, int(tokens), int(rows))
-            writer.write(engine.global_steps, figures)
+            writer.write(checkpoints.steps + 1, figures)
             checkpoints.end_step(epoch, step + 1)
         evaluate_and_report(epoch + 1)
 

@@ -194,7 +194,7 @@ def main():
     )
     checkpoints.resume(writer, train_dataset, {"model": engine}, nonfinite=nonfinite, epoch_loss=epoch_loss)
 
-    def evaluate_and_report(epoch: int, iterations: int) -> dict[str, float]:
+    def evaluate_and_report(epoch: int, iterations: int, steps: int) -> dict[str, float]:
         print_rank_0(f"***** Evaluating reward, Epoch {epoch}/{args.num_train_epochs} *****")
         figures = evaluate(engine, eval_loader, device, iterations)
         print_rank_0(
@@ -202,13 +202,13 @@ def main():
             f"rejected_last_scores (lower is better) : {figures['rejected_score']}, "
             f"acc (higher is better) : {figures['accuracy']}"
         )
-        writer.write(engine.global_steps, figures, "eval")
+        writer.write(steps, figures, "eval")
         return figures
 
     # 4. Train
     print_rank_0("***** Running training *****")
     if checkpoints.resumed is None:
-        evaluate_and_report(0, args.eval_iters)
+        evaluate_and_report(0, args.eval_iters, 0)
     for epoch, first_step in checkpoints.epochs(args.num_train_epochs):
         print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Micro Batches {len(train_loader)}")
         sampler.set_epoch(epoch, first_step)
@@ -251,13 +251,15 @@ def main():
             figures |= {"lr": scheduler.get_last_lr()[0], "grad_norm": grad_norm, "skipped_steps": nonfinite.skipped}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
                 figures |= print_throughput(engine, args, seconds, int(tokens), int(2 * pairs))
-            writer.write(engine.global_steps, figures)
-            if args.eval_interval and engine.global_steps % args.eval_interval == 0:
-                evaluate_and_report(epoch + 1, args.eval_iters)
+            steps = checkpoints.steps + 1
+            writer.write(steps, figures)
+            if args.eval_interval and steps % args.eval_interval == 0:
+                evaluate_and_report(epoch + 1, args.eval_iters, steps)
             checkpoints.end_step(epoch, step + 1)
             watch.lap()
         print_rank_0(f"Epoch {epoch + 1}/{args.num_train_epochs} with loss {epoch_loss.mean}")
-        last_figures = evaluate_and_report(epoch + 1, 0 if epoch + 1 == args.num_train_epochs else args.eval_iters)
+        iterations = 0 if epoch + 1 == args.num_train_epochs else args.eval_iters
+        last_figures = evaluate_and_report(epoch + 1, iterations, checkpoints.steps)
 
     # 5. Save, with the scale of the scores beside the weights
     if args.output_dir is not None:

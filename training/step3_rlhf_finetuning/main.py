@@ -52,7 +52,6 @@ from utils.preflight import preflight
 from utils.utils import (
     ExponentialMovingAverage,
     MovingAverage,
-    PlainState,
     check_same_tokenizer,
     load_hf_tokenizer,
     moving_average,
@@ -73,7 +72,7 @@ def build_parser():
     return parser
 
 
-class UnsupervisedBatches(PlainState):
+class UnsupervisedBatches:
     """Endless micro-batches of plain text, each rank reading its own share in a seeded order.
 
     Attributes:
@@ -87,7 +86,15 @@ class UnsupervisedBatches(PlainState):
         self._pass, self._order, self.taken = None, None, 0
 
     def state_dict(self) -> dict:
-        return {"taken": self.taken}
+        return {"taken": self.taken, "blocks": len(self._blocks)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError: the text was another one."""
+        if state.get("blocks") != len(self._blocks):
+            raise ValueError(
+                f"--unsupervised_dataset_name gives {len(self._blocks)} blocks, {state.get('blocks')} then"
+            )
+        self.taken = int(state["taken"])
 
     def __iter__(self):
         return self
@@ -244,7 +251,8 @@ def main():
                 save_hf_format(engine, tokenizer, args, sub_folder=name)
                 if args.save_lora_adapters:
                     save_lora_adapters(engine, tokenizer, args, start, sub_folder=name)
-    checkpoints.finish()
+    if step < stop_after:  # a test is not the whole run
+        checkpoints.finish()
     writer.close()
 
 

@@ -9,6 +9,7 @@ RLOO, Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740. GRPO, Shao et al. 
 KL estimators, http://joschu.net/blog/kl-approx.html. Details, Huang et al. 2024, https://arxiv.org/abs/2403.17031.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -195,6 +196,6 @@ class AdaptiveKLController:
         self.value, self.target, self.horizon = value, target, horizon
 
     def update(self, kl: float, answers: int) -> None:
-        if self.target is not None:
+        if self.target is not None and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.value *= 1 + error * answers / self.horizon

@@ -18,7 +18,7 @@ from utils.model.inputs import model_inputs
 from utils.model.losses import IGNORE_INDEX, LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.reward_model import end_scores
 from utils.sampling import Decoding
-from utils.utils import drop_gradients, print_rank_0, take_step, to_device
+from utils.utils import answer_once, drop_gradients, print_rank_0, take_step, to_device
 
 __all__ = ["DeepSpeedPPOTrainer", "DeepSpeedPPOTrainerUnsupervised", "gather_log_probs"]
 
@@ -29,16 +29,8 @@ def align_overflow(*engines) -> None:
     """fp16: when the gradients of one engine overflowed, the coming step of every one is skipped, its loss scale
     lowered alike, so that actor and critic have always taken the same number of steps. Collective."""
     overflowed = any([engine.optimizer.has_overflow() for engine in engines])  # a list: each is a collective
-
-    def answer_once(optimizer):
-        def has_overflow(*_args, **_kwargs) -> bool:
-            del optimizer.has_overflow  # back to the class's own
-            return overflowed
-
-        optimizer.has_overflow = has_overflow
-
     for engine in engines:
-        answer_once(engine.optimizer)
+        answer_once(engine.optimizer, "has_overflow", overflowed)
 
 
 def reward_scale(config) -> tuple[float, float]:
