@@ -1,6 +1,7 @@
 """Rewards beyond the reward model, advantages without a critic, the reference without a copy, aligned overflow."""
 
 import json
+import math
 import statistics
 
 import pytest
