@@ -2,10 +2,12 @@
 left out where the user allows it; the state before the step is saved, and nothing else."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import assert_same_run, read_metrics
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from safetensors.torch import load_file
 
 from training.step3_rlhf_finetuning.ppo_math import AdaptiveKLController
@@ -14,6 +16,7 @@ from utils.checkpoint import newest_checkpoint
 from utils.distributed import UserError
 from utils.model import losses
 from utils.model.reward_model import RewardModel
+from utils.utils import take_step
 
 BROKEN = {
     "loss": lambda loss: loss * torch.nan,
@@ -164,6 +167,20 @@ def test_a_step_that_has_made_updates_already_is_not_saved_half(run_step, start,
     with pytest.raises(UserError, match=r"in epoch 0, step 3 .*; the last checkpoint is .*step-00000002"):
         run_step(3, [*start(3), "--output_dir", tmp_path, "--checkpoint_steps", 2])
     assert newest_checkpoint(tmp_path / "checkpoints").state["position"] == [0, 2]
+
+
+@pytest.mark.parametrize("scale, norm", [(2.0, None), (1.0, torch.inf)])
+def test_in_fp16_an_overflow_counts_only_at_the_smallest_loss_scale(scale, norm):
+    scaler = DynamicLossScaler(scale, 100, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
+    engine = SimpleNamespace(
+        optimizer=SimpleNamespace(loss_scaler=scaler, _global_grad_norm=torch.inf),
+        is_gradient_accumulation_boundary=lambda: True,
+        step=lambda: None,
+        get_global_grad_norm=lambda: torch.inf,
+    )
+    assert take_step(engine) == norm
+    engine.get_global_grad_norm = lambda: 3.0
+    assert take_step(engine) == 3.0
 
 
 def test_a_divergence_that_is_none_leaves_the_kl_controller_alone():
