@@ -270,13 +270,13 @@ def test_fast_generation_gives_the_tokens_of_plain_generation_before_and_after_a
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-do_sample"]])
-def test_logits_that_are_not_finite_are_an_error_that_names_the_step(folders, flags):
+def test_logits_that_are_not_finite_are_an_error_that_names_the_engine(folders, flags):
     trainer = _trainer(folders, "--enable_hybrid_engine", *flags)
     ids, mask = pad_rows(PROMPTS, trainer.tokenizer.pad_token_id, side="left")
     with torch.no_grad():
         trainer.actor_model.module.get_output_embeddings().weight[5] = torch.nan
-    with pytest.raises(UserError, match="not finite in step 7"):
-        trainer._generate_sequence(ids, mask, 7)
+    with pytest.raises(UserError, match="the logits in generation of the engine 'actor' is nan"):
+        trainer.generate_experience(ids, mask)
 
 
 @pytest.mark.parametrize("flags", [[], ["--temperature", "0.7"], ["--no-do_sample"]])

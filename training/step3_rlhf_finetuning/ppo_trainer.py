@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -87,10 +86,14 @@ class DeepSpeedPPOTrainer:
         Args:
             prompts, mask: [B, P], left-padded.
             step: for messages.
-            refuse: called on every rank when logits of any were not finite; it must raise.
+            refuse: called on every rank when logits of any were not finite.
         """
         self.eval()
-        input_ids = self._generate_sequence(prompts, mask, step, refuse)
+        try:
+            input_ids = self._generate_sequence(prompts, mask, step)
+        except FloatingPointError:
+            refuse({"actor": {"logits in generation": math.nan}})
+            raise
         answers = input_ids[:, prompts.shape[1] :]
         real = ppo_math.answer_mask(answers, self.tokenizer.eos_token_id)
         attention_mask = torch.cat([mask, real], dim=1)
@@ -140,14 +143,20 @@ class DeepSpeedPPOTrainer:
             top_p=args.top_p,
         )
 
-    def _generate_sequence(self, prompts, mask, step, refuse: Callable[[Numbers], object]) -> torch.Tensor:
-        """[B, P] -> [B, P + A], A the longest answer of this rank; after a row's EOS come pads."""
-        args, start, sequences = self.args, time.perf_counter(), None
-        with suppress(FloatingPointError):
+    def _generate_sequence(self, prompts, mask, step) -> torch.Tensor:
+        """[B, P] -> [B, P + A], A the longest answer of this rank; after a row's EOS come pads.
+
+        Raises:
+            FloatingPointError: on all ranks, when logits of any were not finite.
+        """
+        args, start, problem = self.args, time.perf_counter(), None
+        try:
             rollout = self.rlhf_engine.generator.generate(prompts, mask, self.decoding())
-            sequences = rollout.sequences
-        if all_reduce_sum(torch.tensor(int(sequences is None), device=prompts.device)):
-            refuse({"actor": {"logits in generation": math.nan}})
+        except FloatingPointError as error:
+            problem = error
+        if all_reduce_sum(torch.tensor(int(problem is not None), device=prompts.device)):
+            raise problem or FloatingPointError("logits of another rank are not finite")
+        sequences = rollout.sequences
         self.generate_time = time.perf_counter() - start
         self.generated_steps = rollout.width
         if args.print_answers and step % args.print_answers_interval == 0:
