@@ -211,7 +211,8 @@ def test_what_a_soft_prompt_cannot_do_is_refused_before_any_data_is_read(
 def test_without_peft_the_message_says_how_to_get_it(tmp_path, model_folder, cache_folder, run_step, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
-    arguments = step_arguments(model_folder, tmp_path, cache_folder, tmp_path, "--soft_prompt", "p_tuning")
+    (tmp_path / "pairs").mkdir()
+    arguments = step_arguments(model_folder, tmp_path / "pairs", cache_folder, tmp_path, "--soft_prompt", "p_tuning")
     with pytest.raises(UserError, match="pip install peft"):
         run_step(1, arguments)
 
