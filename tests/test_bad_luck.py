@@ -124,11 +124,13 @@ def test_a_rank_whose_answers_are_all_empty_updates_from_the_answers_of_the_othe
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_rank_killed_in_mid_step_ends_the_run(models, pairs_folder, cache_folder, tmp_path, launcher):
+    shared_before = set(Path("/dev/shm").glob("deepspeed_*"))
     code, console, seconds = _run(models, "killed", launcher, tmp_path, pairs_folder, cache_folder)
     assert code != 0
     assert seconds < 180, "the other rank waits for nobody"
     assert not (tmp_path / "out/actor").exists()
     assert "| Step: 0 |" in console and "| Step: 1 |" not in console
+    assert set(Path("/dev/shm").glob("deepspeed_*")) <= shared_before, "memory of ranks that are gone"
 
 
 @pytest.mark.parametrize(
