@@ -63,7 +63,7 @@ LOSS = {1: "train/loss", 2: "train/loss", 3: "train/actor_loss"}
 
 ENGINES = {  # name: flags
     **{f"ZeRO-{stage}": [stage] for stage in range(4)},
-    **{f"ZeRO-{stage}, offload": [stage, "--offload"] for stage in (2, 3)},
+    "ZeRO-2, offload": [2, "--offload"],
     "ZeRO-3, bf16, offload": [3, "--offload", "--dtype", "bf16"],
 }
 
