@@ -273,11 +273,14 @@ def small_models(tmp_path_factory):
     torch.manual_seed(5)
     save_hf_format(create_critic_model(actor, tokenizer), tokenizer, SimpleNamespace(output_dir=str(base / "reward")))
     (base / "text.txt").write_text("".join(f"the house is {color}, thanks.\n" for color in ("red", "blue")) * 20)
+    # DeepSpeed reserves 2 GB for each ZeRO-3 engine; many runs in one process could then not fork any more.
+    (base / "buckets.json").write_text('{"zero_optimization": {"reduce_bucket_size": 1000000}}')
     return base
 
 
 def step_arguments(step: int, models, pairs_folder, cache_folder) -> list:
     data = ["--data_path", pairs_folder, "--data_output_path", cache_folder]
+    data += ["--deepspeed_config_overrides", models / "buckets.json"]
     if step < 3:
         return [*data, *SUPERVISED, "--model_name_or_path", models / "actor"]
     paths = ["--actor_model_name_or_path", models / "actor", "--critic_model_name_or_path", models / "reward"]

@@ -6,7 +6,8 @@ import glob
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from utils.distributed import UserError
@@ -28,26 +29,32 @@ def check_writable(path: str | None):
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
     """Make a file and keep a lock on it while open: one that is found without was left by a process that was killed."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                break
+        os.close(descriptor)  # someone took it for left over before it had its lock
+    try:
         yield
     finally:
         os.close(descriptor)
 
 
-def is_left_over(path: Path) -> bool:
-    """Whether a file that was ``held`` is so no more; False where that cannot be known."""
+def remove_left_over(path: Path, remove: Callable[[], None]) -> None:
+    """Call ``remove`` if a file that was ``held`` is so no more; not where that cannot be known."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except OSError:
-        return False
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
     except OSError:
-        return False
+        return
+    else:
+        remove()
     finally:
         os.close(descriptor)
 
@@ -61,8 +68,7 @@ def scratch_beside(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if is_left_over(left):
-            left.unlink(missing_ok=True)
+        remove_left_over(left, partial(left.unlink, missing_ok=True))
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}")
     try:
         with held(scratch):

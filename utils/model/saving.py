@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -24,7 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import str_to_torch_dtype
 
 from utils.distributed import UserError, agree, barrier, get_rank, memory_given_back
-from utils.files import flush_to_disk, held, is_left_over
+from utils.files import flush_to_disk, held, remove_left_over
 from utils.module.lora import LinearLayer_LoRA
 
 MAX_SHARD_SIZE = "5GB"
@@ -221,8 +222,7 @@ def atomic_folder(folder: Path, replaces=EARLIER_MODEL):
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".saving-*"):
-        if is_left_over(left / SCRATCH_LOCK):
-            shutil.rmtree(left, ignore_errors=True)
+        remove_left_over(left / SCRATCH_LOCK, partial(shutil.rmtree, left, ignore_errors=True))
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         with held(scratch / SCRATCH_LOCK):
