@@ -188,10 +188,8 @@ def main():
         args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.num_train_epochs * steps_per_epoch
     )
     engine = initialize(model, ds_config, optimizer, scheduler)
-    nonfinite, epoch_loss = (
-        NonFiniteNumbers(args.skip_nonfinite, sampler, checkpoints.save_before_step),
-        MovingAverage(),
-    )
+    nonfinite = NonFiniteNumbers(args.skip_nonfinite, sampler, checkpoints.save_before_step)
+    epoch_loss = MovingAverage()
     checkpoints.resume(writer, train_dataset, {"model": engine}, nonfinite=nonfinite, epoch_loss=epoch_loss)
 
     def evaluate_and_report(epoch: int, iterations: int, steps: int) -> dict[str, float]:
