@@ -626,7 +626,7 @@ def test_flags_out_of_range(step, flag, value, capsys):
 
 
 def _common(**changes):
-    args = dict(add_eot_token=False, eot_token="<e>", data_output_path="/nowhere")
+    args = dict(data_path=[], add_eot_token=False, eot_token="<e>", data_output_path="/nowhere")
     return lambda: arguments.resolve_common(argparse.Namespace(**args | changes))
 
 
