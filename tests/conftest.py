@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,14 @@ FAMILIES = {
 
 def pytest_configure(config):
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_answer_to_sigterm():
+    """A run that ends by an error leaves its answer to SIGTERM behind, as its process is to end."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def make_tokenizer(folder: Path, pad: str | None = "<pad>", bos: str | None = "<s>") -> PreTrainedTokenizerFast:

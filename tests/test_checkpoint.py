@@ -2,6 +2,7 @@
 of another run or of a stranger is taken up."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -240,6 +241,26 @@ def test_sigterm_finishes_the_step_saves_and_ends_well(run_step, start, tmp_path
     run_step(1, [*arguments, "--resume", "auto"])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert_same_run(tmp_path / "plain", tmp_path / "resumed")
+
+
+def test_sigterm_ends_a_forked_worker_of_a_rank(run_step, start, tmp_path, monkeypatch):
+    from utils.checkpoint import Checkpoints
+
+    end_step, ends = Checkpoints.end_step, []
+
+    def forking(self, *position):
+        if self.steps == 0:
+            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
+            worker.start()
+            time.sleep(0.2)
+            worker.terminate()
+            worker.join()
+            ends.append(worker.exitcode)
+        end_step(self, *position)
+
+    monkeypatch.setattr(Checkpoints, "end_step", forking)
+    run_step(1, [*start(1), "--output_dir", tmp_path, "--checkpoint_dir", tmp_path / "checkpoints"])
+    assert ends == [-signal.SIGTERM]
 
 
 SLOW_STEPS = """

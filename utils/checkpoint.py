@@ -447,6 +447,7 @@ class Checkpoints:
             )
         if self.enabled:
             self._rank_state, self._updates = self._take_rank_state(), self._count_updates()
+            self._process = os.getpid()
             signal.signal(signal.SIGTERM, self._ask_to_stop)
 
     def _count_updates(self) -> list[int]:
@@ -564,6 +565,10 @@ class Checkpoints:
         return "there is no checkpoint of this run" if found is None else f"the last checkpoint is {found.folder}"
 
     def _ask_to_stop(self, *_signal) -> None:
+        if os.getpid() != self._process:  # a forked worker (of a reward function's pool, say) ends as one does
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         self._stop = True
         # Not print: the signal may come in the middle of one.
         os.write(1, f"rank {get_rank()}: SIGTERM: finishing the step, then saving a checkpoint\n".encode())
