@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import launch, read_metrics
+from conftest import assert_same_run, killed_after, launch, read_metrics
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from safetensors.torch import load_file
 
 from utils.distributed import UserError
@@ -85,6 +86,21 @@ BAD = {
     "accumulation": ('{"gradient_accumulation_steps": 8}', "decided by --gradient_accumulation_steps"),
     "optimizer": ('{"optimizer": {"type": "Adam"}}', "optimizer is decided by --learning_rate"),
     "scheduler": ('{"scheduler": {"type": "WarmupLR"}}', "scheduler is decided by --lr_scheduler_type"),
+    "checkpoints": ('{"checkpoint": {"load_universal": true}}', "checkpoint is decided by --checkpoint_steps"),
+    "elasticity": ('{"elasticity": {"enabled": true}}', "elasticity is decided by the flags of batch sizes"),
+    "a shard for other ranks": (
+        '{"zero_optimization": {"elastic_checkpoint": true}}',
+        r"elastic_checkpoint true: DeepSpeed could not read",
+    ),
+    "gradients unseen": (
+        '{"zero_optimization": {"compute_grad_norm": false}}',
+        r"compute_grad_norm false: gradients that are not finite",
+    ),
+    "gradients unseen in bf16": ('{"bf16": {"check_grad_overflow": false}}', "check_grad_overflow false: gradients"),
+    "two optimizers": (
+        '{"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
+        r"ratio 0\.5: DeepSpeed's optimizer .* follows no schedule",
+    ),
     "stage": ('{"zero_optimization": {"stage": 3}}', "stage 3 is not the stage 2"),
     "bf16 in fp32": ('{"bf16": {"enabled": true}}', r"bf16\.enabled true is not what --dtype says"),
     "no object": ('{"zero_optimization": 3}', "zero_optimization must be an object, not 3"),
@@ -138,6 +154,36 @@ def test_nvme_by_file_is_laid_over_where_the_machine_can_do_it(tmp_path, monkeyp
     assert offloads_optimizer(merged)
     with pytest.raises(UserError, match="needs ZeRO stage 3, not 2"):
         merge_config_file(get_train_ds_config(False, "bf16", 2), str(tmp_path / "more.json"))
+
+
+@pytest.mark.parametrize("flags", [["--checkpoint_steps", 2], ["--checkpoint_dir", "c"], ["--resume", "auto"]])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_optimizer_states_on_nvme_and_checkpoints_are_refused(run_step, start, tmp_path, monkeypatch, step, flags):
+    """A resumed run would start from the first weights: DeepSpeed's checkpoint leaves out what is on the disk."""
+    from utils import ds_utils
+
+    monkeypatch.setattr(ds_utils.AsyncIOBuilder, "is_compatible", lambda self, verbose: True)
+    settings = {"device": "nvme", "nvme_path": str(tmp_path)}
+    (tmp_path / "more.json").write_text(json.dumps({"zero_optimization": {"offload_optimizer": settings}}))
+    stages = ["--zero_stage", 3] if step < 3 else ["--actor_zero_stage", 3, "--critic_zero_stage", 3]
+    arguments = [*start(step), *stages, "--output_dir", tmp_path / "out"]
+    with pytest.raises(UserError, match=r"more\.json: offload_optimizer to nvme and checkpoints: .*--checkpoint_steps"):
+        run_step(step, [*arguments, "--deepspeed_config_overrides", tmp_path / "more.json", *flags])
+
+
+@pytest.mark.skipif(not AsyncIOBuilder().is_compatible(verbose=False), reason="needs libaio-dev")
+def test_parameters_on_nvme_train_resume_and_end_as_in_memory(run_step, start, tmp_path, capfd):
+    settings = {"device": "nvme", "nvme_path": str(tmp_path), "pin_memory": False, "buffer_size": 100000}
+    sections = {"zero_optimization": {"offload_param": settings, "reduce_bucket_size": 1000000}}
+    (tmp_path / "more.json").write_text(json.dumps(sections))
+    arguments = [*start(1), "--zero_stage", 3, "--output_dir"]
+    on_disk = ["--deepspeed_config_overrides", tmp_path / "more.json", "--checkpoint_steps", 2]
+    run_step(1, [*arguments, tmp_path / "plain"])
+    with killed_after(5):
+        run_step(1, [*arguments, tmp_path / "nvme", *on_disk])
+    run_step(1, [*arguments, tmp_path / "nvme", *on_disk, "--resume", "auto"])
+    assert "4 steps are done" in capfd.readouterr().out
+    assert_same_run(tmp_path / "plain", tmp_path / "nvme")
 
 
 def test_offloaded_training_is_the_same_training(model_folder, pairs_folder, cache_folder, tmp_path):

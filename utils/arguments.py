@@ -11,7 +11,7 @@ from transformers import SchedulerType
 from transformers.utils import is_flash_attn_2_available
 
 from utils.distributed import COMM_TIMEOUT, UserError, check_same_on_all_nodes, deepspeed, get_accelerator
-from utils.ds_utils import get_train_ds_config, merge_config_file
+from utils.ds_utils import get_train_ds_config, merge_config_file, offload_device
 from utils.files import scratch_beside
 
 QUANTIZATIONS = ("nf4", "int8")
@@ -600,9 +600,21 @@ def check_supervised(args) -> None:
     if args.offload and args.zero_stage == 0:
         raise UserError("--offload moves what ZeRO manages to host memory; it needs --zero_stage 1, 2 or 3")
     args.zero_stage = working_stage(args.zero_stage, args.dtype, "--zero_stage")
-    merge_config_file(
-        get_train_ds_config(args.offload, args.dtype, args.zero_stage), args.deepspeed_config_overrides
-    )  # its errors, before anything is loaded
+    check_config_file(args, args.zero_stage)
+
+
+def check_config_file(args, zero_stage: int) -> None:
+    """Refuse a DeepSpeed configuration file that cannot work at this stage."""
+    base = get_train_ds_config(args.offload and zero_stage > 0, args.dtype, zero_stage)
+    config = merge_config_file(base, args.deepspeed_config_overrides)
+    saves = args.checkpoint_steps or args.checkpoint_dir_given or args.resume
+    if saves and offload_device(config, "offload_optimizer") == "nvme":
+        raise UserError(
+            f"--deepspeed_config_overrides {args.deepspeed_config_overrides}: offload_optimizer to nvme and "
+            "checkpoints: DeepSpeed's do not bring weights and optimizer states back from there, and a resumed run "
+            "would begin with the first weights. Offload to cpu (--offload), or leave out --checkpoint_steps, "
+            "--checkpoint_dir and --resume"
+        )
 
 
 def working_stage(zero_stage: int, dtype: str, flag: str) -> int:
@@ -977,8 +989,7 @@ def check_rlhf(args) -> RLHFBatchSizes:
                 "--enable_mixed_precision_lora keeps frozen weights quantised: --enable_ema cannot average them"
             )
     for stage in (args.actor_zero_stage, args.critic_zero_stage):
-        offload = args.offload and stage > 0
-        merge_config_file(get_train_ds_config(offload, args.dtype, stage), args.deepspeed_config_overrides)
+        check_config_file(args, stage)
     if args.do_sample and args.top_p == 0:
         raise UserError("--top_p 0 leaves no token to sample from; 1 samples from all")
     if args.enable_test_mode and args.test_stop_step < 1:

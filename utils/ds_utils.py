@@ -116,11 +116,18 @@ DECIDED_BY_FLAGS = {
     "train_micro_batch_size_per_gpu": "the flags of batch sizes",
     "gradient_accumulation_steps": "--gradient_accumulation_steps",
     "data_types": "--dtype",
+    "checkpoint": "--checkpoint_steps, --checkpoint_dir and --resume",
+    "elasticity": "the flags of batch sizes",
     "optimizer": "--learning_rate, --weight_decay and --offload (step 3: --actor_learning_rate ...)",
     "scheduler": "--lr_scheduler_type and --num_warmup_steps",
 }
-# What take_step reads of DeepSpeed: whether a gradient is finite.
-NEEDED = (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm"))
+# (section, key): the one value that works here, and what any other leads to.
+WORKS_ONLY_AS = {
+    # take_step reads of DeepSpeed whether a gradient is finite.
+    ("bf16", "check_grad_overflow"): (True, "gradients that are not finite would not be seen"),
+    ("zero_optimization", "compute_grad_norm"): (True, "gradients that are not finite would not be seen"),
+    ("zero_optimization", "elastic_checkpoint"): (False, "DeepSpeed could not read its own checkpoints again"),
+}
 
 
 def _read_config_file(path: str) -> dict:
@@ -138,19 +145,21 @@ def _read_config_file(path: str) -> dict:
     for key, decided_by in DECIDED_BY_FLAGS.items():
         if key in overrides:
             raise UserError(f"{flag}: {key} is decided by {decided_by}; leave it out of the file")
-    for section, key in NEEDED:
-        if isinstance(overrides.get(section), dict) and overrides[section].get(key) is False:
-            raise UserError(f"{flag}: {section}.{key} false: gradients that are not finite would not be seen; leave it")
+    for (section, key), (works, otherwise) in WORKS_ONLY_AS.items():
+        given = overrides.get(section)
+        if isinstance(given, dict) and given.get(key, works) != works:
+            raise UserError(f"{flag}: {section}.{key} {json.dumps(given[key])}: {otherwise}; leave it out of the file")
     return overrides
 
 
-def _offload_device(ds_config: dict, what: str) -> str:
+def offload_device(ds_config: dict, what: str) -> str:
+    """Where ``what`` (offload_param, offload_optimizer) goes: none, cpu or nvme."""
     return (ds_config["zero_optimization"].get(what) or {}).get("device") or "none"
 
 
 def offloads_optimizer(ds_config: dict) -> bool:
     """Whether optimizer states leave the device, by --offload or by a configuration file."""
-    return _offload_device(ds_config, "offload_optimizer") != "none"
+    return offload_device(ds_config, "offload_optimizer") != "none"
 
 
 def merge_config_file(ds_config: dict, path: str | None) -> dict:
@@ -185,8 +194,8 @@ def merge_config_file(ds_config: dict, path: str | None) -> dict:
         if enabled[0] != enabled[1]:
             raise UserError(f"{flag}: {kind}.enabled {str(enabled[1]).lower()} is not what --dtype says; give the flag")
     for what, stages in (("offload_param", (3,)), ("offload_optimizer", (1, 2, 3))):
-        device, allowed = _offload_device(merged, what), stages
-        if device == _offload_device(ds_config, what):
+        device, allowed = offload_device(merged, what), stages
+        if device == offload_device(ds_config, what):
             continue
         if device not in ("none", "cpu", "nvme"):
             raise UserError(f"{flag}: zero_optimization.{what}.device {device!r} is none of cpu, nvme, none")
@@ -197,6 +206,12 @@ def merge_config_file(ds_config: dict, path: str | None) -> dict:
             raise UserError(
                 f"{flag}: {what} to {device} needs ZeRO stage {' or '.join(map(str, allowed))}, not {stage}"
             )
+    ratio = (merged["zero_optimization"].get("offload_optimizer") or {}).get("ratio", 1)
+    if ratio != 1:
+        raise UserError(
+            f"{flag}: zero_optimization.offload_optimizer.ratio {json.dumps(ratio)}: DeepSpeed's optimizer of the part "
+            "that stays on the device follows no schedule and is in no checkpoint; leave it out of the file"
+        )
     try:
         DeepSpeedConfig(with_batch_sizes(dict(merged), 1))
     except Exception as error:  # of DeepSpeed's own checks, of which each raises what it likes
