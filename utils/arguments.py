@@ -467,6 +467,7 @@ def add_run_arguments(parser, step: int) -> None:
         help="where they go, on storage that all nodes share; given alone: one when SIGTERM stops the run. None for "
         "checkpoints under --output_dir",
     )
+    parser.set_defaults(checkpoint_dir_given=False)  # resolve_checkpoints settles it
     add("--keep_checkpoints", type=_positive, default=2, help="newest checkpoints that are kept")
     add(
         "--resume",
