@@ -45,7 +45,7 @@ COMMON = "--data_path local/demo --data_split 4,3,3 --dtype fp32 --seed 7 --num_
 FLAGS = {
     1: "--max_seq_len 48 --per_device_train_batch_size 4 --max_train_samples 320 --max_eval_samples 16 --zero_stage 2",
     2: "--max_seq_len 48 --per_device_train_batch_size 4 --max_train_samples 320 --max_eval_samples 16 --zero_stage 3",
-    3: "--max_prompt_seq_len 24 --max_answer_seq_len 16 --per_device_generation_batch_size 4 "
+    3: "--max_prompt_seq_len 24 --max_answer_seq_len 64 --per_device_generation_batch_size 4 "
     "--per_device_training_batch_size 2 --max_train_samples 96 --enable_ema --enable_hybrid_engine "
     "--actor_zero_stage 2 --critic_zero_stage 2 --num_warmup_steps 0 --print_answers",
 }
@@ -53,7 +53,7 @@ PREPARING, LOADING, SAVING_CHECKPOINT, SAVING_MODEL = "preparing data", "loading
 TRAINING, GENERATING, UPDATING = "training", "generating", "updating"
 PHASES = {  # of a step: how many seconds at most from its first sign to the kill
     **{1: {PREPARING: 0.1, TRAINING: 1, SAVING_CHECKPOINT: 0.02, SAVING_MODEL: 0.05}},
-    **{3: {PREPARING: 0.1, GENERATING: 1, UPDATING: 1, SAVING_CHECKPOINT: 0.02, SAVING_MODEL: 0.05}},
+    **{3: {PREPARING: 0.1, GENERATING: 0.03, UPDATING: 0.5, SAVING_CHECKPOINT: 0.02, SAVING_MODEL: 0.05}},
 }
 PHASES[2] = PHASES[1]
 
