@@ -121,12 +121,16 @@ DECIDED_BY_FLAGS = {
     "optimizer": "--learning_rate, --weight_decay and --offload (step 3: --actor_learning_rate ...)",
     "scheduler": "--lr_scheduler_type and --num_warmup_steps",
 }
-# (section, key): the one value that works here, and what any other leads to.
+UNSEEN = "gradients that are not finite would not be seen"  # take_step asks DeepSpeed
+# The one value of a setting that works here, and what any other leads to.
 WORKS_ONLY_AS = {
-    # take_step reads of DeepSpeed whether a gradient is finite.
-    ("bf16", "check_grad_overflow"): (True, "gradients that are not finite would not be seen"),
-    ("zero_optimization", "compute_grad_norm"): (True, "gradients that are not finite would not be seen"),
+    ("bf16", "check_grad_overflow"): (True, UNSEEN),
+    ("zero_optimization", "compute_grad_norm"): (True, UNSEEN),
     ("zero_optimization", "elastic_checkpoint"): (False, "DeepSpeed could not read its own checkpoints again"),
+    ("zero_optimization", "offload_optimizer", "ratio"): (
+        1,
+        "DeepSpeed's optimizer of the part that stays on the device follows no schedule and is in no checkpoint",
+    ),
 }
 
 
@@ -145,10 +149,14 @@ def _read_config_file(path: str) -> dict:
     for key, decided_by in DECIDED_BY_FLAGS.items():
         if key in overrides:
             raise UserError(f"{flag}: {key} is decided by {decided_by}; leave it out of the file")
-    for (section, key), (works, otherwise) in WORKS_ONLY_AS.items():
-        given = overrides.get(section)
-        if isinstance(given, dict) and given.get(key, works) != works:
-            raise UserError(f"{flag}: {section}.{key} {json.dumps(given[key])}: {otherwise}; leave it out of the file")
+    for path_of_key, (works, otherwise) in WORKS_ONLY_AS.items():
+        given = overrides
+        for key in path_of_key:
+            given = given.get(key, works) if isinstance(given, dict) else works
+        if given != works:
+            raise UserError(
+                f"{flag}: {'.'.join(path_of_key)} {json.dumps(given)}: {otherwise}; leave it out of the file"
+            )
     return overrides
 
 
@@ -206,12 +214,6 @@ def merge_config_file(ds_config: dict, path: str | None) -> dict:
             raise UserError(
                 f"{flag}: {what} to {device} needs ZeRO stage {' or '.join(map(str, allowed))}, not {stage}"
             )
-    ratio = (merged["zero_optimization"].get("offload_optimizer") or {}).get("ratio", 1)
-    if ratio != 1:
-        raise UserError(
-            f"{flag}: zero_optimization.offload_optimizer.ratio {json.dumps(ratio)}: DeepSpeed's optimizer of the part "
-            "that stays on the device follows no schedule and is in no checkpoint; leave it out of the file"
-        )
     try:
         DeepSpeedConfig(with_batch_sizes(dict(merged), 1))
     except Exception as error:  # of DeepSpeed's own checks, of which each raises what it likes
