@@ -24,9 +24,11 @@ from training.step3_rlhf_finetuning.ppo_math import answer_mask, gather_log_prob
 from utils.data.batching import pad_rows
 from utils.demo.judge import judge, judge_rates
 from utils.demo.world import held_out_prompts
-from utils.metrics import read_rows
 from utils.model.inputs import model_inputs
-from utils.utils import load_hf_tokenizer, progress, set_random_seed
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.console import progress
+from utils.process.seeds import set_random_seed
+from utils.run.metrics_file import read_rows
 
 RATES = ("manner", "right", "ended")
 

@@ -11,7 +11,7 @@ import torch
 
 from evaluation_scripts.intervals import bootstrap_interval, wilson_interval
 from evaluation_scripts.rw_eval import load_judge, score_answers
-from training.step3_rlhf_finetuning.reward_functions import RewardFunction
+from utils.model.reward_functions import RewardFunction
 
 REWARD_MODEL = "reward_model"  # as a judge is called
 

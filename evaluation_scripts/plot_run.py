@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.distributed import UserError, run_main
+from utils.process.errors import UserError, run_script
 
 # What a reader wants first, in this order, of whichever step the runs are of.
 FIRST_LOOK = (
@@ -210,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_script(main)

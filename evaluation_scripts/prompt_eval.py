@@ -19,13 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation_scripts.judging import comparison_table, comparisons, judge_by_function, judge_by_reward_model
 from evaluation_scripts.prompts import PROMPTS, read_prompts
 from evaluation_scripts.report import html_report, markdown_report, shown_answer
-from training.step3_rlhf_finetuning.reward_functions import load_reward_functions
 from utils.data.prompt_format import cut_at_next_human, encode_prompt, prompt_from_text
 from utils.data.special_tokens import unmarked
-from utils.decoding import contrastive_ids, diverse_beam_ids
-from utils.distributed import UserError, run_main
-from utils.files import check_writable, write_jsonl, write_text
-from utils.generation import (
+from utils.generation.decoding import contrastive_ids, diverse_beam_ids
+from utils.generation.saved_model import (
     add_base_model_argument,
     add_load_in_4bit_argument,
     add_loading_arguments,
@@ -35,7 +32,11 @@ from utils.generation import (
     load_language_model,
     warn,
 )
-from utils.utils import set_random_seed
+from utils.model.reward_functions import load_reward_functions
+from utils.process.errors import UserError
+from utils.process.files import check_writable, write_jsonl, write_text
+from utils.process.launch import run_main
+from utils.process.seeds import set_random_seed
 
 PROMPT_END = "====================prompt end============================="
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from utils.data.readers import DataError, open_file
-from utils.generation import UserError
+from utils.process.errors import UserError
 
 # The same six topics in each language: help with a task, an explanation for a child, a poem, a comparison,
 # a piece of history, practical advice.

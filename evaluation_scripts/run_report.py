@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.distributed import UserError, run_main
-from utils.metrics import read_rows
+from utils.process.errors import UserError, run_script
+from utils.run.metrics_file import read_rows
 
 # Of the rows of step 3: what is shown, and in which unit.
 PPO_FIGURES = (
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_script(main)

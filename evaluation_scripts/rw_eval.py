@@ -24,12 +24,12 @@ from evaluation_scripts.intervals import wilson_interval
 from evaluation_scripts.prompts import PAIRS
 from utils.data.batching import pad_rows
 from utils.data.encoding import REWARD, RewardRows, TokenRules
+from utils.data.own_files import EVAL_SPLITS
 from utils.data.prompt_format import CHAT_TEMPLATE, PLAIN, format_answer, is_formatted, prompt_from_text
-from utils.data.raw_datasets import EVAL_SPLITS, RowReport, SkipRow, text
-from utils.data.readers import DataError, Rows, no_such_columns, open_splits
-from utils.distributed import UserError, run_main
-from utils.files import check_writable, write_jsonl
-from utils.generation import (
+from utils.data.readers import DataError, Rows
+from utils.data.row_texts import RowReport, SkipRow, text
+from utils.data.splits import no_such_columns, open_splits
+from utils.generation.saved_model import (
     END_OF_TEXT,
     add_loading_arguments,
     check_model_folder,
@@ -39,7 +39,11 @@ from utils.generation import (
 )
 from utils.model.model_utils import create_critic_model
 from utils.model.reward_model import RewardModel
-from utils.utils import load_hf_tokenizer, progress
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.console import progress
+from utils.process.errors import UserError
+from utils.process.files import check_writable, write_jsonl
+from utils.process.launch import run_main
 
 PAIR = ("chosen", "rejected")
 SINGLE = ("answer",)

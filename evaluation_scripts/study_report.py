@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.distributed import UserError, run_main
+from utils.process.errors import UserError, run_script
 
 RATES = ("manner", "right", "ended")
 MANNER, KL_LIMIT = 0.95, 10.0  # what each run is to reach, and nats per answer it is to stay within
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_script(main)

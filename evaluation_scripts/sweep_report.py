@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.distributed import UserError, run_main
-from utils.metrics import read_rows
+from utils.process.errors import UserError, run_script
+from utils.run.metrics_file import read_rows
 
 
 def last_error(log: Path) -> str:
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_script(main)

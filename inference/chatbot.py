@@ -28,10 +28,11 @@ from inference.conversation import (
     load_models,
 )
 from utils.data.prompt_format import encode_prompt, prompt_from_text, truncate_left
-from utils.distributed import UserError, run_main
-from utils.files import check_writable, write_text
-from utils.generation import LanguageModel, check_ids, check_model_folder, generate_ids, warn
-from utils.utils import set_random_seed
+from utils.generation.saved_model import LanguageModel, check_ids, check_model_folder, generate_ids, warn
+from utils.process.errors import UserError
+from utils.process.files import check_writable, write_text
+from utils.process.launch import run_main
+from utils.process.seeds import set_random_seed
 
 LEAVING = ("quit", "stop")
 FORGETTING = "clear"

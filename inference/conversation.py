@@ -12,8 +12,7 @@ import torch
 from transformers import StoppingCriteria
 
 from utils.data.prompt_format import PLAIN, cut_at_next_human, encode_prompt, format_prompt, stop_strings, truncate_left
-from utils.distributed import UserError
-from utils.generation import (
+from utils.generation.saved_model import (
     LanguageModel,
     add_base_model_argument,
     add_load_in_4bit_argument,
@@ -25,6 +24,7 @@ from utils.generation import (
     room_for_prompt,
     warn,
 )
+from utils.process.errors import UserError
 
 TEMPERATURE = 0.7  # of a chat, unless a flag says otherwise
 

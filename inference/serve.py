@@ -32,8 +32,9 @@ from inference.conversation import (
     stream_answers,
 )
 from utils.data.prompt_format import CHAT_TEMPLATE, PLAIN, format_answer, format_prompt
-from utils.distributed import UserError, run_main
-from utils.generation import LanguageModel, check_ids, check_model_folder
+from utils.generation.saved_model import LanguageModel, check_ids, check_model_folder
+from utils.process.errors import UserError
+from utils.process.launch import run_main
 
 SIDES = ("A", "B")
 

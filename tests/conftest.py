@@ -198,7 +198,7 @@ def run_step(monkeypatch):
 @contextlib.contextmanager
 def killed_after(steps: int | None):
     """While open, a run ends after so many optimizer steps without a word to anyone; None for not at all."""
-    from utils.checkpoint import Checkpoints
+    from utils.run.checkpoint import Checkpoints
 
     class Killed(Exception):
         pass
@@ -274,7 +274,8 @@ def small_models(tmp_path_factory):
     from types import SimpleNamespace
 
     from utils.model.model_utils import create_critic_model
-    from utils.utils import load_hf_tokenizer, save_hf_format
+    from utils.model.tokenizer import load_hf_tokenizer
+    from utils.run.results import save_hf_format
 
     base = tmp_path_factory.mktemp("models")
     actor = make_model(base / "actor")

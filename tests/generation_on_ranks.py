@@ -20,11 +20,15 @@ from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer, Micr
 from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
 from utils import arguments
 from utils.data.batching import pad_rows
-from utils.distributed import get_rank, init_distributed, run_main
-from utils.hybrid_engine import HybridEngine
+from utils.generation.hybrid_engine import HybridEngine
+from utils.generation.sampling import Decoding, sample_answers
 from utils.model.model_utils import create_critic_model
-from utils.sampling import Decoding, sample_answers
-from utils.utils import load_hf_tokenizer, print_rank_0, save_hf_format, set_random_seed
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.console import print_rank_0
+from utils.process.launch import init_distributed, run_main
+from utils.process.seeds import set_random_seed
+from utils.process.world import get_rank
+from utils.run.results import save_hf_format
 
 PROMPTS = [[[10, 11, 12], [13], [14, 15, 16, 17, 18], [19, 20]], [[30], [31, 32, 33, 34], [35, 36], [37]]]
 

@@ -11,18 +11,15 @@ import deepspeed
 import torch
 from transformers import AutoModelForCausalLM
 
-from utils.distributed import get_rank, get_world_size, init_distributed, run_main
 from utils.ds_utils import TORCH_DTYPES, get_train_ds_config, initialize, with_batch_sizes
-from utils.hybrid_engine import HybridEngine
+from utils.engine.optimizer import get_optimizer_grouped_parameters, make_optimizer
+from utils.generation.hybrid_engine import HybridEngine
 from utils.model.model_utils import adapt_model, create_hf_model
+from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import lora_layers
-from utils.utils import (
-    get_optimizer_grouped_parameters,
-    load_hf_tokenizer,
-    make_optimizer,
-    save_hf_format,
-    save_lora_adapters,
-)
+from utils.process.launch import init_distributed, run_main
+from utils.process.world import get_rank, get_world_size
+from utils.run.results import save_hf_format, save_lora_adapters
 
 
 def main():

@@ -15,7 +15,7 @@ sys.path.insert(0, str(PROJECT / "tests"))
 
 from conftest import STEPS, killed_after
 
-from utils.distributed import run_main
+from utils.process.launch import run_main
 
 
 def run(step: int, arguments: list[str], killed: int | None = None) -> None:

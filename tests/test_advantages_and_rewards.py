@@ -11,9 +11,9 @@ from test_rlhf import PROMPTS, _experience, _trainer, _window, folders  # noqa: 
 
 from training.step3_rlhf_finetuning import ppo_math
 from training.step3_rlhf_finetuning.ppo_trainer import align_overflow
-from training.step3_rlhf_finetuning.reward_functions import load_reward_functions
-from training.step3_rlhf_finetuning.samples import sample_rows, sample_table
-from utils.distributed import UserError
+from training.step3_rlhf_finetuning.reporting import sample_rows, sample_table
+from utils.model.reward_functions import load_reward_functions
+from utils.process.errors import UserError
 
 # ---------------------------------------------------------------- advantages of a group, by hand
 

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import STEPS, launch, make_model, run_command, write_pairs
 
-from utils.distributed import UserError
 from utils.model.model_utils import create_critic_model
-from utils.utils import load_hf_tokenizer, save_hf_format
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.errors import UserError
+from utils.run.results import save_hf_format
 
 
 @pytest.fixture
@@ -224,7 +225,9 @@ def test_an_error_of_one_rank_alone_is_told(tmp_path):
     script.write_text(
         "import sys, time, argparse\n"
         f"sys.path.insert(0, {str(STEPS[1].parents[2])!r})\n"
-        "from utils.distributed import UserError, get_rank, init_distributed, run_main\n"
+        "from utils.process.errors import UserError\n"
+        "from utils.process.launch import init_distributed, run_main\n"
+        "from utils.process.world import get_rank\n"
         "def main():\n"
         "    init_distributed(argparse.Namespace(local_rank=-1))\n"
         "    if get_rank() == 1:\n"

@@ -14,14 +14,15 @@ import torch
 from conftest import PROJECT, STEPS, make_model, read_metrics, run_command
 from transformers import AutoModelForCausalLM
 
-from utils import distributed
-from utils.arguments import OF_A_NODE
-from utils.checkpoint import newest_checkpoint
-from utils.distributed import UserError
-from utils.files import name_if_new, scratch_beside
+from utils.arguments.run import OF_A_NODE
 from utils.model.model_utils import create_critic_model
 from utils.model.saving import atomic_folder
-from utils.utils import load_hf_tokenizer, save_hf_format
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process import operators, ranks
+from utils.process.errors import UserError
+from utils.process.files import name_if_new, scratch_beside
+from utils.run.checkpoint_files import newest_checkpoint
+from utils.run.results import save_hf_format
 
 PATCHES = {
     # Rank 1 answers every prompt with EOS alone.
@@ -158,14 +159,14 @@ def test_a_rank_that_stops_answering_ends_the_others_with_a_message(model_folder
     script = tmp_path / "stopping.py"
     script.write_text(
         f"import os, runpy, signal, sys\nsys.path.insert(0, {str(PROJECT)!r})\n"
-        "from utils import utils\n"
-        "take_step, calls = utils.take_step, []\n"
+        "from utils.engine import steps\n"
+        "take_step, calls = steps.take_step, []\n"
         "def patched(engine):\n"
         "    calls.append(engine)\n"
         "    if os.environ['RANK'] == '1' and len(calls) == 2:\n"
         "        os.kill(os.getpid(), signal.SIGSTOP)\n"
         "    return take_step(engine)\n"
-        "utils.take_step = patched\n"
+        "steps.take_step = patched\n"
         f"runpy.run_path({str(STEPS[1])!r}, run_name='__main__')\n"
     )
     arguments = [
@@ -221,8 +222,8 @@ def two_hosts(monkeypatch):
             return [mine]  # not what is compared here
         return [mine, (mine[0] | {name: changes[name] for name in mine[0].keys() & changes.keys()}, "b")]
 
-    monkeypatch.setattr(distributed, "all_gather_objects", gather)
-    monkeypatch.setattr(distributed.socket, "gethostname", lambda: "a")
+    monkeypatch.setattr(ranks, "all_gather_objects", gather)
+    monkeypatch.setattr(ranks.socket, "gethostname", lambda: "a")
     return changes
 
 
@@ -311,9 +312,9 @@ def operator(tmp_path, monkeypatch):
             Builder.found = (folder / "lock").exists()
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setitem(distributed.deepspeed.ops.__compatible_ops__, Builder.NAME, True)
+    monkeypatch.setitem(operators.deepspeed.ops.__compatible_ops__, Builder.NAME, True)
     accelerator = SimpleNamespace(create_op_builder=lambda name: Builder() if name == "ShareMemCommBuilder" else None)
-    monkeypatch.setattr(distributed, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(operators, "get_accelerator", lambda: accelerator)
     return Builder, folder / "lock"
 
 
@@ -325,7 +326,7 @@ def _lock(file, age):
 def test_the_lock_of_a_killed_build_is_removed(operator, capsys):
     builder, lock = operator
     _lock(lock, age=20)
-    distributed.load_operator("ShareMemCommBuilder")
+    operators.load_operator("ShareMemCommBuilder")
     assert builder.found is False and "left by a build that was killed" in capsys.readouterr().out
 
 
@@ -334,7 +335,7 @@ def test_a_build_that_is_going_on_is_waited_for(operator):
     _lock(lock, age=20)
     with subprocess.Popen(["sleep", "2"], cwd=lock.parent):
         start = time.monotonic()
-        distributed.load_operator("ShareMemCommBuilder")
+        operators.load_operator("ShareMemCommBuilder")
         assert time.monotonic() - start > 1
     assert builder.found is False
 
@@ -343,14 +344,14 @@ def test_a_lock_that_another_node_may_hold_is_left_and_named_when_it_is_old(oper
     _, lock = operator
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(operators, "get_world_size", lambda: 4)
     _lock(lock, age=16 * 60)
     with pytest.raises(UserError, match="delete that file"):
-        distributed.load_operator("ShareMemCommBuilder")
+        operators.load_operator("ShareMemCommBuilder")
     assert lock.exists()
 
 
 def test_an_operator_that_this_machine_cannot_have_is_left_alone(operator):
     builder, _ = operator
-    distributed.load_operator("NoSuchBuilder")
+    operators.load_operator("NoSuchBuilder")
     assert builder.found is None

@@ -8,9 +8,9 @@ from conftest import make_tokenizer
 from transformers import AutoTokenizer
 
 from utils.data import prompt_format as pf
-from utils.data.data_utils import create_prompt_dataset, style_of_rows
 from utils.data.encoding import SFT
-from utils.distributed import UserError
+from utils.data.preparation import create_prompt_dataset, style_of_rows
+from utils.process.errors import UserError
 
 TURNS = [
     {"role": "user", "content": " say 'red' \n"},

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, STEPS, assert_same_run, killed_after, read_metrics, run_command, step_arguments
 
-from utils import checkpoint
-from utils.checkpoint import newest_checkpoint, read_checkpoint
-from utils.distributed import EndOfRun, UserError
+from utils.process.errors import EndOfRun, UserError
+from utils.run import checkpoint, checkpoint_files
+from utils.run.checkpoint_files import newest_checkpoint, read_checkpoint
 
 
 def _stages(step: int, stage: int) -> list:
@@ -152,7 +152,7 @@ def test_checkpoints_of_another_run_are_never_replaced(run_step, stopped, tmp_pa
     copy = Path(shutil.copytree(folder / "step-00000002", tmp_path / "copy"))
     with pytest.raises(UserError, match=r"holds checkpoints already, and not .*copy"):
         run_step(1, [*arguments, "--resume", copy])
-    assert [found.state["steps"] for found in checkpoint.complete_checkpoints(folder)] == [2, 4]
+    assert [found.state["steps"] for found in checkpoint_files.complete_checkpoints(folder)] == [2, 4]
     # Back to an earlier one of its own is what was asked for.
     with killed_after(3):
         run_step(1, [*arguments, "--resume", folder / "step-00000002"])
@@ -164,7 +164,7 @@ def test_the_checkpoint_just_written_stays_whatever_the_clock_says(run_step, sta
     with killed_after(6):
         run_step(1, [*start(1), "--output_dir", tmp_path, "--checkpoint_steps", 2, "--keep_checkpoints", 1])
     assert (tmp_path / "checkpoints/latest").read_text() == "step-00000006\n"
-    assert [found.state["steps"] for found in checkpoint.complete_checkpoints(tmp_path / "checkpoints")] == [6]
+    assert [found.state["steps"] for found in checkpoint_files.complete_checkpoints(tmp_path / "checkpoints")] == [6]
 
 
 def test_a_run_that_begins_anew_forgets_that_an_earlier_one_had_finished(run_step, start, tmp_path):
@@ -202,7 +202,7 @@ def test_half_written_checkpoints_are_passed_over_and_refused_by_name(run_step, 
     run_step(1, [*arguments, "--resume", "auto"])
     assert "step-00000002: 2 steps are done" in capsys.readouterr().out
     assert not (folder / ".step-00000006").exists()
-    assert [found.state["steps"] for found in checkpoint.complete_checkpoints(folder)] == [14, 16]
+    assert [found.state["steps"] for found in checkpoint_files.complete_checkpoints(folder)] == [14, 16]
     with pytest.raises(EndOfRun, match="this run has finished after 16 steps"):
         run_step(1, [*arguments, "--resume", "auto"])
 
@@ -223,7 +223,7 @@ def test_checkpoints_need_a_folder(run_step, start, flag):
 
 
 def test_sigterm_finishes_the_step_saves_and_ends_well(run_step, start, tmp_path, monkeypatch):
-    from utils.checkpoint import Checkpoints
+    from utils.run.checkpoint import Checkpoints
 
     run_step(1, [*start(1), "--output_dir", tmp_path / "plain"])
     end_step, arguments = Checkpoints.end_step, [*start(1), "--output_dir", tmp_path / "resumed"]
@@ -244,7 +244,7 @@ def test_sigterm_finishes_the_step_saves_and_ends_well(run_step, start, tmp_path
 
 
 def test_sigterm_ends_a_forked_worker_of_a_rank(run_step, start, tmp_path, monkeypatch):
-    from utils.checkpoint import Checkpoints
+    from utils.run.checkpoint import Checkpoints
 
     end_step, ends = Checkpoints.end_step, []
 
@@ -266,12 +266,12 @@ def test_sigterm_ends_a_forked_worker_of_a_rank(run_step, start, tmp_path, monke
 SLOW_STEPS = """
 import os, runpy, sys, time
 sys.path.insert(0, {project!r})
-from utils import utils
-take_step = utils.take_step
+from utils.engine import steps
+take_step = steps.take_step
 def slowly(engine):
     time.sleep(0.2)
     return take_step(engine)
-utils.take_step = slowly
+steps.take_step = slowly
 runpy.run_path({main!r}, run_name="__main__")
 """
 
@@ -325,7 +325,7 @@ def test_torchrun_starts_the_ranks_again_when_one_is_killed_and_they_go_on(start
     script.write_text(
         "import os, runpy, signal, sys\n"
         f"sys.path.insert(0, {str(PROJECT)!r})\n"
-        "from utils.checkpoint import Checkpoints\n"
+        "from utils.run.checkpoint import Checkpoints\n"
         "end_step = Checkpoints.end_step\n"
         "def killed(self, *position):\n"
         "    end_step(self, *position)\n"

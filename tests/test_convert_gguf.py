@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.distributed import UserError
 from utils.model import convert_gguf
+from utils.process.errors import UserError
 
 
 @pytest.fixture

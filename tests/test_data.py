@@ -12,29 +12,26 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from utils.data import batching, data_utils
+from utils.data import batching, preparation
 from utils.data.batching import (
     FILLER,
     DataCollatorPacked,
     DataCollatorReward,
     DataCollatorRLHF,
     DataCollatorSFT,
+    MiniDataset,
     PackedDataset,
     StepBatchSampler,
     accumulation_windows,
     count_batch,
     pad_rows,
 )
-from utils.data.data_utils import (
-    MiniDataset,
-    create_prompt_dataset,
-    get_raw_dataset_split_index,
-    get_shuffle_idx,
-    split_boundaries,
-)
-from utils.data.encoding import REWARD, RLHF, SFT, RowEncoder, TextEncoder, cut, moved_spans, prompt_tokens_to_drop
-from utils.distributed import UserError
-from utils.utils import load_hf_tokenizer
+from utils.data.encoding import REWARD, RLHF, SFT, RowEncoder, cut, moved_spans, prompt_tokens_to_drop
+from utils.data.preparation import create_prompt_dataset
+from utils.data.split_index import get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
+from utils.data.text_encoder import TextEncoder
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.errors import UserError
 
 # ------------------------------------------------------------------ split
 
@@ -187,8 +184,8 @@ def test_prompts_are_padded_on_the_left_and_a_long_one_keeps_its_question(tmp_pa
 def test_the_cache_is_reused_for_equal_content_and_rebuilt_for_changed_content(tmp_path, monkeypatch):
     tokenizer = make_tokenizer(tmp_path / "t")
     calls = []
-    original = data_utils.create_dataset_split
-    monkeypatch.setattr(data_utils, "create_dataset_split", lambda *a: calls.append(1) or original(*a))
+    original = preparation.create_dataset_split
+    monkeypatch.setattr(preparation, "create_dataset_split", lambda *a: calls.append(1) or original(*a))
     first, _ = _dataset(tmp_path, tokenizer, SFT)
     assert len(calls) == 2
     again, _ = _dataset(tmp_path, tokenizer, SFT)

@@ -10,11 +10,11 @@ from conftest import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils.data import data_utils
+from utils.data import preparation
 from utils.data.batching import DataCollatorReward, DataCollatorSFT
-from utils.data.data_utils import create_prompt_dataset
 from utils.data.encoding import REWARD, SFT, RowEncoder
-from utils.distributed import UserError
+from utils.data.preparation import create_prompt_dataset
+from utils.process.errors import UserError
 
 
 def _write_rows(folder, count=3000):
@@ -69,7 +69,7 @@ def _killed_at(event: int, work) -> None:
 
 
 def test_after_twenty_kills_a_normal_run_makes_the_cache_of_an_undisturbed_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_utils, "ROWS_PER_CHUNK", 100)
+    monkeypatch.setattr(preparation, "ROWS_PER_CHUNK", 100)
     tokenizer = make_tokenizer(tmp_path / "t")
     folder = _write_rows(tmp_path / "data")
     _prepare(folder, tmp_path / "calm", tokenizer)

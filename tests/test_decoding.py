@@ -5,8 +5,8 @@ import torch
 from conftest import make_model
 
 from inference import chatbot
-from utils.decoding import contrastive_ids, contrastive_scores, diverse_beam_ids, hamming_penalty
-from utils.generation import generate_ids, load_language_model
+from utils.generation.decoding import contrastive_ids, contrastive_scores, diverse_beam_ids, hamming_penalty
+from utils.generation.saved_model import generate_ids, load_language_model
 
 PROMPTS = [[1, 40, 50, 60], [1, 70], [1, 33, 34, 35, 36, 37, 38]]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import STEPS, run_command
 
-from utils.checkpoint import complete_checkpoints, read_checkpoint
-from utils.distributed import UserError
+from utils.process.errors import UserError
+from utils.run.checkpoint_files import complete_checkpoints, read_checkpoint
 
 
 @pytest.fixture

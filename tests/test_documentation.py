@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.flag_table import STEPS, parser_of, with_table
+from utils.arguments.table import STEPS, parser_of, with_table
 
 
 @pytest.mark.parametrize("script", STEPS, ids=[script.parent.name for script in STEPS])

@@ -15,7 +15,8 @@ import torch
 from conftest import PROJECT, STEPS, make_model, run_command, write_pairs
 
 from utils.model.model_utils import create_critic_model
-from utils.utils import load_hf_tokenizer, save_hf_format
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.run.results import save_hf_format
 
 PAGES = [PROJECT / "README.md", *sorted(PROJECT.glob("*/README.md")), *sorted(PROJECT.glob("training/*/README.md"))]
 COMMAND = r"(?:[A-Z_]+=\S+ )*(?:python|bash|deepspeed|torchrun|transformers) "

@@ -8,8 +8,8 @@ from conftest import assert_same_run, killed_after, launch, read_metrics
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from safetensors.torch import load_file
 
-from utils.distributed import UserError
 from utils.ds_utils import get_eval_ds_config, get_train_ds_config, merge_config_file, offloads_optimizer
+from utils.process.errors import UserError
 
 
 def _zero(stage, device, **more):

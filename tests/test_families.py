@@ -11,12 +11,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from utils import arguments
 from utils.data.batching import DataCollatorSFT, pad_rows
-from utils.distributed import UserError, init_distributed
 from utils.ds_utils import get_train_ds_config, initialize, with_batch_sizes
+from utils.engine.optimizer import get_optimizer_grouped_parameters, make_optimizer
 from utils.model.inputs import model_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.model_utils import create_critic_model, create_hf_model
-from utils.utils import get_optimizer_grouped_parameters, load_hf_tokenizer, make_optimizer, save_hf_format
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.errors import UserError
+from utils.process.launch import init_distributed
+from utils.run.results import save_hf_format
 
 ROWS = [[10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [30, 31, 32, 33], [40, 41, 42, 43, 44, 45, 46]]
 CLOSE = dict(atol=2e-5, rtol=1e-4)

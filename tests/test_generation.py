@@ -12,10 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from utils.hybrid_engine import HybridEngine, first_difference
-from utils.module.fused_linear import can_pack, find_shared_inputs, fused_linears
-from utils.module.lora import convert_linear_layer_to_lora, lora_layers
-from utils.sampling import (
+from utils.generation.hybrid_engine import HybridEngine, first_difference
+from utils.generation.sampling import (
     CompiledStep,
     Decoding,
     PreallocatedLayer,
@@ -27,6 +25,8 @@ from utils.sampling import (
     keep_top_p,
     sample_answers,
 )
+from utils.module.fused_linear import can_pack, find_shared_inputs, fused_linears
+from utils.module.lora import convert_linear_layer_to_lora, lora_layers
 
 VOCABULARY, EOS, PAD = 96, 2, 1
 WIDTHS = [3, 9, 1, 6, 2]  # of prompts
@@ -376,7 +376,7 @@ def test_the_start_up_check_accepts_a_model_and_says_so(capsys):
 
 @pytest.mark.parametrize("fault", ["positions", "cache", "raises"])
 def test_a_model_that_the_loop_gets_wrong_falls_back_aloud_or_is_refused(fault, capsys):
-    from utils.distributed import UserError
+    from utils.process.errors import UserError
 
     model = _model("gpt2")
     original = model.forward
@@ -475,7 +475,7 @@ def test_the_compiled_step_is_one_graph_for_all_widths_and_gives_the_same_rollou
 
 
 def test_the_compiled_step_follows_weights_that_change_and_folded_lora(monkeypatch):
-    monkeypatch.setattr("utils.hybrid_engine.CompiledStep", partial(CompiledStep, backend="eager"))
+    monkeypatch.setattr("utils.generation.hybrid_engine.CompiledStep", partial(CompiledStep, backend="eager"))
     model = convert_linear_layer_to_lora(_model("llama"), "auto", 4)
     engine = HybridEngine(_Engine(model), compiled_length=32)
     prompts, mask = _prompts()

@@ -24,19 +24,20 @@ from transformers import AutoModelForCausalLM
 
 from evaluation_scripts import prompt_eval
 from evaluation_scripts.prompts import read_prompts
-from inference.merge_lora import read_adapter
-from training.step3_rlhf_finetuning.reward_functions import load_reward_functions
 from utils import arguments
 from utils.data import chat_template_guard
-from utils.data.data_utils import create_prompt_dataset
 from utils.data.encoding import SFT
+from utils.data.preparation import create_prompt_dataset
 from utils.data.readers import DataError
-from utils.distributed import UserError
 from utils.ds_utils import get_train_ds_config, merge_config_file
-from utils.generation import choosing_settings, load_language_model
+from utils.generation.saved_model import choosing_settings, load_language_model
 from utils.model.convert_gguf import convert
+from utils.model.merging import read_adapter
 from utils.model.model_utils import check_model
-from utils.utils import load_hf_tokenizer, set_random_seed
+from utils.model.reward_functions import load_reward_functions
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.errors import UserError
+from utils.process.seeds import set_random_seed
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DEEP, LONG_NUMBER = "[" * 100_000, "9" * 5000

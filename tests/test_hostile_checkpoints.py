@@ -13,8 +13,8 @@ import torch
 from conftest import killed_after
 from safetensors.torch import load_file, save_file
 
-from utils.checkpoint import newest_checkpoint, read_checkpoint
-from utils.distributed import UserError
+from utils.process.errors import UserError
+from utils.run.checkpoint_files import newest_checkpoint, read_checkpoint
 
 NAME, STATE, RANK = "step-00000002", "state.json", "rank00000.json"
 WEIGHTS, OPTIMIZER = "actor/mp_rank_00_model_states.pt", "actor/zero_pp_rank_0_mp_rank_00_optim_states.pt"

@@ -32,9 +32,9 @@ from evaluation_scripts.prompts import PROMPTS, read_prompts
 from inference import chatbot, serve
 from inference.conversation import AnswerStream, build_prompt
 from utils.data import prompt_format as pf
-from utils.data.data_utils import create_prompt_dataset
-from utils.distributed import UserError
-from utils.generation import LanguageModel, find_stop_ids, generate_answers, load_language_model, up_to_stop
+from utils.data.preparation import create_prompt_dataset
+from utils.generation.saved_model import LanguageModel, find_stop_ids, generate_answers, load_language_model, up_to_stop
+from utils.process.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 BOS, EOS, PAD = 0, 1, 2

@@ -13,7 +13,8 @@ from conftest import PROJECT, make_model, read_metrics, run_command, write_pairs
 from safetensors.torch import load_file
 
 from utils.model.model_utils import create_critic_model
-from utils.utils import load_hf_tokenizer, save_hf_format
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.run.results import save_hf_format
 
 STAGES = (0, 1, 2, 3)
 # name -> (ranks, rows per device, accumulation, stage, other flags); 8 rows per optimizer step in every one.

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from utils import arguments
-from utils.distributed import UserError
+from utils.engine.optimizer import get_optimizer_grouped_parameters, make_optimizer
 from utils.model.model_utils import adapt_model, create_critic_model
+from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import (
     LinearLayer_LoRA,
     convert_linear_layer_to_lora,
@@ -24,7 +25,7 @@ from utils.module.lora import (
     match_lora_scope,
     only_optimize_lora_parameters,
 )
-from utils.utils import get_optimizer_grouped_parameters, load_hf_tokenizer, make_optimizer
+from utils.process.errors import UserError
 
 
 def _layer(dtype=torch.float32, transposed=False, trained=True):

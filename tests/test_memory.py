@@ -7,17 +7,8 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig
 
 from utils.ds_utils import get_eval_ds_config, get_train_ds_config
-from utils.memory import (
-    GIB,
-    Bytes,
-    LiveBytes,
-    Machine,
-    MetaModel,
-    frozen_engine,
-    heap_footprint,
-    packed_size,
-    trained_engine,
-)
+from utils.planning.engine_memory import GIB, Bytes, Machine, frozen_engine, trained_engine
+from utils.planning.meta_model import LiveBytes, MetaModel, heap_footprint, packed_size
 
 HIDDEN, INNER, LAYERS, VOCABULARY = 32, 48, 2, 320
 # Llama, two heads for four queries: q and o [32, 32], k and v [16, 32], gate, up and down [48, 32], two norms.

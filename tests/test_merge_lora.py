@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from utils.distributed import UserError
 from utils.model.adapters import save_lora_adapter
 from utils.model.model_utils import create_critic_model, create_hf_model
 from utils.model.saving import SafetensorsWriter, save_pretrained_model
+from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import convert_linear_layer_to_lora, lora_layers, only_optimize_lora_parameters
-from utils.utils import load_hf_tokenizer
+from utils.process.errors import UserError
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r tests/requirements.txt")
 

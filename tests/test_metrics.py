@@ -7,9 +7,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from utils import arguments, perf, utils
-from utils.distributed import UserError
-from utils.metrics import MetricsWriter, make_writer, read_rows
+from utils import perf
+from utils.arguments import run as run_arguments
+from utils.process import console
+from utils.process.errors import UserError
+from utils.run.metrics import MetricsWriter, make_writer
+from utils.run.metrics_file import read_rows
 
 
 class _Wandb(ModuleType):
@@ -69,9 +72,9 @@ def test_rows_are_on_the_disk_at_once(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, model_folder, pairs_folder, run_step):
-    find_spec = arguments.importlib.util.find_spec
+    find_spec = run_arguments.importlib.util.find_spec
     monkeypatch.setattr(
-        arguments.importlib.util, "find_spec", lambda name: None if name == "trackio" else find_spec(name)
+        run_arguments.importlib.util, "find_spec", lambda name: None if name == "trackio" else find_spec(name)
     )
     flags = ["--model_name_or_path", model_folder, "--data_path", pairs_folder, "--report_to", "trackio"]
     with pytest.raises(UserError, match="--report_to trackio needs the package trackio: pip install trackio"):
@@ -79,8 +82,8 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, model_folder, p
 
 
 def test_a_log_gets_lines_with_what_is_left_and_the_last_note(monkeypatch, capsys):
-    monkeypatch.setattr(utils, "PROGRESS_SECONDS", 0)
-    bar = utils.progress(range(4), "epoch 1/1")
+    monkeypatch.setattr(console, "PROGRESS_SECONDS", 0)
+    bar = console.progress(range(4), "epoch 1/1")
     for i in bar:
         bar.note(f"{i} tokens/s")
     lines = capsys.readouterr().out.splitlines()

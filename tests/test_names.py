@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
-from utils.distributed import UserError
+from utils.data.batching import to_device
 from utils.ds_utils import get_eval_ds_config, get_train_ds_config, merge_config_file
-from utils.utils import ExponentialMovingAverage, MovingAverage, load_state_dict_into_model, to_device
+from utils.engine.averages import ExponentialMovingAverage, MovingAverage
+from utils.model.loading import load_state_dict_into_model
+from utils.process.errors import UserError
 
 NAMES = {
     "utils.utils": "print_rank_0 is_rank_0 to_device MovingAverage ExponentialMovingAverage set_random_seed "

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from training.step3_rlhf_finetuning.ppo_math import AdaptiveKLController
 from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer
-from utils.checkpoint import newest_checkpoint
-from utils.distributed import UserError
+from utils.engine.steps import take_step
 from utils.model import losses
 from utils.model.reward_model import RewardModel
-from utils.utils import take_step
+from utils.process.errors import UserError
+from utils.run.checkpoint_files import newest_checkpoint
 
 BROKEN = {
     "loss": lambda loss: loss * torch.nan,

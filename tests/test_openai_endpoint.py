@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from inference import chatbot
 from utils.data import prompt_format as pf
-from utils.generation import generate_answers, load_language_model
+from utils.generation.saved_model import generate_answers, load_language_model
 
 NEEDED = ("fastapi", "uvicorn", "openai", "langchain_openai")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]

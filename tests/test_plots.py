@@ -10,7 +10,7 @@ sys.path.insert(0, str(PROJECT / "evaluation_scripts"))
 
 import plot_run
 
-from utils.distributed import UserError
+from utils.process.errors import UserError
 
 
 def _run(folder, scale=1.0, end=""):

@@ -9,9 +9,9 @@ import torch
 from conftest import make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
-from utils import plan, preflight
-from utils.distributed import UserError
-from utils.memory import GIB, Bytes, Machine
+from utils.planning import plan, preflight
+from utils.planning.engine_memory import GIB, Bytes, Machine
+from utils.process.errors import UserError
 
 
 @pytest.fixture(scope="module")

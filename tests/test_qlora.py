@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from utils.distributed import UserError
 from utils.ds_utils import allow_optimizer
+from utils.engine.optimizer import make_optimizer
 from utils.module.lora import (
     LinearLayer_LoRA,
     convert_linear_layer_to_lora,
@@ -20,7 +20,7 @@ from utils.module.lora import (
     only_optimize_lora_parameters,
 )
 from utils.module.quantize import PackedWeight, Packing, describe_packing, packed_weights
-from utils.utils import make_optimizer
+from utils.process.errors import UserError
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="nf4 needs the package bitsandbytes"

@@ -20,20 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from utils.data import raw_datasets, readers
-from utils.data.raw_datasets import (
-    KNOWN_DATASETS,
-    ConversationDataset,
-    DataError,
-    PathDataset,
-    PromptRawDataset,
-    QuestionDataset,
-    find_known_dataset,
-    open_raw_dataset,
-    text,
-)
+from utils.data.own_files import ConversationDataset, PathDataset, open_raw_dataset
+from utils.data.raw_datasets import KNOWN_DATASETS, PromptRawDataset, QuestionDataset, find_known_dataset
 from utils.data.readers import (
     ConcatRows,
     CsvFile,
+    DataError,
     JsonArrayFile,
     JsonLinesFile,
     ListRows,
@@ -42,6 +34,7 @@ from utils.data.readers import (
     content_fingerprint,
     open_file,
 )
+from utils.data.row_texts import text
 
 SEED = 1234
 PAIR = {"prompt": "q", "chosen": "good", "rejected": "bad"}
@@ -364,6 +357,7 @@ def test_local_demo_is_made_by_the_demo_world(tmp_path, monkeypatch):
     Path(world.__file__).write_text("first version")
     exec("def demo_rows(split): return [{'prompt': split, 'chosen': 'c', 'rejected': 'r'}]", vars(world))
     monkeypatch.setitem(sys.modules, "utils.demo.world", world)
+    monkeypatch.setattr(raw_datasets, "demo_rows", world.demo_rows)
     dataset = open_at("local/demo", tmp_path)
     assert dataset.get_prompt_and_chosen(dataset.get_train_data()[0]) == "trainc"
     assert dataset.get_prompt(dataset.get_eval_data()[0]) == "eval"

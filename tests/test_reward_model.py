@@ -10,10 +10,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from training.step2_reward_model_finetuning.main import evaluate
 from utils.data.batching import pad_rows
-from utils.distributed import UserError
 from utils.model.model_utils import create_critic_model
 from utils.model.reward_model import ValueHead, end_indices, end_scores, pair_accuracy, pairwise_loss
-from utils.utils import load_hf_tokenizer
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.errors import UserError
 
 PAIRS = [([5, 6, 7, 8], [5, 6, 9]), ([1, 2], [1, 2, 3, 4, 5]), ([9, 4], [9]), ([4, 4, 4], [4, 4, 4])]
 SETTINGS = [
@@ -160,7 +160,7 @@ def test_forward_scores_like_forward_value_and_its_loss_knows_no_padding(reward_
 def test_saved_it_loads_as_sequence_classification_with_the_same_scores_after_a_move(reward_model):
     from types import SimpleNamespace
 
-    from utils.utils import save_hf_format
+    from utils.run.results import save_hf_format
 
     model, tokenizer, folder = reward_model
     save_hf_format(model, tokenizer, SimpleNamespace(output_dir=str(folder / "saved")))

@@ -9,19 +9,19 @@ from transformers import AutoModelForCausalLM
 
 from training.step3_rlhf_finetuning.experience import Experience
 from training.step3_rlhf_finetuning.ppo_math import answer_mask
-from training.step3_rlhf_finetuning.ppo_trainer import (
-    DeepSpeedPPOTrainer,
-    DeepSpeedPPOTrainerUnsupervised,
-    MicroBatch,
-)
+from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer, DeepSpeedPPOTrainerUnsupervised, MicroBatch
 from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
 from utils import arguments
 from utils.data.batching import DataCollatorSFT, pad_rows
-from utils.distributed import UserError, init_distributed
+from utils.engine.steps import moving_average
 from utils.model.model_utils import create_critic_model
 from utils.model.saving import gather_state_dict
+from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import lora_layers
-from utils.utils import load_hf_tokenizer, moving_average, save_hf_format, set_random_seed
+from utils.process.errors import UserError
+from utils.process.launch import init_distributed
+from utils.process.seeds import set_random_seed
+from utils.run.results import save_hf_format
 
 
 def _step3_parser():

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from evaluation_scripts import rw_eval
 from utils.data.encoding import REWARD, RewardRows, TokenRules
-from utils.distributed import UserError
-from utils.utils import load_hf_tokenizer
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.errors import UserError
 
 DATASET_FORM = {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " a \n", "rejected": " b"}
 

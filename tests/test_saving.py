@@ -20,13 +20,14 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from utils.distributed import UserError
-from utils.generation import pad_rows
+from utils.generation.saved_model import pad_rows
 from utils.model import saving
 from utils.model.inputs import model_inputs
 from utils.model.loading import find_checkpoint, read_value_head
 from utils.model.model_utils import check_model, create_critic_model, create_hf_model
-from utils.utils import load_hf_tokenizer, save_hf_format, save_zero_three_model
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.errors import UserError
+from utils.run.results import save_hf_format, save_zero_three_model
 
 SMALL = dict(
     vocab_size=320,
@@ -298,7 +299,7 @@ def test_a_reward_model_by_its_hub_name(reward_model, tmp_path):
         f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n"
         "from utils.model.loading import read_value_head\n"
         "from utils.model.model_utils import create_critic_model\n"
-        "from utils.utils import load_hf_tokenizer\n"
+        "from utils.model.tokenizer import load_hf_tokenizer\n"
         "model = create_critic_model('someone/judge', load_hf_tokenizer('someone/judge'), rlhf_training=True)\n"
         "assert (model.v_head.weight == read_value_head('someone/judge')).all()\n"
         "print('head', model.v_head.weight.double().sum().item())\n"

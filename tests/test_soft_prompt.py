@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation_scripts import prompt_eval, rw_eval
 from inference import chatbot
-from utils.distributed import UserError
-from utils.generation import generate_ids, load_language_model
+from utils.generation.saved_model import generate_ids, load_language_model
 from utils.model.inputs import model_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.soft_prompt import SoftPromptModel
+from utils.process.errors import UserError
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="training needs the package peft")
 FAMILIES = ["llama", "gpt2", "opt", "bloom"]

@@ -11,9 +11,11 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from evaluation_scripts.rw_eval import encode_record
 from inference.conversation import build_prompt
 from utils.data import prompt_format
-from utils.data.data_utils import create_prompt_dataset, get_unsupervised_data
-from utils.data.encoding import REWARD, RLHF, SFT, RewardRows, TextEncoder, TokenRules
+from utils.data.encoding import REWARD, RLHF, SFT, RewardRows, TokenRules
+from utils.data.preparation import create_prompt_dataset
 from utils.data.special_tokens import CLOSE, OPEN, mark_spellings, unmarked
+from utils.data.text_encoder import TextEncoder
+from utils.data.unsupervised import get_unsupervised_data
 
 CHATML = (
     "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{{ turn['content'] }}<|im_end|>{{ '\\n' }}{% endfor %}"

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from evaluation_scripts import rw_eval
-from utils.data.data_utils import create_prompt_dataset
-from utils.utils import load_hf_tokenizer
+from utils.data.preparation import create_prompt_dataset
+from utils.model.tokenizer import load_hf_tokenizer
 
 COMMON = ["--data_split", "1,1,1", "--dtype", "fp32", "--max_train_samples", "16", "--max_eval_samples", "8"]
 ROWS = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--max_seq_len", "48"]
@@ -379,7 +379,8 @@ def test_a_second_save_leaves_nothing_of_the_first_to_be_loaded(tmp_path, model_
     from utils.model import saving
     from utils.model.loading import read_value_head
     from utils.model.model_utils import create_critic_model
-    from utils.utils import load_hf_tokenizer, save_hf_format
+    from utils.model.tokenizer import load_hf_tokenizer
+    from utils.run.results import save_hf_format
 
     tokenizer = load_hf_tokenizer(model_folder)
     model = create_critic_model(model_folder, tokenizer)
@@ -409,7 +410,7 @@ def test_packing_trains_on_the_same_rows_with_fewer_batches(
 
 
 def test_packing_is_refused_where_positions_cannot_be_kept_apart(run_step, pairs_folder, cache_folder, tmp_path):
-    from utils.distributed import UserError
+    from utils.process.errors import UserError
 
     base = make_model(tmp_path / "base", "bloom")
     with pytest.raises(UserError, match="--packing"):
@@ -429,9 +430,9 @@ def test_step_3_learns_from_plain_text_too(sft, reward, run_step, pairs_folder, 
 def test_plain_text_becomes_blocks_joined_by_eos_and_bad_lines_are_named(model_folder, tmp_path):
     from types import SimpleNamespace
 
-    from utils.data.data_utils import get_unsupervised_data
-    from utils.distributed import UserError
-    from utils.utils import load_hf_tokenizer
+    from utils.data.unsupervised import get_unsupervised_data
+    from utils.model.tokenizer import load_hf_tokenizer
+    from utils.process.errors import UserError
 
     tokenizer = load_hf_tokenizer(model_folder)
     file = tmp_path / "text.jsonl"
@@ -483,8 +484,8 @@ def test_adapters_saved_alone_merge_into_the_models_that_each_step_saved(
 def test_plain_text_files_count_only_where_no_data_file_lies_beside_them(model_folder, tmp_path, name):
     from types import SimpleNamespace
 
-    from utils.data.data_utils import get_unsupervised_data
-    from utils.utils import load_hf_tokenizer
+    from utils.data.unsupervised import get_unsupervised_data
+    from utils.model.tokenizer import load_hf_tokenizer
 
     folder = tmp_path / "corpus"
     folder.mkdir()
@@ -509,7 +510,7 @@ def test_plain_text_files_count_only_where_no_data_file_lies_beside_them(model_f
     "flags", [["--only_optimize_lora", "--lora_dim", 2, "--save_lora_adapters"], ["--soft_prompt", "prompt_tuning"]]
 )
 def test_what_needs_its_base_is_not_saved_over_it(run_step, model_folder, pairs_folder, cache_folder, flags):
-    from utils.distributed import UserError
+    from utils.process.errors import UserError
 
     if "--soft_prompt" in flags:
         pytest.importorskip("peft")

@@ -15,7 +15,8 @@ from utils.model.inputs import model_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.model_utils import create_critic_model
 from utils.model.reward_model import pairwise_loss
-from utils.utils import load_hf_tokenizer, save_hf_format
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.run.results import save_hf_format
 
 pytestmark = pytest.mark.trl
 PAIRS = [([10, 11, 12, 13, 14], [10, 11, 20, 21]), ([30, 31, 32], [30, 33, 34, 35, 36, 37]), ([40, 41], [40, 42])]

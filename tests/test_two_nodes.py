@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from two_nodes import TwoNodes
 
 from utils.model.model_utils import create_critic_model
-from utils.utils import load_hf_tokenizer, save_hf_format
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.run.results import save_hf_format
 
 REASON = two_nodes.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"two nodes cannot be made: {REASON}")

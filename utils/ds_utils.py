@@ -5,13 +5,15 @@ import json
 import math
 from pathlib import Path
 
+import deepspeed
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
 
-from utils.distributed import UserError, deepspeed, get_world_size, ranks_per_node
+from utils.process.errors import UserError
+from utils.process.world import get_world_size, ranks_per_node
 
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

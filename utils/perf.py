@@ -13,9 +13,10 @@ import time
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from utils.distributed import get_world_size
+from utils.model.inputs import unwrap
 from utils.module.lora import count_parameters
-from utils.utils import print_rank_0, unwrap
+from utils.process.console import print_rank_0
+from utils.process.world import get_world_size
 
 
 def get_hf_configs(hf_model):

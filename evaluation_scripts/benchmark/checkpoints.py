@@ -21,8 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from evaluation_scripts.benchmark.memory import SIZES, make_models
-from utils.checkpoint import FINISHED_FILE, newest_checkpoint
-from utils.flag_table import STEPS
+from utils.arguments.table import STEPS
+from utils.run.checkpoint_files import FINISHED_FILE, newest_checkpoint
 
 
 def parse_args():

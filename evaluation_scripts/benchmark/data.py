@@ -69,8 +69,8 @@ def run_published(args) -> dict:
 
 def run_ours(args) -> dict:
     from utils.data.batching import DataCollatorReward, DataCollatorSFT, StepBatchSampler, make_loader
-    from utils.data.data_utils import create_prompt_dataset
-    from utils.utils import load_hf_tokenizer
+    from utils.data.preparation import create_prompt_dataset
+    from utils.model.tokenizer import load_hf_tokenizer
 
     tokenizer = load_hf_tokenizer(args.tokenizer)
     before = peak_memory_mb()
@@ -134,10 +134,10 @@ def run_training(args) -> None:
         count_batch,
         make_loader,
     )
-    from utils.data.data_utils import create_prompt_dataset
+    from utils.data.preparation import create_prompt_dataset
     from utils.model.inputs import sft_inputs
     from utils.model.losses import LabelLogProbs, causal_lm_loss_sum
-    from utils.utils import load_hf_tokenizer
+    from utils.model.tokenizer import load_hf_tokenizer
 
     tokenizer = load_hf_tokenizer(args.tokenizer)
     rows, _ = create_prompt_dataset(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.flag_table import STEPS
+from utils.arguments.table import STEPS
 
 LENGTH = 256  # tokens of a row; step 3: half of it prompt
 SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary

@@ -73,7 +73,7 @@ def build_parser():
 def main():
     args = build_parser().parse_args()
     if args.worker:
-        from utils.distributed import run_main
+        from utils.process.launch import run_main
 
         return run_main(
             lambda: {"case": measure_case, "latency": measure_latency, "make": make_models}[args.worker](args)
@@ -134,7 +134,7 @@ def run_worker(args, ranks: int, **changed) -> dict:
 
 
 def write_figures(figures: dict) -> None:
-    from utils.distributed import get_rank
+    from utils.process.world import get_rank
 
     if get_rank() == 0:
         Path(os.environ["FIGURES"]).write_text(json.dumps(figures))
@@ -149,9 +149,10 @@ def make_models(args) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from utils.distributed import init_distributed
     from utils.model.model_utils import create_critic_model
-    from utils.utils import load_hf_tokenizer, save_hf_format
+    from utils.model.tokenizer import load_hf_tokenizer
+    from utils.process.launch import init_distributed
+    from utils.run.results import save_hf_format
 
     init_distributed(argparse.Namespace(local_rank=-1))
     folder = Path(args.folder)
@@ -182,7 +183,7 @@ def step3_arguments(args, *more):
     """The namespace of step 3's main.py, checked as it checks it."""
     from training.step3_rlhf_finetuning.main import build_parser as step3_parser
     from utils import arguments
-    from utils.distributed import init_distributed
+    from utils.process.launch import init_distributed
 
     folder, stage = Path(args.folder), str(args.stage)
     flags = [
@@ -201,7 +202,7 @@ def step3_arguments(args, *more):
 def make_trainer(args, step3):
     from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer
     from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
-    from utils.utils import load_hf_tokenizer
+    from utils.model.tokenizer import load_hf_tokenizer
 
     tokenizer = load_hf_tokenizer(str(Path(args.folder) / "actor"))
     engine = DeepSpeedRLHFEngine(
@@ -263,7 +264,7 @@ def schedules(args, rows: int) -> dict:
 
 def fastest(args, action) -> float:
     """Seconds, ranks starting together."""
-    from utils.distributed import barrier
+    from utils.process.ranks import barrier
 
     clock = time.process_time if args.cpu_time else time.perf_counter
     action()
@@ -279,8 +280,8 @@ def fastest(args, action) -> float:
 
 def measure_case(args) -> None:
     """Seconds of generation and of whole PPO steps, and the peak memory, of one way at one ZeRO stage."""
-    from utils.distributed import get_rank
-    from utils.utils import set_random_seed
+    from utils.process.seeds import set_random_seed
+    from utils.process.world import get_rank
 
     trainer = make_trainer(args, step3_arguments(args, *(["--enable_hybrid_engine"] if args.way == "ours" else [])))
     set_random_seed(1 + get_rank())
@@ -322,7 +323,7 @@ def measure_latency(args) -> None:
     """Time per token of one prompt, and what share of it reading every weight once would take."""
     import torch
 
-    from utils.hybrid_engine import HybridEngine
+    from utils.generation.hybrid_engine import HybridEngine
     from utils.perf import matmul_parameters
 
     args.way, args.batch = "ours", 1

@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
-from utils.checkpoint import LOCK_FILE, STATE_FILE, read_checkpoint  # noqa: E402
-from utils.demo.tiny_model import create_demo_model  # noqa: E402
+from utils.demo.tiny_model import create_demo_model
+from utils.run.checkpoint_files import LOCK_FILE, STATE_FILE, read_checkpoint
 
 RESUME = ("--resume", "auto")
 MAINS = {

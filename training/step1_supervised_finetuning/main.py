@@ -18,7 +18,6 @@ import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from utils import arguments
-from utils.checkpoint import Checkpoints
 from utils.data.batching import (
     DataCollatorPacked,
     DataCollatorSFT,
@@ -27,19 +26,10 @@ from utils.data.batching import (
     accumulation_windows,
     count_batch,
     make_loader,
+    to_device,
 )
-from utils.data.data_utils import datasets_of_step
 from utils.data.encoding import SFT
-from utils.distributed import (
-    UserError,
-    agree,
-    all_reduce_sum,
-    get_rank,
-    get_world_size,
-    init_distributed,
-    now,
-    run_main,
-)
+from utils.data.preparation import datasets_of_step
 from utils.ds_utils import (
     TORCH_DTYPES,
     get_train_ds_config,
@@ -48,28 +38,25 @@ from utils.ds_utils import (
     offloads_optimizer,
     with_batch_sizes,
 )
-from utils.faults import NonFiniteNumbers
-from utils.metrics import make_writer
+from utils.engine.nonfinite import NonFiniteNumbers
+from utils.engine.optimizer import get_optimizer_grouped_parameters, make_optimizer
+from utils.engine.steps import drop_gradients, take_step
 from utils.model.inputs import forward_accepts, sft_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.model_utils import adapt_model, check_model, create_hf_model
 from utils.model.soft_prompt import check_soft_prompt_inputs, make_soft_prompt_model, save_soft_prompt
+from utils.model.tokenizer import load_hf_tokenizer
 from utils.perf import Stopwatch, pace, print_throughput
-from utils.preflight import preflight
-from utils.utils import (
-    drop_gradients,
-    get_optimizer_grouped_parameters,
-    load_hf_tokenizer,
-    make_optimizer,
-    print_rank_0,
-    progress,
-    save_hf_format,
-    save_lora_adapters,
-    save_quantised_model,
-    set_random_seed,
-    take_step,
-    to_device,
-)
+from utils.planning.preflight import preflight
+from utils.process.console import now, print_rank_0, progress
+from utils.process.errors import UserError
+from utils.process.launch import init_distributed, run_main
+from utils.process.ranks import agree, all_reduce_sum
+from utils.process.seeds import set_random_seed
+from utils.process.world import get_rank, get_world_size
+from utils.run.checkpoint import Checkpoints
+from utils.run.metrics import make_writer
+from utils.run.results import save_hf_format, save_lora_adapters, save_quantised_model
 
 
 def build_parser():

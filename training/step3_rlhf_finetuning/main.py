@@ -23,45 +23,39 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from training.step3_rlhf_finetuning.experience import Experience
-from training.step3_rlhf_finetuning.ppo_trainer import (
-    DeepSpeedPPOTrainer,
-    DeepSpeedPPOTrainerUnsupervised,
-    MicroBatch,
-    reward_scale,
-)
-from training.step3_rlhf_finetuning.reward_functions import load_reward_functions
+from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer, DeepSpeedPPOTrainerUnsupervised, MicroBatch
+from training.step3_rlhf_finetuning.reporting import sample_rows, sample_table
 from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
-from training.step3_rlhf_finetuning.samples import sample_rows, sample_table
 from utils import arguments
-from utils.checkpoint import Checkpoints
 from utils.data.batching import (
     DataCollatorRLHF,
     DataCollatorSFT,
     StepBatchSampler,
     make_loader,
-)
-from utils.data.data_utils import datasets_of_step, get_unsupervised_data
-from utils.data.encoding import RLHF
-from utils.distributed import UserError, agree, all_reduce_sum, get_rank, get_world_size, init_distributed, run_main
-from utils.faults import NonFiniteNumbers
-from utils.metrics import make_writer
-from utils.model.loading import load_config
-from utils.model.model_utils import check_model
-from utils.perf import Stopwatch, pace, print_throughput_step3
-from utils.preflight import preflight
-from utils.utils import (
-    ExponentialMovingAverage,
-    MovingAverage,
-    check_same_tokenizer,
-    load_hf_tokenizer,
-    moving_average,
-    print_rank_0,
-    progress,
-    save_hf_format,
-    save_lora_adapters,
-    set_random_seed,
     to_device,
 )
+from utils.data.encoding import RLHF
+from utils.data.preparation import datasets_of_step
+from utils.data.unsupervised import get_unsupervised_data
+from utils.engine.averages import ExponentialMovingAverage, MovingAverage
+from utils.engine.nonfinite import NonFiniteNumbers
+from utils.engine.steps import moving_average
+from utils.model.loading import load_config
+from utils.model.model_utils import check_model
+from utils.model.reward_functions import load_reward_functions
+from utils.model.reward_model import reward_scale
+from utils.model.tokenizer import check_same_tokenizer, load_hf_tokenizer
+from utils.perf import Stopwatch, pace, print_throughput_step3
+from utils.planning.preflight import preflight
+from utils.process.console import print_rank_0, progress
+from utils.process.errors import UserError
+from utils.process.launch import init_distributed, run_main
+from utils.process.ranks import agree, all_reduce_sum
+from utils.process.seeds import set_random_seed
+from utils.process.world import get_rank, get_world_size
+from utils.run.checkpoint import Checkpoints
+from utils.run.metrics import make_writer
+from utils.run.results import save_hf_format, save_lora_adapters
 
 
 def build_parser():

@@ -10,16 +10,20 @@ import torch
 from training.step3_rlhf_finetuning import ppo_math
 from training.step3_rlhf_finetuning.experience import Experience
 from training.step3_rlhf_finetuning.ppo_math import gather_log_probs
-from training.step3_rlhf_finetuning.reward_functions import RewardFunction
-from utils.distributed import UserError, agree, all_reduce_sum, get_world_size
-from utils.faults import Numbers, refuse_nonfinite
+from utils.data.batching import to_device
+from utils.engine.nonfinite import Numbers, refuse_nonfinite
+from utils.engine.steps import answer_once, drop_gradients, take_step
+from utils.generation.sampling import Decoding
 from utils.model.inputs import model_inputs
 from utils.model.losses import IGNORE_INDEX, LabelLogProbs, causal_lm_loss_sum, label_count
-from utils.model.reward_model import end_scores
-from utils.sampling import Decoding
-from utils.utils import answer_once, drop_gradients, print_rank_0, take_step, to_device
+from utils.model.reward_functions import RewardFunction
+from utils.model.reward_model import end_scores, reward_scale
+from utils.process.console import print_rank_0
+from utils.process.ranks import agree, all_reduce_sum
+from utils.process.world import get_world_size
 
 __all__ = ["DeepSpeedPPOTrainer", "DeepSpeedPPOTrainerUnsupervised", "gather_log_probs"]
+
 
 LOSSES = {"actor": ("actor_loss", "unsupervised_loss"), "critic": ("critic_loss",)}  # engine -> what it descends
 
@@ -30,18 +34,6 @@ def align_overflow(*engines) -> None:
     overflowed = any([engine.optimizer.has_overflow() for engine in engines])  # a list: each is a collective
     for engine in engines:
         answer_once(engine.optimizer, "has_overflow", overflowed)
-
-
-def reward_scale(config) -> tuple[float, float]:
-    """Mean and std of a reward model's scores, as step 2 saved them.
-
-    Raises:
-        UserError: the config has none.
-    """
-    mean, std = getattr(config, "reward_score_mean", None), getattr(config, "reward_score_std", None)
-    if not std:
-        raise UserError("--normalize_reward: the reward model's config has no reward_score_mean and reward_score_std")
-    return mean, std
 
 
 @dataclass

@@ -16,10 +16,12 @@ from utils.ds_utils import (
     offloads_optimizer,
     with_batch_sizes,
 )
-from utils.hybrid_engine import HybridEngine
+from utils.engine.optimizer import get_optimizer_grouped_parameters, make_optimizer
+from utils.engine.steps import moving_average
+from utils.generation.hybrid_engine import HybridEngine
 from utils.model.model_utils import adapt_model, add_lora_layers, create_critic_model, create_hf_model
 from utils.module.lora import lora_disabled
-from utils.utils import get_optimizer_grouped_parameters, make_optimizer, moving_average, print_rank_0
+from utils.process.console import print_rank_0
 
 
 def frozen_zero_stage(trained_stage: int, offload: bool) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils.distributed import get_rank, get_world_size
+from utils.process.world import get_rank, get_world_size
 
 IGNORE_INDEX = -100
 
@@ -261,3 +261,47 @@ class DataCollatorRLHF:
             to_length=self.max_token_len if self.pad_to_max_length else None,
         )
         return {"prompt": ids, "prompt_att_mask": mask}
+
+
+def to_device(batch, device):
+    """Move every tensor of a (nested) dict, list or tuple; anything else passes through."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+class MiniDataset:
+    """Collects generation batches until ``max_size`` of them are there, then hands them out as mini-batches.
+
+    Items may be lists, dicts of [rows, ...] tensors, or records with an ``index(rows)`` method and a static ``concat``.
+    """
+
+    def __init__(self, max_size, small_batch_size):
+        self.max_size, self.small_batch_size = max_size, small_batch_size
+        self.dataset = []
+
+    def add(self, data):
+        """Take one generation batch; the mini-batches once there are enough, else None."""
+        if len(self.dataset) >= self.max_size:
+            raise ValueError("the dataset is full: call free() after training on it")
+        self.dataset.append(data)
+        return self.separate() if len(self.dataset) == self.max_size else None
+
+    def separate(self):
+        """All mini-batches of what was collected, in order; the collection is emptied."""
+        size, batches = self.small_batch_size, []
+        for large in self.dataset:
+            if isinstance(large, dict):
+                rows = len(next(iter(large.values())))
+                batches += [{k: v[i : i + size] for k, v in large.items()} for i in range(0, rows, size)]
+            else:
+                batches += [large[i : i + size] for i in range(0, len(large), size)]
+        self.free()
+        return batches
+
+    def free(self):
+        self.dataset = []

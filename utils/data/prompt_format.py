@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from utils.data.chat_template_guard import check_template_ends
 from utils.data.special_tokens import mark_spellings
+from utils.data.text_encoder import TextEncoder
 
 PLAIN, HH, CHAT_TEMPLATE = "plain", "hh", "chat_template"
 STYLES = (PLAIN, HH, CHAT_TEMPLATE)
@@ -140,8 +141,6 @@ def encode_prompt(text, tokenizer, style=PLAIN, allow_special_tokens=False):
 @lru_cache(maxsize=8)
 def _prompt_encoder(tokenizer, size, template, allow_special_tokens):
     """``size`` is part of the key because tokens may be added to a tokenizer."""
-    from utils.data.encoding import TextEncoder  # which needs this module
-
     return TextEncoder(tokenizer, template=template, allow_special_tokens=allow_special_tokens)
 
 

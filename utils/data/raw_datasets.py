@@ -12,155 +12,32 @@ A row whose texts cannot be made (missing, null, empty, wrong type) is no error:
 check_rows() counts it with the reason. A dataset of which no row can be used is an error.
 """
 
-import difflib
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from utils.data import prompt_format, readers
-from utils.data.readers import (
-    READERS,
-    DataError,
-    ListRows,
-    Rows,
-    Splits,
-    SubsetRows,
-    columns_text,
-    content_fingerprint,
-    kind_of,
-    no_such_columns,
-    open_splits,
-    splits_of_files,
-    splits_of_hub,
-    text_fingerprint,
-)
-
-Row = Mapping[str, Any]
-Message = dict[str, str]
+from utils.data import prompt_format
+from utils.data.readers import DataError, ListRows, Rows, SubsetRows, content_fingerprint, text_fingerprint
+from utils.data.row_texts import Row, RowReport, SkipRow, _or_none, _path, number, text, usable
+from utils.data.split_index import get_raw_dataset_split_index
+from utils.data.splits import Splits, open_splits, splits_of_files, splits_of_hub
+from utils.demo.world import demo_rows
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
 # " Human: {} Assistant:" and " {}"; what is filled in stays as it is, blanks included, as in the published rules.
 PROMPT_FORM = prompt_format.format_prompt([{"role": "user", "content": "{}"}])
+
+
 ANSWER_FORM = prompt_format.format_answer("{}")
+
+
 # A dataset without an eval split of its own is divided by the seeded index rule into these shares.
 TRAIN_EVAL_SHARES = "9,1"
-EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")
-TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-CONVERSATION_COLUMNS = ("messages", "conversation")
-EXAMPLES_PER_REASON = 3
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reaching into a row
-
-
-class SkipRow(Exception):
-    """A row without a usable text. The reason names the field and holds no value, so that reasons can be counted."""
-
-
-def text(row: Row, *path: str | int) -> str:
-    """The string at `path` in a row: text(row, "answers", 0, "text").
-
-    Raises:
-        SkipRow: something on the path is missing, null or empty, or what it leads to is not a usable string.
-    """
-    value: Any = row
-    for depth, key in enumerate(path):
-        if isinstance(key, int):
-            _expect(isinstance(value, list), path[:depth], value, "a list")
-            if key >= len(value):
-                raise SkipRow(f"field {_dotted(path[:depth])} is an empty list")
-        else:
-            _expect(isinstance(value, Mapping), path[:depth], value, "an object")
-            if key not in value:
-                raise SkipRow(f"field {_dotted(path[: depth + 1])} is missing")
-        value = value[key]
-    _expect(isinstance(value, str), path, value, "a string")
-    if value and value.isascii() and not value.isspace():  # nearly all: their field's name need not be spelled out
-        return value
-    return usable(value, _dotted(path))
-
-
-def usable(value: str, name: str) -> str:
-    """The string itself if it holds text that can be tokenised, else SkipRow."""
-    if not value or value.isspace():
-        raise SkipRow(f"field {name} is empty")
-    if not value.isascii():
-        # JSON can spell half of a surrogate pair; tokenizers fail on it.
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise SkipRow(f"field {name} holds a lone surrogate, which is no character") from None
-    return value
-
-
-def number(row: Row, name: str) -> float:
-    """The number in a field, also where a CSV file gives it as text. Raises SkipRow."""
-    value = row.get(name)
-    if value is None:
-        raise SkipRow(f"field {_dotted((name,))} is {'null' if name in row else 'missing'}")
-    try:
-        result = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise SkipRow(f"field {_dotted((name,))}: expected a number, found {kind_of(value)}") from None
-    if result != result:
-        raise SkipRow(f"field {_dotted((name,))} is not a number (NaN)")
-    return result
-
-
-def _expect(holds: bool, path: Sequence[str | int], value: Any, expected: str) -> None:
-    if not holds:
-        name = f"field {_dotted(path)}" if path else "the row"
-        raise SkipRow(f"{name} is null" if value is None else f"{name}: expected {expected}, found {kind_of(value)}")
-
-
-def _dotted(path: Sequence[str | int]) -> str:
-    joined = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
-    return f"'{joined.removeprefix('.')}'"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The classes
-
-
-@dataclass
-class RowReport:
-    """Which rows of a split can be used, and why the others cannot."""
-
-    label: str
-    kept: list[int] = field(default_factory=list)  # positions in the split, in the order they were read
-    skipped: Counter[str] = field(default_factory=Counter)  # reason -> rows
-    examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first places
-
-    @property
-    def total(self) -> int:
-        return len(self.kept) + self.skipped.total()
-
-    def note(self, position: int, reason: str | None, rows: Rows) -> None:
-        """Count a row: as kept where there is no reason against it, else as skipped, with its place."""
-        if reason is None:
-            self.kept.append(position)
-            return
-        self.skipped[reason] += 1
-        places = self.examples.setdefault(reason, [])
-        if len(places) < EXAMPLES_PER_REASON:
-            places.append(rows.where(position))
-
-    def raise_if_none(self, rows: Rows, need: Sequence[str]) -> None:
-        if self.skipped and not self.kept:
-            raise DataError(f"{self}; expected rows with {', '.join(need)}, found {columns_text(rows)}")
-
-    def __str__(self) -> str:
-        head = f"{self.label}: {len(self.kept)} of {self.total} rows used"
-        reasons = [
-            f"{count} x {reason} ({'; '.join(self.examples[reason])})" for reason, count in self.skipped.most_common()
-        ]
-        return f"{head}, {self.skipped.total()} skipped: {', '.join(reasons)}" if reasons else head
 
 
 class PromptRawDataset:
@@ -250,7 +127,7 @@ class PromptRawDataset:
         modules = [sys.modules[cls.__module__] for cls in type(self).__mro__ if issubclass(cls, PromptRawDataset)]
         # A class typed into an interpreter has no file.
         sources = dict.fromkeys(vars(module).get("__file__") or __file__ for module in modules)
-        rules = content_fingerprint([*sources, readers.__file__, prompt_format.__file__])
+        rules = content_fingerprint([*sources, *sorted(Path(__file__).parent.glob("*.py"))])
         fields = (self.prompt_field, self.chosen_field, self.rejected_field, self.eval_split)
         return text_fingerprint([type(self).__qualname__, repr(fields), rules, self.raw_datasets.fingerprint])
 
@@ -270,8 +147,6 @@ class PromptRawDataset:
         return self._share(self.raw_datasets[self.train_split], 1)
 
     def _share(self, rows: Rows, share: int) -> Rows:
-        from utils.data.data_utils import get_raw_dataset_split_index
-
         index = get_raw_dataset_split_index(
             self.local_rank,
             self.output_path,
@@ -359,17 +234,6 @@ class PromptRawDataset:
 KNOWN_DATASETS: dict[str, type[PromptRawDataset]] = {}
 
 
-def _path(name: str | tuple[str | int, ...]) -> tuple[str | int, ...]:
-    return (name,) if isinstance(name, str) else name
-
-
-def _or_none(make: Callable[[Row], str], row: Row) -> str | None:
-    try:
-        return make(row)
-    except SkipRow:
-        return None
-
-
 class QuestionDataset(PromptRawDataset):
     """Bare questions and answers, which get our text form here."""
 
@@ -378,8 +242,6 @@ class QuestionDataset(PromptRawDataset):
 
 
 # English
-
-
 class DahoasRmstaticDataset(PromptRawDataset):
     dataset_name, dataset_name_clean, eval_split = "Dahoas/rm-static", "Dahoas_rm_static", "test"
     prompt_field, chosen_field, rejected_field = "prompt", "chosen", "rejected"
@@ -495,8 +357,6 @@ class DemoDataset(PromptRawDataset):
     prompt_field, chosen_field, rejected_field = "prompt", "chosen", "rejected"
 
     def _find_splits(self, dataset_name: str, data_root: Path) -> Splits:
-        from utils.demo.world import demo_rows
-
         def opener(split: str) -> Callable[[], Rows]:
             return lambda: ListRows(demo_rows(split), f"{self.dataset_name}, split {split}")
 
@@ -506,8 +366,6 @@ class DemoDataset(PromptRawDataset):
 
 
 # Chinese and Japanese
-
-
 class Wangrui6ZhihuKOLDataset(QuestionDataset):
     dataset_name, dataset_name_clean, has_rejected = "wangrui6/Zhihu-KOL", "wangrui6_Zhihu_KOL", False
     prompt_field, chosen_field = "INSTRUCTION", "RESPONSE"
@@ -559,99 +417,6 @@ class LmqgQagjaquadDataset(QuestionDataset):
     prompt_field, chosen_field = ("questions", 0), "paragraph"
 
 
-# The user's own files
-
-
-class PathDataset(PromptRawDataset):
-    """Any file or folder with the columns prompt, chosen, rejected (or others that `columns` names), text as it is."""
-
-    def _find_splits(self, dataset_name: str, data_root: Path) -> Splits:
-        return open_splits(dataset_name)
-
-    def _settle(self, dataset_name: str, columns: Mapping[str, str]) -> None:
-        splits = self.raw_datasets
-        self.dataset_name = dataset_name
-        # Content in the name keeps the index files of two files of one name apart, and is the same on every machine.
-        self.dataset_name_clean = f"{re.sub('[^0-9A-Za-z]+', '_', Path(dataset_name).stem)}_{splits.fingerprint[:8]}"
-        self.eval_split = next((split for split in EVAL_SPLITS if split in splits), None)
-        self._choose_fields(columns, splits["train"])
-
-    def _choose_fields(self, columns: Mapping[str, str], rows: Rows) -> None:
-        self.prompt_field, self.chosen_field, self.rejected_field = (columns.get(name, name) for name in TEXT_COLUMNS)
-        if self.prompt_field not in rows.column_names:
-            expected = [self.prompt_field, *(CONVERSATION_COLUMNS if "prompt" not in columns else ())]
-            raise no_such_columns(self.dataset_name, expected, rows)
-        self.has_rejected = self.rejected_field in rows.column_names
-
-
-class ConversationDataset(PathDataset):
-    """Conversations of one or more turns, in a column `messages` or `conversation`.
-
-    messages: [{"role": "system" | "user" | "assistant", "content": text} ...]; conversation: [{"human": text,
-    "assistant": text} ...]. A system message may come first, then user and assistant take turns, the user first.
-    """
-
-    has_rejected = False
-
-    def _choose_fields(self, columns: Mapping[str, str], rows: Rows) -> None:
-        names = [columns["messages"]] if "messages" in columns else CONVERSATION_COLUMNS
-        self.prompt_field = next((name for name in names if name in rows.column_names), "")
-        if not self.prompt_field:
-            raise no_such_columns(self.dataset_name, names, rows)
-
-    def messages(self, row: Row) -> list[Message]:
-        """The turns as [{"role", "content"} ...]. Raises SkipRow."""
-        name = self.prompt_field
-        turns = row.get(name)
-        _expect(isinstance(turns, list), (name,), turns, "a list of turns")
-        if not turns:
-            raise SkipRow(f"field '{name}' is an empty list")
-        messages: list[Message] = []
-        for turn in turns:
-            _expect(isinstance(turn, Mapping), (name, "turn"), turn, "an object")
-            messages += self._human_assistant(turn) if "human" in turn else [self._role_content(turn)]
-        roles = [message["role"] for message in messages]
-        spoken = roles[1:] if roles[0] == "system" else roles
-        if not spoken or spoken != (["user", "assistant"] * len(spoken))[: len(spoken)]:
-            raise SkipRow(f"field '{name}': expected user and assistant in turns, the user first, found another order")
-        return messages
-
-    def _human_assistant(self, turn: Row) -> list[Message]:
-        question = {"role": "user", "content": text(turn, "human")}
-        if turn.get("assistant") is None:
-            return [question]
-        return [question, {"role": "assistant", "content": text(turn, "assistant")}]
-
-    def _role_content(self, turn: Row) -> Message:
-        if turn.get("role") not in ("system", "user", "assistant"):
-            raise SkipRow(
-                f"field '{self.prompt_field}': expected the role system, user or assistant, found another or none"
-            )
-        return {"role": turn["role"], "content": text(turn, "content")}
-
-    def get_messages(self, sample: Row) -> list[Message] | None:
-        """The turns as [{"role", "content"} ...], or None where the row's conversation is not usable."""
-        return _or_none(self.messages, sample)
-
-    def prompt(self, row: Row) -> str:
-        """The text up to the last answer; a system message stands before the first question."""
-        messages = self.messages(row)
-        system = ANSWER_FORM.format(messages.pop(0)["content"]) if messages[0]["role"] == "system" else ""
-        if messages[-1]["role"] == "assistant":
-            messages.pop()
-        return system + prompt_format.format_prompt(messages)
-
-    def chosen(self, row: Row) -> str:
-        last = self.messages(row)[-1]
-        if last["role"] != "assistant":
-            raise SkipRow(f"field '{self.prompt_field}' ends without an answer")
-        return prompt_format.format_answer(last["content"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From a name or a path to its dataset
-
-
 def find_known_dataset(dataset_name: str) -> type[PromptRawDataset] | None:
     """The class for a known name, or for a path that contains one as whole folder or file names; else None."""
     if dataset_name in KNOWN_DATASETS:
@@ -663,57 +428,3 @@ def find_known_dataset(dataset_name: str) -> type[PromptRawDataset] | None:
     parts = "/".join(["", *path.parts[1:-1], name, ""])
     names = (known for known, cls in KNOWN_DATASETS.items() if cls.may_be_in_path and f"/{known}/" in parts)
     return KNOWN_DATASETS.get(next(names, ""))
-
-
-def open_raw_dataset(
-    dataset_name: str,
-    output_path: str,
-    seed: int,
-    local_rank: int,
-    columns: Mapping[str, str] | None = None,
-    data_root: str | os.PathLike | None = None,
-) -> PromptRawDataset:
-    """Opens a dataset by its name in KNOWN_DATASETS or by a path.
-
-    A known name is read from a local copy (the path itself, or `{data_root}/data/{name}`), else from the hub. Any other
-    path is read as it is: see PathDataset and ConversationDataset.
-
-    Args:
-        columns: own column names for such a path, by prompt, chosen, rejected, messages; None or "" as a name: the
-            usual one. Known datasets know their columns.
-
-    Raises:
-        DataError: unknown name, no such file, or data that cannot be read.
-    """
-    columns = {name: column for name, column in (columns or {}).items() if column}
-    unknown = set(columns) - {*TEXT_COLUMNS, "messages"}
-    if unknown:
-        raise DataError(f"columns: expected the keys {', '.join(TEXT_COLUMNS)}, messages; found {sorted(unknown)}")
-    cls = find_known_dataset(dataset_name)
-    if cls is not None:
-        return cls(output_path, seed, local_rank, dataset_name, data_root)
-    if not os.path.exists(dataset_name):
-        raise _unknown_dataset(dataset_name)
-    splits = open_splits(dataset_name)
-    cls = ConversationDataset if _holds_conversations(splits, columns) else PathDataset
-    return cls(output_path, seed, local_rank, dataset_name, data_root, columns, splits)
-
-
-def _holds_conversations(splits: Splits, columns: Mapping[str, str]) -> bool:
-    """Where a file has both kinds of columns, prompt and chosen win, unless the caller names the messages column."""
-    if "messages" in columns:
-        return True
-    found = splits["train"].column_names
-    has_texts = all(columns.get(name, name) in found for name in ("prompt", "chosen"))
-    return not has_texts and "prompt" not in columns and any(name in found for name in CONVERSATION_COLUMNS)
-
-
-def _unknown_dataset(dataset_name: str) -> DataError:
-    close = difflib.get_close_matches(dataset_name, KNOWN_DATASETS, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return DataError(
-        f"unknown dataset {dataset_name!r}{hint}: neither a known name nor an existing path (looked for "
-        f"{Path(dataset_name).absolute()}). Known names: {', '.join(KNOWN_DATASETS)}. A path would have to be a file "
-        f"that ends in {', '.join(READERS)}, a folder with train and eval (or test, validation, dev) files of these "
-        "kinds, or a save_to_disk folder, with the columns prompt, chosen and rejected, or messages, or conversation"
-    )

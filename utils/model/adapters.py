@@ -8,10 +8,12 @@ import deepspeed
 import torch
 from safetensors.torch import save_file
 
-from utils.distributed import UserError, agree, barrier, get_rank
 from utils.model.loading import load_config
 from utils.model.saving import LORA_FACTORS, atomic_folder
 from utils.module.lora import LinearLayer_LoRA, lora_layers
+from utils.process.errors import UserError
+from utils.process.ranks import agree, barrier
+from utils.process.world import get_rank
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."  # PEFT's, before the names of the model's own class

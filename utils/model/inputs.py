@@ -66,3 +66,8 @@ def model_inputs(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -
     if forward_accepts(model, "position_ids"):
         inputs["position_ids"] = position_ids_from_mask(attention_mask)
     return inputs
+
+
+def unwrap(model):
+    """The module inside a DeepSpeed engine; a plain module as it is."""
+    return model.module if hasattr(model, "module") else model

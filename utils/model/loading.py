@@ -14,12 +14,14 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import torch
+from deepspeed import zero
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-from utils.distributed import UserError, get_rank
+from utils.process.errors import UserError
+from utils.process.world import get_rank
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -282,3 +284,38 @@ def check_checkpoint(checkpoint: Checkpoint, model_class, config, trust_remote_c
             f"note: {name}: {len(unexpected)} weights have no place in the model and are left: {_listed(unexpected)}"
         )
     return {} if renaming is None else {"key_mapping": renaming}
+
+
+def load_state_dict_into_model(model_to_load, state_dict, start_prefix="", zero_stage=0) -> None:
+    """Copy a state dict into a model, also one that ZeRO-3 has partitioned.
+
+    Raises:
+        UserError: naming the keys that are missing, unexpected, or of another shape. Nothing is loaded then.
+    """
+    state_dict = {name.removeprefix(start_prefix): value for name, value in state_dict.items()}
+    targets = dict(model_to_load.named_parameters(remove_duplicate=False)) | dict(model_to_load.named_buffers())
+    wanted = set(model_to_load.state_dict().keys())
+    tied = set(getattr(model_to_load, "all_tied_weights_keys", None) or {})
+    shape_of = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in targets.items()}
+    problems = {
+        "missing": sorted(wanted - set(state_dict) - tied),
+        "unexpected": sorted(set(state_dict) - wanted),
+        "of another shape": sorted(n for n in wanted & set(state_dict) if shape_of[n] != tuple(state_dict[n].shape)),
+    }
+    found = [
+        f"{what}: {', '.join(names[:8])}" + (" …" if len(names) > 8 else "")
+        for what, names in problems.items()
+        if names
+    ]
+    if found:
+        raise UserError("the checkpoint does not fit the model; " + "; ".join(found))
+
+    with torch.no_grad():
+        for name in wanted & set(state_dict):
+            target = targets[name]
+            if hasattr(target, "ds_id"):
+                with zero.GatheredParameters([target], modifier_rank=0):
+                    if get_rank() == 0:
+                        target.copy_(state_dict[name])
+            else:
+                target.copy_(state_dict[name])

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.model.inputs import embedding_rows, model_inputs
-from utils.utils import unwrap
+from utils.model.inputs import embedding_rows, model_inputs, unwrap
 
 IGNORE_INDEX = -100
 CHUNK_BYTES = 2**27  # of fp32 logits at a time; a backward pass holds about three times that

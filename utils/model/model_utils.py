@@ -6,10 +6,10 @@ import inspect
 import math
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from utils.distributed import UserError, agree, get_accelerator, memory_given_back
 from utils.ds_utils import TORCH_DTYPES
 from utils.model.inputs import embedding_rows
 from utils.model.loading import check_checkpoint, check_generation_config, find_checkpoint, load_config
@@ -21,7 +21,10 @@ from utils.module.lora import (
     only_optimize_lora_parameters,
 )
 from utils.module.quantize import Packing, describe_packing
-from utils.utils import print_rank_0
+from utils.process.console import print_rank_0
+from utils.process.errors import UserError
+from utils.process.host_memory import memory_given_back
+from utils.process.ranks import agree
 
 
 def configure_dropout(model_config, dropout) -> None:

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from utils.distributed import UserError
 from utils.model.inputs import model_inputs
+from utils.process.errors import UserError
 
 
 class ValueHead(nn.Linear):
@@ -225,3 +225,15 @@ def empty_classifier(config, dtype=None):
             "could not be saved"
         )
     return model
+
+
+def reward_scale(config) -> tuple[float, float]:
+    """Mean and std of a reward model's scores, as step 2 saved them.
+
+    Raises:
+        UserError: the config has none.
+    """
+    mean, std = getattr(config, "reward_score_mean", None), getattr(config, "reward_score_std", None)
+    if not std:
+        raise UserError("--normalize_reward: the reward model's config has no reward_score_mean and reward_score_std")
+    return mean, std

@@ -24,9 +24,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import str_to_torch_dtype
 
-from utils.distributed import UserError, agree, barrier, get_rank, memory_given_back
-from utils.files import flush_to_disk, held, remove_left_over
 from utils.module.lora import LinearLayer_LoRA
+from utils.process.errors import UserError
+from utils.process.files import flush_to_disk, held, remove_left_over
+from utils.process.host_memory import memory_given_back
+from utils.process.ranks import agree, barrier
+from utils.process.world import get_rank
 
 MAX_SHARD_SIZE = "5GB"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"

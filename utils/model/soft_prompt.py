@@ -12,15 +12,18 @@ would stand further from its prompt than the same row alone.
 import json
 from pathlib import Path
 
+import deepspeed
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils.distributed import UserError, agree, barrier, deepspeed, get_rank
 from utils.model.inputs import embedding_width, forward_accepts, position_ids_from_mask
 from utils.model.saving import atomic_folder
-from utils.utils import load_hf_tokenizer
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.errors import UserError
+from utils.process.ranks import agree, barrier
+from utils.process.world import get_rank
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

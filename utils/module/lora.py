@@ -20,11 +20,12 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from utils.distributed import UserError, get_accelerator
 from utils.module.quantize import PackedWeight, Packing, packed_weights
+from utils.process.errors import UserError
 
 
 def fold(weight, right, left, scaling: float, transposed: bool = False) -> torch.Tensor:

@@ -7,10 +7,10 @@ import torch
 from torch.nn.functional import normalize
 from transformers import DynamicCache
 
-from utils.distributed import UserError
-from utils.generation import LanguageModel, pad_rows, up_to_stop
+from utils.generation.saved_model import LanguageModel, pad_rows, up_to_stop
 from utils.model.inputs import forward_accepts, position_ids_from_mask
 from utils.model.soft_prompt import SoftPromptModel
+from utils.process.errors import UserError
 
 UNREACHABLE = -1e9  # the log-prob of a beam that is not there
 

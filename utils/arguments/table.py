@@ -7,10 +7,14 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from utils.arguments import cache_folder
+from utils.arguments.kinds import cache_folder
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
+
+
 STEPS = sorted((PROJECT / "training").glob("step*/main.py"))
+
+
 BEGIN, END = "<!-- flags: written by python -m utils.flag_table -->", "<!-- end of flags -->"
 
 

@@ -12,25 +12,25 @@ import shutil
 from pathlib import Path
 
 import psutil
+from deepspeed.accelerator import get_accelerator
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModel, AutoModelForCausalLM
 
 from utils import arguments
-from utils.data.data_utils import datasets_of_step, get_unsupervised_data
-from utils.distributed import (
-    UserError,
-    get_accelerator,
-    get_rank,
-    get_world_size,
-    load_operator,
-    ranks_per_node,
-)
-from utils.memory import GIB, Bytes, Estimate, Machine, estimate, models_of_step
+from utils.data.preparation import datasets_of_step
+from utils.data.unsupervised import get_unsupervised_data
 from utils.model.loading import WEIGHT_FILES, load_config
 from utils.model.model_utils import check_model, check_positions
+from utils.model.reward_functions import load_reward_functions
+from utils.model.reward_model import reward_scale
 from utils.model.soft_prompt import check_soft_prompt_inputs
-from utils.plan import Plan, check_step, suggest
-from utils.utils import check_same_tokenizer, load_hf_tokenizer
+from utils.model.tokenizer import check_same_tokenizer, load_hf_tokenizer
+from utils.planning.engine_memory import GIB, Bytes, Machine
+from utils.planning.estimate import Estimate, estimate, models_of_step
+from utils.planning.plan import Plan, check_step, suggest
+from utils.process.errors import UserError
+from utils.process.operators import load_operator
+from utils.process.world import get_rank, get_world_size, ranks_per_node
 
 # flag -> (package, name to install)
 PACKAGES = {
@@ -122,8 +122,6 @@ def _flags(args, step: int) -> str:
     arguments.resolve_common(args)
     check_step(args, step)
     if step == 3:
-        from training.step3_rlhf_finetuning.reward_functions import load_reward_functions
-
         load_reward_functions(args.reward_function)
     return f"they go together; training in {args.dtype}"
 
@@ -153,8 +151,6 @@ def _model(args, step: int, name: str, path: str, configs: dict) -> str:
     lengths = {f"--{flag}": getattr(args, flag) for flag in lengths}
     check_positions(config, path, lengths)
     if name == "critic" and args.normalize_reward:
-        from training.step3_rlhf_finetuning.ppo_trainer import reward_scale
-
         reward_scale(config)
     if not _weights_are_here(path):
         if Path(path).is_dir():

@@ -21,10 +21,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from utils.data.prompt_format import PLAIN, STYLES, end_of_turn_id, format_prompt, truncate_left
-from utils.distributed import UserError
 from utils.model.model_utils import check_model, grow_embedding
 from utils.model.soft_prompt import SoftPromptModel, base_of_soft_prompt, load_soft_prompt, soft_prompt_config
-from utils.utils import load_hf_tokenizer
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # what --add_eot_token stands for in all three training steps
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

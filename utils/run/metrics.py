@@ -11,11 +11,12 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.distributed import UserError, agree
-from utils.files import flush_to_disk
-from utils.utils import is_rank_0
+from utils.process.console import is_rank_0
+from utils.process.errors import UserError
+from utils.process.files import flush_to_disk
+from utils.process.ranks import agree
+from utils.run.metrics_file import FILES, METRICS_FILE, SAMPLES_FILE
 
-METRICS_FILE, SAMPLES_FILE = FILES = ("metrics.jsonl", "samples.jsonl")
 PROJECT = "three-steps-to-chat"  # among the projects of a tracker, unless WANDB_PROJECT or TRACKIO_PROJECT names one
 
 
@@ -184,10 +185,3 @@ def make_writer(args, resumed: dict | None = None) -> MetricsWriter | NullWriter
 
     agree(open_writer if is_rank_0() else lambda: None)
     return writer
-
-
-def read_rows(folder: Path, prefix: str) -> list[dict]:
-    """The rows of one kind in a metrics file, names without their prefix."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    wanted = [row for row in rows if any(name.startswith(prefix + "/") for name in row)]
-    return [{name.removeprefix(prefix + "/"): value for name, value in row.items()} for row in wanted]

@@ -17,12 +17,14 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from utils.distributed import UserError, all_gather_objects, all_reduce_sum, get_world_size
+from utils.generation.sampling import CompiledStep, Decoding, Rollout, generate_by_transformers, sample_answers
 from utils.model.inputs import model_inputs
 from utils.module.fused_linear import find_shared_inputs, fused_linears
 from utils.module.lora import lora_layers
-from utils.sampling import CompiledStep, Decoding, Rollout, generate_by_transformers, sample_answers
-from utils.utils import print_rank_0
+from utils.process.console import print_rank_0
+from utils.process.errors import UserError
+from utils.process.ranks import all_gather_objects, all_reduce_sum
+from utils.process.world import get_world_size
 
 HOOK_TABLES = (
     "_forward_hooks",

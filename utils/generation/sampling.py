@@ -12,8 +12,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from utils.model.inputs import embedding_rows, forward_accepts, position_ids_from_mask
-from utils.utils import unwrap
+from utils.model.inputs import embedding_rows, forward_accepts, position_ids_from_mask, unwrap
 
 LEAVE_SHARE = 0.25  # finished rows leave the batch when they are at least this share of it
 

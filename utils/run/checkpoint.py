@@ -13,11 +13,8 @@ every file must be there in its full size, and every flag that shapes the traini
 
 import errno
 import fcntl
-import hashlib
-import importlib.metadata
 import json
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -25,146 +22,39 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from enum import Enum
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from utils.arguments import MAY_CHANGE_AT_RESUME
-from utils.distributed import (
-    EndOfRun,
-    UserError,
-    agree,
-    all_gather_objects,
-    all_reduce_sum,
-    get_local_rank,
-    get_rank,
-    get_world_size,
-    ranks_per_node,
-    trouble_between_ranks,
+from utils.process.console import print_rank_0
+from utils.process.errors import EndOfRun, UserError, trouble_between_ranks
+from utils.process.files import flush_to_disk, write_text
+from utils.process.ranks import agree, all_gather_objects, all_reduce_sum
+from utils.process.world import get_local_rank, get_rank, get_world_size, ranks_per_node
+from utils.run.checkpoint_files import (
+    FINISHED,
+    FINISHED_FILE,
+    LATEST_FILE,
+    LOCK_FILE,
+    PREFIX,
+    STATE_FILE,
+    Found,
+    SafeFiles,
+    _check_kinds,
+    _read_small,
+    _remove,
+    complete_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
 )
-from utils.files import flush_to_disk, write_text
-from utils.utils import print_rank_0
+from utils.run.same_run import differences, flags_of, model_fingerprint, rows_fingerprint, versions
 
-STATE_FILE, LATEST_FILE, FINISHED_FILE, LOCK_FILE = "state.json", "latest", "finished.json", ".lock"
-PREFIX = "step-"
 LOCK_SECONDS = 120  # how long a start waits for the end of the run before it; a dead NFS client keeps locks for 90
-# The classes, beside tensors and plain containers, that DeepSpeed's files hold. Nothing else is ever unpickled.
-CLASSES_IN_FILES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-
-
-class SafeFiles(TorchCheckpointEngine):
-    """DeepSpeed's own way to read and write files, but one that runs no code from a file, and that reports a disk
-    without room after all ranks have met again: DeepSpeed waits for every rank in the middle of saving."""
-
-    problem: Exception | None = None
-    wanted: set[str] = frozenset()  # names of weights that a file of weights must hold
-
-    def makedirs(self, path, exist_ok=False):
-        try:
-            os.makedirs(path, exist_ok=exist_ok)
-        except OSError as error:
-            self.problem = self.problem or error
-
-    def save(self, state_dict, path: str):
-        try:
-            torch.save(state_dict, path)
-            flush_to_disk(path)
-        except (OSError, RuntimeError) as error:  # torch's zip writer wraps the error of the file
-            self.problem = self.problem or error
-
-    def load(self, path: str, map_location=None):
-        try:
-            with torch.serialization.safe_globals(CLASSES_IN_FILES):
-                content = torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"--resume: {path} could not be read: it is no file of weights, or holds more than tensors and "
-                f"{', '.join(kind.__name__ for kind in CLASSES_IN_FILES)}, and nothing else is ever loaded"
-            ) from error
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            raise UserError(f"--resume: {path} could not be read: {error or type(error).__name__}") from error
-        if not isinstance(content, dict) or (
-            "module" in content and (missing := sorted(self.wanted - content["module"].keys()))
-        ):
-            what = f"the weight {missing[0]}" if isinstance(content, dict) else "any weights"
-            raise UserError(f"--resume: {path} does not hold {what}")
-        return content
-
-
-# ---------------------------------------------------------------- what a run must have in common with its checkpoint
-
-
-def plain(value):
-    """As it comes back from JSON."""
-    if isinstance(value, Enum):
-        return value.value
-    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def flags_of(args) -> dict:
-    """The flags that shape the training, and the content of the DeepSpeed configuration file."""
-    flags = {name: plain(value) for name, value in vars(args).items() if name not in MAY_CHANGE_AT_RESUME}
-    file = flags.pop("deepspeed_config_overrides", None)
-    return flags | {"deepspeed_config_overrides": file and json.loads(Path(file).read_text())}
-
-
-def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
-
-
-def model_fingerprint(folder: str | None) -> str | None:
-    """Of a model's files: names, sizes, and what stands at the head and the end of each. None for a name on the hub."""
-    if folder is None or not Path(folder).is_dir():
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(file for file in Path(folder).iterdir() if file.suffix in (".safetensors", ".bin", ".gguf")):
-        size = file.stat().st_size
-        with file.open("rb") as content:
-            head = content.read(2**20)
-            content.seek(max(0, size - 2**20))
-            digest.update(f"{file.name} {size} ".encode() + head + content.read(2**20))
-    return digest.hexdigest()
-
-
-def rows_fingerprint(dataset, sampled: int = 64) -> str:
-    """Of training rows: how many, the length of each, and the content of some all over."""
-    digest = hashlib.sha256(np.ascontiguousarray(dataset.lengths, dtype=np.int64).tobytes())
-    for index in np.linspace(0, len(dataset) - 1, num=min(sampled, len(dataset)), dtype=int).tolist():
-        digest.update(json.dumps(dataset[index], sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def differences(args, saved: dict) -> list[str]:
-    """What keeps a run with these flags from going on where the checkpoint was written, one reason a line."""
-    if saved["world_size"] != get_world_size():
-        return [
-            f"it was written by {saved['world_size']} ranks and this run has {get_world_size()}: DeepSpeed's shards "
-            "and the batches of a step are cut for that number; start as many"
-        ]
-    now, then = flags_of(args), saved["flags"]
-    found = [
-        f"--{name} is {now.get(name)!r}, and was {then.get(name)!r}"
-        for name in sorted(now.keys() | then.keys())
-        if now.get(name) != then.get(name)
-    ]
-    for name, fingerprint in saved["models"].items():
-        if not found and hasattr(args, name) and model_fingerprint(getattr(args, name)) != fingerprint:
-            found.append(f"--{name} {getattr(args, name)}: its weights are not those of the first start")
-    return found
-
-
-# ---------------------------------------------------------------- random states
 
 
 def random_states() -> dict:
@@ -187,80 +77,6 @@ def restore_random_states(states: dict) -> None:
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
     if states["accelerator"] is not None:
         get_accelerator().set_rng_state(torch.tensor(states["accelerator"], dtype=torch.uint8))
-
-
-# ---------------------------------------------------------------- folders
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint on disk that is complete."""
-
-    folder: Path
-    state: dict
-
-
-FINISHED = {"steps": int, "saved_at": float, "world_size": int, "flags": dict, "models": dict, "versions": dict}
-STATE = FINISHED | {"rows": str, "metrics": dict, "files": dict, "position": list}
-MAX_STATE_BYTES = 64 * 2**20
-
-
-def _read_small(file: Path) -> str:
-    """Raises ValueError for what is no file of a reasonable size: a pipe would be waited for, a device has no end."""
-    if not file.is_file() or file.stat().st_size > MAX_STATE_BYTES:
-        raise ValueError("it is missing, or no file, or a very large one")
-    return file.read_text()
-
-
-def _check_kinds(state: dict, kinds: dict[str, type]) -> None:
-    for name, kind in kinds.items():
-        if not isinstance(state.get(name), kind):
-            raise ValueError(f"{name} is {json.dumps(state.get(name))[:80]}")
-
-
-def read_checkpoint(folder: Path) -> Found:
-    """Raises UserError: no checkpoint, or one that is not whole, with the file."""
-    try:
-        state = json.loads(_read_small(folder / STATE_FILE))
-        _check_kinds(state, STATE)
-        epoch, done = state["position"]
-        numbers = [epoch, done, state["steps"], *state["files"].values()]
-        numbers += [number for size_and_checksum in state["metrics"]["files"].values() for number in size_and_checksum]
-        float(state["metrics"]["seconds"])
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise ValueError("positions, steps, sizes and checksums are whole numbers from 0 on")
-        ranks = range(min(state["world_size"], len(state["files"]) + 1))
-        if missing := [file for file in (f"rank{rank:05d}.json" for rank in ranks) if file not in state["files"]]:
-            raise ValueError(f"files does not name {missing[0]}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder} is no checkpoint: {STATE_FILE}: {error}") from error
-    for name, size in state["files"].items():
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{folder} is no checkpoint: {STATE_FILE} names {name}, outside of it")
-        if not file.is_file() or file.stat().st_size != size:
-            raise UserError(f"{folder} is not a whole checkpoint: {name} is missing or not {size} bytes long")
-    return Found(folder, state)
-
-
-def complete_checkpoints(folder: Path) -> list[Found]:
-    """Oldest first."""
-    found = []
-    for entry in folder.glob(f"{PREFIX}*"):
-        with suppress(UserError):
-            found.append(read_checkpoint(entry))
-    return sorted(found, key=lambda checkpoint: checkpoint.state["saved_at"])
-
-
-def newest_checkpoint(folder: Path) -> Found | None:
-    """What ``latest`` names, else the newest that is whole."""
-    with suppress(OSError, ValueError, UserError):
-        return read_checkpoint(folder / Path(_read_small(folder / LATEST_FILE).strip()).name)
-    found = complete_checkpoints(folder)
-    return found[-1] if found else None
-
-
-# ---------------------------------------------------------------- the run
 
 
 class Checkpoints:
@@ -678,13 +494,6 @@ class Checkpoints:
 def _device() -> str:
     accelerator = get_accelerator()
     return "cpu" if accelerator.device_name() == "cpu" else accelerator.current_device_name()
-
-
-def _remove(checkpoint: Path) -> None:
-    """In one step it is no checkpoint any more; what a kill leaves of it goes at the next start."""
-    going = checkpoint.with_name(f".{checkpoint.name}-going")
-    checkpoint.rename(going)
-    shutil.rmtree(going, ignore_errors=True)
 
 
 def _rank_name(prefix: str, suffix: str) -> str:

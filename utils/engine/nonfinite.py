@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable
 
-from utils.distributed import SharedError
-from utils.utils import PlainState, print_rank_0
+from utils.engine.averages import PlainState
+from utils.process.console import print_rank_0
+from utils.process.errors import SharedError
 
 ROWS_NAMED = 32
 Numbers = dict[str, dict[str, float | None]]  # engine -> name -> loss or norm, the same on every rank

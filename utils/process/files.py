@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from utils.distributed import UserError
+from utils.process.errors import UserError
 
 
 def check_writable(path: str | None):
@@ -112,3 +112,16 @@ def name_if_new(scratch: Path, path: Path) -> None:
 def write_jsonl(path: str, rows: list[dict]):
     """Write one JSON object a line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def check_output_dir(output_dir: str | None, flag: str = "--output_dir") -> None:
+    """Raise UserError if the folder cannot be made or written to, before any work is spent."""
+    if output_dir is None:
+        return
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with scratch_beside(folder / "write-test") as probe:
+            probe.write_bytes(b"")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {output_dir}: cannot be written: {getattr(error, 'strerror', error)}") from error

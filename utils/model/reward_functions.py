@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.distributed import UserError
+from utils.process.errors import UserError
 
 
 @dataclass

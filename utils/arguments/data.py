@@ -1,0 +1,84 @@
+"""Flags of data: which datasets, which columns, how texts become ids."""
+
+from pathlib import Path
+
+from utils.arguments.kinds import _positive, cache_folder
+from utils.process.errors import UserError
+
+
+def add_data_arguments(parser, step: int) -> None:
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add(
+        "--data_path",
+        nargs="*",
+        default=["Dahoas/rm-static"],
+        help="datasets to blend: names of known datasets, local/jsonfile, local/demo, or paths of your own files",
+    )
+    add(
+        "--data_split",
+        default="2,4,4",
+        help="shares of the data for step 1, 2 and 3, as in 6,2,2; only this step's share is read",
+    )
+    if step == 1:
+        add(
+            "--sft_only_data_path",
+            nargs="*",
+            default=[],
+            help="datasets used whole, in this step only; none to turn off",
+        )
+    add("--data_output_path", default=cache_folder(), help="where the split indices and the tokenised cache are kept")
+    add(
+        "--preprocessing_num_workers",
+        type=_positive,
+        default=None,
+        help="threads that tokenise, on the first rank of each node; None for all cores",
+    )
+    for name in ("prompt", "chosen", "rejected", "messages"):
+        add(
+            f"--{name}_column",
+            default=None,
+            help=f"column of your own files that holds {name}; None for its usual name",
+        )
+    add(
+        "--chat_template",
+        action="store_true",
+        help="write conversations and prompts by the tokenizer's chat template; off for the datasets' own text",
+    )
+    add(
+        "--allow_special_tokens",
+        action="store_true",
+        help="texts of the data that spell a special token (<|endoftext|>, </s> ...) mean it; off: they are plain text",
+    )
+    add("--rebuild_cache", action="store_true", help="tokenise again even if the cache has this very data")
+    add("--max_train_samples", type=_positive, default=None, help="use at most this many training rows; None for all")
+    add("--max_eval_samples", type=_positive, default=None, help="use at most this many evaluation rows; None for all")
+    add(
+        "--truncation_side",
+        choices=["left", "right"],
+        default="left",
+        help="what a row that is too long loses: the beginning of its prompt, or its end (the published way)",
+    )
+    add(
+        "--pad_to_max_length",
+        action="store_true",
+        help="pad every batch to the maximum length instead of its longest row",
+    )
+    add("--add_eot_token", action="store_true", help="add --eot_token to the tokenizer and end every answer with it")
+    add("--eot_token", default="<|endoftext|>", help="the token --add_eot_token adds; it becomes the tokenizer's EOS")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with a model; off for safety")
+
+
+def add_sequence_length_argument(parser) -> None:
+    parser.add_argument(
+        "--max_seq_len", type=_positive, default=512, help="tokens of a row, prompt and answer and EOS together"
+    )
+
+
+def refuse_inside_data(args) -> None:
+    """What a run writes into a folder of data, the next run would read as data."""
+    for data in (Path(path) for path in args.data_path if Path(path).is_dir()):
+        for name in ("data_output_path", "output_dir", "checkpoint_dir"):
+            written = getattr(args, name)
+            if written is not None and Path(written).resolve().is_relative_to(data.resolve()):
+                raise UserError(f"--{name} {written} lies in --data_path {data}, so it would be read as data; move it")

@@ -1,0 +1,143 @@
+"""Flags of a run: output, checkpoints, trackers; what depends on the machine."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from transformers.utils import is_flash_attn_2_available
+
+from utils.arguments.data import refuse_inside_data
+from utils.arguments.kinds import _not_negative, _positive, _size
+from utils.process.errors import UserError
+from utils.process.files import check_output_dir
+from utils.process.launch import COMM_TIMEOUT
+from utils.process.ranks import check_same_on_all_nodes
+
+# Flags whose values may differ between nodes: where things lie there.
+OF_A_NODE = re.compile("rank|path|_dir|resume|deepspeed_config|reward_function|dataset_name|num_workers")
+
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def add_run_arguments(parser, step: int) -> None:
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add(
+        "--output_dir",
+        default=None,
+        help="where the model and metrics.jsonl go; None to save nothing",
+    )
+    add(
+        "--max_shard_size",
+        type=_size,
+        default="5GB",
+        help="largest file of saved weights, as in 500MB; a larger model becomes several files with an index",
+    )
+    add("--seed", type=_not_negative, default=1234, help="of data order, fresh weights, dropout and sampling")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="check model, data and flags, estimate the memory against this machine's, and stop; off: train",
+    )
+    add(
+        "--skip_nonfinite",
+        type=_not_negative,
+        default=0,
+        help="optimizer steps with a loss or gradient that is not finite to leave out, without an update; 0 to stop at "
+        "the first. What the loss scale of fp16 leaves out does not count",
+    )
+    add("--local_rank", type=int, default=-1, help="set by the launcher")
+    add(
+        "--comm_timeout",
+        type=_positive,
+        default=COMM_TIMEOUT,
+        help="seconds a rank waits for the others in a collective before the run ends with an error",
+    )
+    add("--log_interval", type=_positive, default=1, help="optimizer steps between throughput lines")
+    add(
+        "--report_to",
+        nargs="*",
+        choices=TRACKERS,
+        default=[],
+        help="where the numbers of metrics.jsonl go too: tensorboard, wandb, trackio (the last two are packages to "
+        "install); nothing after it, or no flag: nowhere",
+    )
+    add("--run_name", default=None, help="of the run in wandb or trackio; None for the last part of --output_dir")
+    add("--enable_tensorboard", action="store_true", help="the same as --report_to tensorboard")
+    add("--tensorboard_path", default=f"step{step}_tensorboard", help="folder of the TensorBoard files")
+    deepspeed.add_config_arguments(parser)
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--checkpoint_steps", type=_not_negative, default=0, help="steps between checkpoints of the run; 0 for none")
+    add(
+        "--checkpoint_dir",
+        default=None,
+        help="where they go, on storage that all nodes share; given alone: one when SIGTERM stops the run. None for "
+        "checkpoints under --output_dir",
+    )
+    parser.set_defaults(checkpoint_dir_given=False)  # resolve_checkpoints settles it
+    add("--keep_checkpoints", type=_positive, default=2, help="newest checkpoints that are kept")
+    add(
+        "--resume",
+        metavar="{auto,PATH}",
+        default=None,
+        help="go on from a checkpoint: auto for the newest (none: a fresh start), or the folder of one; None for a "
+        "fresh start",
+    )
+
+
+# Flags that say where a run writes and what it shows, not what it computes. A new flag is taken to shape the training
+# until it is named here.
+MAY_CHANGE_AT_RESUME = {
+    *("output_dir", "max_shard_size", "save_lora_adapters", "checkpoint_steps", "checkpoint_dir", "keep_checkpoints"),
+    *("resume", "checkpoint_dir_given", "skip_nonfinite", "log_interval", "report_to", "run_name", "comm_timeout"),
+    *("enable_tensorboard", "tensorboard_path", "local_rank", "global_rank", "deepspeed", "deepspeed_config"),
+    *("data_output_path", "rebuild_cache", "preprocessing_num_workers", "print_loss", "max_eval_samples"),
+    *("per_device_eval_batch_size", "eval_interval", "eval_iters", "compute_fp32_loss", "num_padding_at_beginning"),
+    *("print_answers", "print_answers_interval", "sample_interval", "samples_shown"),
+    *("enable_test_mode", "test_stop_step", "dry_run"),
+}
+
+
+def resolve_checkpoints(args) -> None:
+    """Settle --checkpoint_dir; refuse flags that do nothing."""
+    args.checkpoint_dir_given = args.checkpoint_dir is not None
+    if args.checkpoint_dir is None and args.output_dir is not None:
+        args.checkpoint_dir = str(Path(args.output_dir) / "checkpoints")
+    if args.checkpoint_dir is None and (args.checkpoint_steps or args.resume == "auto"):
+        flag = "--checkpoint_steps" if args.checkpoint_steps else "--resume auto"
+        raise UserError(f"{flag} needs a folder: give --checkpoint_dir or --output_dir")
+
+
+def resolve_common(args) -> None:
+    """Fill in what depends on the machine."""
+    refuse_inside_data(args)
+    check_output_dir(args.data_output_path, "--data_output_path")
+    if args.add_eot_token and not args.eot_token.strip():
+        raise UserError("--eot_token: a token that ends answers has letters or signs, and this one is blank")
+    accelerator = get_accelerator()
+    if args.dtype is None:
+        args.dtype = "bf16" if accelerator.is_bf16_supported() else "fp32"
+    if args.dtype == "fp16" and not accelerator.is_fp16_supported():
+        raise UserError(f"--dtype fp16: {accelerator.device_name()} does not support it; use bf16 or fp32")
+    if args.dtype == "bf16" and not accelerator.is_bf16_supported():
+        raise UserError(f"--dtype bf16: {accelerator.device_name()} does not support it; use fp16 or fp32")
+    if args.attn_implementation == "flash_attention_2":
+        if not is_flash_attn_2_available():
+            raise UserError(
+                "--attn_implementation flash_attention_2 needs a GPU and flash-attn (pip install flash-attn); "
+                "sdpa needs neither"
+            )
+        if args.dtype == "fp32":
+            raise UserError("--attn_implementation flash_attention_2 computes in fp16 or bf16, not in --dtype fp32")
+    args.deepspeed_config_overrides = args.deepspeed_config_overrides or args.deepspeed_config
+    args.end_of_conversation_token = args.eot_token if args.add_eot_token else None
+    resolve_checkpoints(args)
+    if args.enable_tensorboard and "tensorboard" not in args.report_to:
+        args.report_to = ["tensorboard", *args.report_to]
+    for name in args.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--report_to {name} needs the package {name}: pip install {name}")
+    check_same_on_all_nodes({f"--{name}": value for name, value in vars(args).items() if not OF_A_NODE.search(name)})

@@ -1,0 +1,78 @@
+"""Tokenised rows in memory-mapped Arrow files, named by their content."""
+
+import hashlib
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch.utils.data import Dataset
+
+from utils.data.encoding import (
+    PreparationCounts,
+    TokenRules,
+)
+from utils.process.console import print_rank_0
+from utils.process.files import name_if_new, scratch_beside, write_text
+
+CACHE_VERSION = 4  # part of every cache key: raise it when the rules change what is stored
+
+
+class PromptDataset(Dataset):
+    """Id rows in a memory-mapped Arrow file: a row is read when it is asked for, no sooner.
+
+    Rows are dicts of Python lists and numbers with the columns that encoding.py names for the step.
+
+    Attributes:
+        lengths: [rows] tokens of each row, of the longer answer of a pair: what padding will cost.
+    """
+
+    def __init__(self, table: pa.Table, train_phase: int):
+        self.table, self.train_phase = table, train_phase
+        names = [name for name in ("input_ids", "chosen_ids", "rejected_ids") if name in table.column_names]
+        columns = [pc.list_value_length(table[name]).to_numpy() for name in names]
+        self.lengths = np.max(columns, axis=0) if len(table) else np.zeros(0, np.int32)
+
+    @classmethod
+    def from_file(cls, file: Path, train_phase: int) -> "PromptDataset":
+        with pa.ipc.open_file(pa.memory_map(str(file))) as reader:
+            return cls(reader.read_all(), train_phase)
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, index):
+        return {name: self.table[name][int(index)].as_py() for name in self.table.column_names}
+
+
+def _cache_key(raw_dataset, split, tokenizer, rules: TokenRules, data_split, seed, limit) -> str:
+    """A name for exactly this content: the same key means the same file, a changed byte anywhere means another."""
+    parts = [raw_dataset.fingerprint(), raw_dataset.dataset_name, split, vars(rules), data_split, seed, limit]
+    return _key_of(tokenizer, *parts, tokenizer.chat_template if rules.chat_template else None)
+
+
+def _key_of(tokenizer, *parts) -> str:
+    tokenizer_state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+    tokenizer_state = hashlib.sha256(tokenizer_state.encode()).hexdigest()
+    everything = [CACHE_VERSION, tokenizer_state, tokenizer.eos_token_id, tokenizer.bos_token_id, *parts]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+@contextmanager
+def _arrow_file(file: Path, schema: pa.Schema, counts: PreparationCounts):
+    """A writer of an Arrow file that appears, with its counts beside it, only when the block has ended well."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_beside(file) as scratch:
+        with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            yield writer
+        # The counts first: whoever finds the rows finds them too.
+        write_text(file.with_suffix(".json"), json.dumps(vars(counts)))
+        name_if_new(scratch, file)
+
+
+def _print_counts(split: str, file: Path) -> None:
+    report = file.with_suffix(".json")
+    if report.exists():
+        print_rank_0(f"data ({split}): {PreparationCounts(**json.loads(report.read_text()))}")

@@ -1,0 +1,81 @@
+"""Plain text for the ptx loss: blocks of joined documents."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from utils.data.cache import PromptDataset, _arrow_file, _key_of, _print_counts
+from utils.data.encoding import SFT, PreparationCounts, block_batch
+from utils.data.preparation import ROWS_PER_CHUNK
+from utils.data.readers import ConcatRows, DataError, Rows, TextFile, content_fingerprint, file_kind
+from utils.data.row_texts import RowReport, SkipRow, text
+from utils.data.splits import open_splits, splits_of_hub
+from utils.data.text_encoder import TextEncoder
+from utils.process.console import progress
+from utils.process.errors import UserError
+from utils.process.ranks import once_per_node
+
+
+def _unsupervised_rows(name: str, config_name: str | None) -> tuple[Rows, str]:
+    """(rows with a field ``text``, fingerprint of their content): lines of .txt files, any other file or folder of
+    rows, or a hub dataset."""
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    plain = [file for file in files if file.suffix == ".txt"]
+    if plain and not any(file_kind(file) for file in files):  # beside data files they are a licence, say
+        return ConcatRows([TextFile(file) for file in plain]), content_fingerprint(plain)
+    splits = open_splits(path, config_name) if path.exists() else splits_of_hub(name, config_name, [path])
+    splits.keep_columns(["text"])
+    return splits["train"], splits.fingerprint
+
+
+def _write_blocks(name: str, rows: Rows, encoder: TextEncoder, block: int, file: Path) -> None:
+    """Texts joined by EOS and cut into blocks; a last one that is not full is left."""
+    report, counts = RowReport(name), PreparationCounts()
+    stream = np.zeros(0, np.int32)
+    with _arrow_file(file, pa.schema({"input_ids": pa.list_(pa.int32())}), counts) as writer:
+        for begin in progress(range(0, len(rows), ROWS_PER_CHUNK), f"tokenising {name}"):
+            texts = []
+            for position in range(begin, min(begin + ROWS_PER_CHUNK, len(rows))):
+                reason = None
+                try:
+                    texts.append(text(rows[position], "text"))
+                except SkipRow as skip:
+                    reason = str(skip)
+                report.note(position, reason, rows)
+            eos = encoder.tokenizer.eos_token_id
+            parts = [np.array([*encoded.ids, eos], np.int32) for encoded in encoder.encode(texts)]
+            stream = np.concatenate([stream, *parts])
+            count = len(stream) // block
+            writer.write_batch(block_batch(stream[: count * block], block))
+            stream, counts.kept = stream[count * block :], counts.kept + count
+        report.raise_if_none(rows, ["text"])
+        counts.read = f"{report}; {counts.kept} blocks of {block} tokens"
+        if counts.kept == 0:
+            raise DataError(f"{report}; not enough text for one block of {block} tokens")
+
+
+def get_unsupervised_data(args, tokenizer) -> PromptDataset:
+    """Plain text for the ptx loss: rows of prompt + answer length, documents joined by EOS, from the cache or made now.
+
+    Raises:
+        UserError: no such text, or less of it than one row.
+    """
+    name, block = args.unsupervised_dataset_name, args.max_prompt_seq_len + args.max_answer_seq_len
+    try:
+        rows, fingerprint = _unsupervised_rows(name, args.unsupervised_dataset_config_name)
+        key = _key_of(tokenizer, "unsupervised", fingerprint, block, args.allow_special_tokens)
+        label = re.sub(r"[^\w.-]+", "_", Path(name).name)
+        file = Path(args.data_output_path) / "tokenised" / f"{label}_unsupervised_{key}.arrow"
+
+        def build() -> None:
+            encoder = TextEncoder(tokenizer, special_tokens=False, allow_special_tokens=args.allow_special_tokens)
+            _write_blocks(name, rows, encoder, block, file)
+
+        once_per_node(file, build, args.rebuild_cache)
+    except DataError as error:
+        raise UserError(f"--unsupervised_dataset_name {error}") from error
+    _print_counts("unsupervised", file)
+    return PromptDataset.from_file(file, SFT)

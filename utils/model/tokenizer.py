@@ -1,0 +1,68 @@
+"""The tokenizer of a model, with an EOS token and a pad token that differs from it."""
+
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from utils.model.loading import load_config
+from utils.process.errors import UserError
+
+
+def load_hf_tokenizer(model_name_or_path, fast_tokenizer=True, add_special_tokens=None, trust_remote_code=False):
+    """The tokenizer of a model, with an EOS token and a pad token that differs from it.
+
+    Args:
+        add_special_tokens: an end-of-turn token, as with ``--add_eot_token``: it is added if the vocabulary lacks it
+            and becomes the EOS token, so that data, generation, chat and the saved tokenizer agree on where answers
+            end.
+
+    Decided from the tokenizer alone, never from the model's name.
+    """
+    name = str(model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=fast_tokenizer, trust_remote_code=trust_remote_code)
+        tokenizer("a")
+        highest = max(tokenizer.get_vocab().values())
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # strangers' files: anything may come of them, a panic of Rust too
+        raise UserError(f"no tokenizer could be loaded from {name!r}: {type(error).__name__}: {error}") from error
+    if highest >= len(tokenizer):
+        check_highest_id(name, highest, trust_remote_code)
+    if add_special_tokens is not None:
+        if isinstance(add_special_tokens, list):
+            [add_special_tokens] = add_special_tokens
+        tokenizer.add_special_tokens({"eos_token": add_special_tokens})
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name!r} has no EOS token; --add_eot_token adds one")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def check_same_tokenizer(args, tokenizer) -> None:
+    """The critic must read ids as the actor writes them."""
+    other = load_hf_tokenizer(
+        args.critic_model_name_or_path,
+        add_special_tokens=args.end_of_conversation_token,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if other.get_vocab() != tokenizer.get_vocab() or other.eos_token_id != tokenizer.eos_token_id:
+        raise UserError(
+            f"the tokenizers differ: actor {args.actor_model_name_or_path} has {len(tokenizer)} tokens and EOS "
+            f"{tokenizer.eos_token!r}, critic {args.critic_model_name_or_path} has {len(other)} and "
+            f"{other.eos_token!r}. "
+            "Train the reward model from a model with the actor's tokenizer"
+        )
+
+
+def check_highest_id(model_name_or_path: str, highest: int, trust_remote_code: bool) -> None:
+    """A vocabulary with holes in it: embeddings grow to the number of tokens, which leaves such an id outside."""
+    if cached_file(model_name_or_path, "config.json", _raise_exceptions_for_missing_entries=False) is None:
+        return  # an adapter: its model is checked when it is used
+    rows = load_config(model_name_or_path, trust_remote_code).get_text_config().vocab_size
+    if highest >= rows:
+        raise UserError(
+            f"the tokenizer of {model_name_or_path!r} has a token of id {highest}, outside the {rows} rows of the "
+            "model's embedding, and ids are missing below it: the two do not belong together"
+        )

@@ -1,0 +1,62 @@
+"""What a person reads while a run goes on: lines printed once, and progress bars with the time left. Without torch."""
+
+import datetime
+import sys
+import time
+
+from tqdm import tqdm
+
+from utils.process.world import get_rank, is_rank_0
+
+
+def now() -> str:
+    return datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+
+
+PROGRESS_SECONDS = 10  # between progress lines where there is no terminal
+
+
+def print_rank_0(msg, rank=None) -> None:
+    """Print once, not once per rank, and without tearing a progress bar apart."""
+    if (get_rank() if rank is None else rank) > 0:
+        return
+    if sys.stderr.isatty():
+        tqdm.write(str(msg))
+    else:
+        print(msg, flush=True)
+
+
+class progress:
+    """A bar with the time left, on rank 0 only: live on a terminal, a line every ten seconds in a log."""
+
+    def __init__(self, iterable, description: str, total: int | None = None):
+        self._iterable, self._description, self._note = iterable, description, ""
+        self._total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self._bar = None
+
+    def note(self, text: str) -> None:
+        """What stands behind the bar from now on: speed, memory."""
+        self._note = f", {text}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def __iter__(self):
+        if not is_rank_0() or sys.stderr.isatty():
+            self._bar = tqdm(
+                self._iterable,
+                desc=self._description,
+                total=self._total,
+                disable=not is_rank_0(),
+                dynamic_ncols=True,
+            )
+            yield from self._bar
+            return
+        start = last = time.monotonic()
+        for done, item in enumerate(self._iterable):
+            now = time.monotonic()
+            if now - last >= PROGRESS_SECONDS and done and self._total:
+                last, filled = now, 30 * done // self._total
+                left = datetime.timedelta(seconds=round((now - start) / done * (self._total - done)))
+                bar = f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{self._total}"
+                print(f"{self._description} {bar}, {left} left{self._note}", flush=True)
+            yield item

@@ -1,0 +1,72 @@
+"""What the user can mend, as exceptions and as readable lines. Imports neither torch nor deepspeed."""
+
+import errno
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend: a flag, a file, a model. The message says what was found and what to do."""
+
+
+class SharedError(UserError):
+    """A UserError that every rank raises alike: rank 0 tells it for all."""
+
+
+class EndOfRun(Exception):
+    """The run ends here, and well; every rank raises it alike. The message says why."""
+
+
+# What gloo, NCCL and the store say when ranks do not come together, and what it means; the first that fits counts.
+TROUBLE_BETWEEN_RANKS = {
+    r"connectFullMesh": "the ranks cannot reach each other; name the network interface between the nodes, as in "
+    "GLOO_SOCKET_IFNAME=eth0",
+    r"gloo.*(connection (reset|closed)|broken pipe)": "the connection to another rank is lost: its process or its node "
+    "has ended, and its own output says why",
+    r"timed? ?out": "another rank did not take part within --comm_timeout seconds; it hangs, was stopped, is slower "
+    "than that, or cannot be reached",
+}
+
+
+def trouble_between_ranks(error: Exception) -> str | None:
+    """What a failed collective means to the user; None for any other error."""
+    if isinstance(error, RuntimeError):
+        for pattern, meaning in TROUBLE_BETWEEN_RANKS.items():
+            if re.search(pattern, str(error), re.IGNORECASE | re.DOTALL):
+                return meaning
+    return None
+
+
+def trouble_with_files(error: Exception, folder: Path | None = None) -> str | None:
+    """What a file that cannot be written means to the user; None for any other error.
+
+    Args:
+        folder: where it was to be written, which such errors do not always tell.
+    """
+    if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)):
+        return None
+    place = error.filename or folder
+    told = f"{place or 'a file'} could not be written: {os.strerror(error.errno)}"
+    if folder is not None:
+        told += f" ({shutil.disk_usage(folder).free / 2**20:.1f} MiB are free there)"
+    return told
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call the main() of a script of one process; what the user can mend becomes one readable line and exit code 1.
+
+    Scripts that join a process group call ``launch.run_main`` instead.
+    """
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"\nerror: {error}")
+    except OSError as error:
+        told = trouble_with_files(error)
+        if told is None:
+            raise
+        sys.exit(f"\nerror: {told}")

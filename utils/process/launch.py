@@ -1,0 +1,181 @@
+"""How a script starts under three launchers (``deepspeed``, ``torchrun``, plain ``python``) and how it ends.
+
+Everything works with one process and no launcher too: a world of one still has a process group, so that no other module
+needs an "if distributed".
+"""
+
+import ctypes
+import datetime
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed
+import psutil
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.accelerator import get_accelerator
+
+from utils.process.errors import (
+    EndOfRun,
+    SharedError,
+    UserError,
+    trouble_between_ranks,
+    trouble_with_files,
+)
+from utils.process.operators import load_operator
+from utils.process.ranks import barrier
+from utils.process.world import get_local_rank, get_rank, ranks_per_node
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def limit_cpu_threads() -> None:
+    """Give each rank of a node its share of the cores, unless the user has set OMP_NUM_THREADS.
+
+    Torch takes all cores for each process; two ranks on one machine then fight for them and run several times slower.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_per_node()))
+
+
+COMM_TIMEOUT = 1800  # seconds, the default of --comm_timeout
+
+
+def follow_launcher(poll_seconds: float = 1.0) -> None:
+    """Under ``deepspeed`` or ``torchrun``: end with them, so that no rank is left over and holds memory and ports.
+
+    A launcher that is killed cannot end its ranks. Linux does it for the parent of a process. Above ``deepspeed``'s
+    parent stands its runner, which dies of SIGTERM without telling anyone on a single node: a rank that sees it gone
+    takes that for a SIGTERM of its own.
+    """
+    libc = ctypes.CDLL(None)
+    if "RANK" not in os.environ or not hasattr(libc, "prctl"):  # nobody started it, or this is no Linux
+        return
+    launcher = psutil.Process(os.getppid())
+    command = " ".join(launcher.cmdline())
+    if not re.search(r"deepspeed\.launcher\.launch|torch\.distributed\.run|torchrun", command):
+        return  # a shell, say, whose background processes may outlive it
+    set_parent_death_signal = 1
+    libc.prctl(set_parent_death_signal, int(signal.SIGKILL))
+    if "deepspeed.launcher.launch" not in command:
+        return
+    runner = launcher.ppid()
+    if not Path(f"/proc/{runner}/cmdline").read_text().replace("\0", " ").count("deepspeed"):
+        return  # started by pdsh or by hand on this node
+
+    def watch() -> None:
+        while launcher.ppid() == runner:
+            time.sleep(poll_seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="follow_launcher", daemon=True).start()
+
+
+def check_restarts() -> None:
+    """Refuse restarts by torchrun in which new ranks would read the addresses of the dead from the old store.
+
+    torchrun shares the store of its rendezvous with the ranks, and keeps it when it starts them again.
+    """
+    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shares and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise SharedError(
+            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, on every node; "
+            "without it ranks that are started again look for each other where the ended ones were"
+        )
+
+
+def unname_shared_memory() -> None:
+    """Take the name off the segment through which CPU ranks of one machine reduce, once all of them have mapped it.
+
+    DeepSpeed leaves 69 MB per rank in /dev/shm, which is memory, when a run is killed or leaves by os._exit.
+    """
+    barrier()
+    place = "_".join((str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(get_rank())))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}").unlink(missing_ok=True)
+
+
+def init_distributed(args) -> torch.device:
+    """Join the process group and return this rank's device.
+
+    Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one on a free local port). Sets
+    ``args.local_rank`` and ``args.global_rank``. ``args.comm_timeout`` (seconds) bounds every collective.
+    """
+    check_restarts()
+    follow_launcher()
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if args.local_rank >= 0:
+        os.environ["LOCAL_RANK"] = str(args.local_rank)
+    limit_cpu_threads()
+    # DeepSpeed still calls torch's collectives by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    transformers.utils.logging.disable_progress_bar()  # bars of our own say more
+    transformers.utils.logging.set_verbosity_error()  # what loading missed is checked and raised by the model code
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(get_local_rank())
+    load_operator("ShareMemCommBuilder")
+    timeout = datetime.timedelta(seconds=getattr(args, "comm_timeout", COMM_TIMEOUT))
+    # DeepSpeed makes further groups of the same ranks for ZeRO, which get torch's default, not that of the first group.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    unname_shared_memory()
+    args.local_rank, args.global_rank = get_local_rank(), get_rank()
+    return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
+
+
+OWN_ERROR_SECONDS = 5  # how long a rank other than 0 waits before it tells an error of its own
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call a script's main(); turn what the user can mend into one readable line and exit code 1 on every rank.
+
+    The process leaves by os._exit: the threads of process groups do not survive an ordinary end of the interpreter
+    (the process would sometimes abort after all its work is done), and after an error the other ranks may be waiting
+    for this one in a collective, so that the launcher must see it go.
+    """
+    exit_code = 0
+    try:
+        main()
+        barrier()
+    except EndOfRun as end:
+        if get_rank() == 0:
+            print(end, flush=True)
+        barrier()
+    except UserError as error:
+        exit_code = 1
+        if get_rank() > 0:
+            # Rank 0 tells it if it fails alike, and the launcher ends this process meanwhile; else it is ours to tell.
+            time.sleep(0 if isinstance(error, SharedError) else OWN_ERROR_SECONDS)
+        if get_rank() == 0 or not isinstance(error, SharedError):
+            print(f"\nerror: {'' if get_rank() == 0 else f'rank {get_rank()}: '}{error}", file=sys.stderr)
+    except Exception as error:
+        exit_code = 1
+        if meaning := trouble_between_ranks(error):
+            reason = str(error).partition("\n")[0]
+            print(f"\nerror: rank {get_rank()}: {meaning} ({reason})", file=sys.stderr)
+        elif told := trouble_with_files(error):
+            print(f"\nerror: rank {get_rank()}: {told}", file=sys.stderr)
+        else:
+            print(f"rank {get_rank()} failed:", file=sys.stderr)
+            traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not dist.is_initialized():
+        sys.exit(exit_code)
+    os._exit(exit_code)

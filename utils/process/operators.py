@@ -1,0 +1,67 @@
+"""DeepSpeed's own operators: built at first use, one process at a time."""
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from torch.utils import cpp_extension
+
+from utils.process.errors import UserError
+from utils.process.world import get_world_size, ranks_per_node
+
+
+def load_operator(builder_name: str) -> None:
+    """Let DeepSpeed build (the first time) and load one of its own operators, "ShareMemCommBuilder" say.
+
+    Torch guards a build with a bare file. A run that is killed at the wrong moment leaves it behind, and every later
+    run waits for it for ever, without a word. Ours is a lock of the kernel, which ends with the process that holds it:
+    who has it knows that torch's file is stale, unless a program of another kind is building there.
+
+    Raises:
+        UserError: the lock of a build that cannot be seen from here, and is too old to be waited for.
+    """
+    builder = get_accelerator().create_op_builder(builder_name)
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f".{builder.NAME}.one-at-a-time", "w") as ours:
+        try:
+            fcntl.flock(ours, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: torch's own must do
+            builder.load()
+            return
+        for lock in root.glob(f"**/{builder.NAME}/lock"):
+            _clear_lock(lock)
+        builder.load()
+
+
+def _clear_lock(lock: Path, max_minutes: float = 15) -> None:
+    """Remove torch's lock if its build is dead; wait for it while it may live."""
+    while lock.exists():
+        age = time.time() - lock.stat().st_mtime
+        shared = get_world_size() > ranks_per_node()  # a build on another node may hold it
+        if not shared and age > 5 and not _is_working_in(lock.parent):
+            print(f"note: removing {lock}, left by a build that was killed", flush=True)
+            lock.unlink(missing_ok=True)
+        elif age > 60 * max_minutes:
+            raise UserError(
+                f"{lock} is {age / 60:.0f} minutes old: a build of a DeepSpeed operator was killed there, and everyone "
+                "would wait for it. If no build is running, delete that file"
+            )
+        else:
+            time.sleep(0.5)
+
+
+def _is_working_in(folder: Path) -> bool:
+    """Whether a process of this machine has the folder as its working directory, as compilers have."""
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            if link.resolve() == folder.resolve():
+                return True
+        except OSError:  # of another user, or gone
+            continue
+    return False

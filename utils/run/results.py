@@ -1,0 +1,52 @@
+"""Saving what a run made: whole models in Hugging Face's format, adapters, bare weights."""
+
+from pathlib import Path
+
+from utils.model.adapters import save_lora_adapter
+from utils.model.inputs import unwrap
+from utils.model.merging import read_adapter, save_merged_model
+from utils.model.saving import save_pretrained_model, save_weights
+from utils.module.lora import lora_layers
+from utils.process.console import is_rank_0
+from utils.process.ranks import agree
+
+
+def save_hf_format(model, tokenizer, args, sub_folder="") -> None:
+    """Save model, configuration and full tokenizer under ``args.output_dir/sub_folder``; every rank must call this.
+
+    LoRA is folded in, ZeRO-3 shards are gathered, files appear atomically. A reward model is saved as a
+    sequence-classification model with one label.
+    """
+    folder = Path(args.output_dir) / sub_folder
+    save_pretrained_model(unwrap(model), tokenizer, folder, getattr(args, "max_shard_size", None))
+
+
+def save_lora_adapters(model, tokenizer, args, base_model_name_or_path, sub_folder="") -> None:
+    """Save the LoRA factors alone under ``args.output_dir/sub_folder/adapter``; every rank must call this.
+
+    A folder of its own: with an adapter among a model's files, transformers would load the base and put it on top. A
+    model without LoRA layers (the critic, say, beside an adapted actor) has none to save.
+    """
+    module, folder = unwrap(model), Path(args.output_dir) / sub_folder / "adapter"
+    if lora_layers(module):
+        save_lora_adapter(module, tokenizer, base_model_name_or_path, folder, args.trust_remote_code)
+
+
+def save_quantised_model(model, tokenizer, args, base_model_name_or_path) -> None:
+    """Save a QLoRA model whole: its adapters, and their update folded into the base's own files; on every rank.
+
+    The packed weights are not saved: they are the base's, rounded.
+    """
+    save_lora_adapters(model, tokenizer, args, base_model_name_or_path)
+
+    def merge() -> None:
+        if is_rank_0():
+            folder = Path(args.output_dir)
+            save_merged_model(base_model_name_or_path, read_adapter(folder / "adapter"), folder, args.max_shard_size)
+
+    agree(merge)
+
+
+def save_zero_three_model(model_ema, global_rank, save_dir, zero_stage=0) -> None:
+    """Write the weights alone (no configuration, no tokenizer) as safetensors; every rank must call this."""
+    save_weights(unwrap(model_ema), Path(save_dir))

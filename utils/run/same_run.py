@@ -1,0 +1,71 @@
+"""What a run must have in common with the checkpoint that it goes on from: flags, models, rows."""
+
+import hashlib
+import importlib.metadata
+import json
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+
+from utils.arguments.run import MAY_CHANGE_AT_RESUME
+from utils.process.world import get_world_size
+
+
+def plain(value):
+    """As it comes back from JSON."""
+    if isinstance(value, Enum):
+        return value.value
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def flags_of(args) -> dict:
+    """The flags that shape the training, and the content of the DeepSpeed configuration file."""
+    flags = {name: plain(value) for name, value in vars(args).items() if name not in MAY_CHANGE_AT_RESUME}
+    file = flags.pop("deepspeed_config_overrides", None)
+    return flags | {"deepspeed_config_overrides": file and json.loads(Path(file).read_text())}
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
+
+
+def model_fingerprint(folder: str | None) -> str | None:
+    """Of a model's files: names, sizes, and what stands at the head and the end of each. None for a name on the hub."""
+    if folder is None or not Path(folder).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(file for file in Path(folder).iterdir() if file.suffix in (".safetensors", ".bin", ".gguf")):
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            head = content.read(2**20)
+            content.seek(max(0, size - 2**20))
+            digest.update(f"{file.name} {size} ".encode() + head + content.read(2**20))
+    return digest.hexdigest()
+
+
+def rows_fingerprint(dataset, sampled: int = 64) -> str:
+    """Of training rows: how many, the length of each, and the content of some all over."""
+    digest = hashlib.sha256(np.ascontiguousarray(dataset.lengths, dtype=np.int64).tobytes())
+    for index in np.linspace(0, len(dataset) - 1, num=min(sampled, len(dataset)), dtype=int).tolist():
+        digest.update(json.dumps(dataset[index], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def differences(args, saved: dict) -> list[str]:
+    """What keeps a run with these flags from going on where the checkpoint was written, one reason a line."""
+    if saved["world_size"] != get_world_size():
+        return [
+            f"it was written by {saved['world_size']} ranks and this run has {get_world_size()}: DeepSpeed's shards "
+            "and the batches of a step are cut for that number; start as many"
+        ]
+    now, then = flags_of(args), saved["flags"]
+    found = [
+        f"--{name} is {now.get(name)!r}, and was {then.get(name)!r}"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name)
+    ]
+    for name, fingerprint in saved["models"].items():
+        if not found and hasattr(args, name) and model_fingerprint(getattr(args, name)) != fingerprint:
+            found.append(f"--{name} {getattr(args, name)}: its weights are not those of the first start")
+    return found
