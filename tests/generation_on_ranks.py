@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(PROJECT))
 
-from test_rlhf import _step3_parser
 
 from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer, MicroBatch
 from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
@@ -46,15 +45,14 @@ def tensors_of(value) -> list:
 
 def train(folder: Path, flags) -> tuple[list, list]:
     """Two updates: the answers of this rank, and everything the engines hold afterwards."""
-    args = _step3_parser().parse_args(
+    args = arguments.build_parser(3).parse_args(
         f"--actor_model_name_or_path {folder / 'actor'} --critic_model_name_or_path {folder / 'reward'} --dtype fp32 "
         "--max_answer_seq_len 8 --max_prompt_seq_len 16 --per_device_generation_batch_size 4 --no-do_sample "
         "--per_device_training_batch_size 4 --num_warmup_steps 0 --actor_learning_rate 1e-2".split()
         + flags
     )
     init_distributed(args)
-    arguments.resolve_common(args)
-    arguments.check_rlhf(args)
+    args = arguments.settle(args, 3)
     set_random_seed(3)
     tokenizer = load_hf_tokenizer(folder / "actor")
     trainer = DeepSpeedPPOTrainer(

@@ -10,8 +10,8 @@ from conftest import read_metrics
 from test_rlhf import PROMPTS, _experience, _trainer, _window, folders  # noqa: F401
 
 from training.step3_rlhf_finetuning import ppo_math
-from training.step3_rlhf_finetuning.ppo_trainer import align_overflow
 from training.step3_rlhf_finetuning.reporting import sample_rows, sample_table
+from utils.engine.update import align_overflow
 from utils.model.reward_functions import load_reward_functions
 from utils.process.errors import UserError
 

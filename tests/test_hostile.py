@@ -18,13 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STEPS, make_model, write_pairs
+from conftest import make_model, write_pairs
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from evaluation_scripts import prompt_eval
 from evaluation_scripts.prompts import read_prompts
 from utils import arguments
+from utils.arguments.run import settle_common
 from utils.data import chat_template_guard
 from utils.data.encoding import SFT
 from utils.data.preparation import create_prompt_dataset
@@ -37,6 +38,7 @@ from utils.model.model_utils import check_model
 from utils.model.reward_functions import load_reward_functions
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.process.errors import UserError
+from utils.process.files import check_output_dir
 from utils.process.seeds import set_random_seed
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -614,11 +616,8 @@ FLAGS = {
 
 @pytest.mark.parametrize(("step", "flag", "value"), [(step, *pair) for step in FLAGS for pair in FLAGS[step]])
 def test_flags_out_of_range(step, flag, value, capsys):
-    spec = importlib.util.spec_from_file_location(f"step{step}_flags", STEPS[step])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     names = ["--model_name_or_path"] if step < 3 else ["--actor_model_name_or_path"]
-    parser = module.build_parser()
+    parser = arguments.build_parser(step)
     parser.parse_args([*names, "x"])
     with pytest.raises(SystemExit) as ended:
         parser.parse_args([*names, "x", flag, value])
@@ -628,13 +627,13 @@ def test_flags_out_of_range(step, flag, value, capsys):
 
 def _common(**changes):
     args = dict(data_path=[], add_eot_token=False, eot_token="<e>", data_output_path="/nowhere")
-    return lambda: arguments.resolve_common(argparse.Namespace(**args | changes))
+    return lambda: settle_common(argparse.Namespace(**args | changes))
 
 
 MORE_FLAGS = {
     "a cache that cannot be": (_common(data_output_path="/proc/nowhere"), "--data_output_path /proc/nowhere: cannot"),
-    "a zero byte in a path": (lambda: arguments.check_output_dir("a\0b"), "--output_dir .*: cannot be written"),
-    "a path without end": (lambda: arguments.check_output_dir("x" * 5000), "--output_dir .*: cannot be written"),
+    "a zero byte in a path": (lambda: check_output_dir("a\0b"), "--output_dir .*: cannot be written"),
+    "a path without end": (lambda: check_output_dir("x" * 5000), "--output_dir .*: cannot be written"),
     "a blank end of answers": (
         lambda: _common(add_eot_token=True, eot_token=" ", data_output_path=None)(),
         "--eot_token: ",

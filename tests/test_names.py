@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from utils.arguments import build_parser
 from utils.data.batching import to_device
 from utils.ds_utils import get_eval_ds_config, get_train_ds_config, merge_config_file
 from utils.engine.averages import ExponentialMovingAverage, MovingAverage
@@ -163,13 +164,6 @@ PUBLISHED_FLAGS = {
 
 @pytest.mark.parametrize("step", PUBLISHED_FLAGS)
 def test_every_published_flag_is_still_taken(step):
-    import importlib.util
-
-    from conftest import STEPS
-
-    spec = importlib.util.spec_from_file_location(f"flags_of_step{step}", STEPS[step])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    known = {option for action in module.build_parser()._actions for option in action.option_strings}
+    known = {option for action in build_parser(step)._actions for option in action.option_strings}
     wanted = {f"--{name}" for name in PUBLISHED_FLAGS[step].split()} | {"--deepspeed", "--deepspeed_config"}
     assert wanted <= known, sorted(wanted - known)

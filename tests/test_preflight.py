@@ -9,6 +9,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
+from utils import arguments
 from utils.planning import plan, preflight
 from utils.planning.engine_memory import GIB, Bytes, Machine
 from utils.process.errors import UserError
@@ -164,8 +165,8 @@ def test_the_planned_command_is_one_the_step_understands_and_fits(step, wide, ca
     for row in rows:
         words = shlex.split(row["command"])
         main = next(i for i, word in enumerate(words) if word.endswith("main.py"))
-        args = plan.step_parser(step).parse_args(words[main + 1 :])
-        plan.check_step(args, step)
+        args = arguments.build_parser(step).parse_args(words[main + 1 :])
+        arguments.check_step(args, step)
         assert words[:3] == ["deepspeed", "--num_gpus", "4"] and args.num_train_epochs == 3
         if step < 3:
             assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 4 == 16

@@ -1,10 +1,10 @@
 """PPO with real engines in this process: ratios, masks, invariances, EMA, ptx, fast generation."""
 
-import importlib.util
+import argparse
 
 import pytest
 import torch
-from conftest import STEPS, make_model
+from conftest import make_model
 from transformers import AutoModelForCausalLM
 
 from training.step3_rlhf_finetuning.experience import Experience
@@ -24,13 +24,6 @@ from utils.process.seeds import set_random_seed
 from utils.run.results import save_hf_format
 
 
-def _step3_parser():
-    spec = importlib.util.spec_from_file_location("step3_main", STEPS[3])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.build_parser()
-
-
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def folders(request, tmp_path_factory):
     """An actor and a reward model with a trained-looking head, of one family."""
@@ -47,7 +40,7 @@ def folders(request, tmp_path_factory):
 
 def _trainer(folders, *flags, trainer_class=DeepSpeedPPOTrainer):
     actor, reward = folders
-    args = _step3_parser().parse_args(
+    args = arguments.build_parser(3).parse_args(
         [
             "--actor_model_name_or_path",
             str(actor),
@@ -69,8 +62,7 @@ def _trainer(folders, *flags, trainer_class=DeepSpeedPPOTrainer):
         ]
     )
     init_distributed(args)
-    arguments.resolve_common(args)
-    arguments.check_rlhf(args)
+    args = argparse.Namespace(**vars(arguments.settle(args, 3)))  # tests change some
     set_random_seed(3)
     engine = DeepSpeedRLHFEngine(str(actor), str(reward), load_hf_tokenizer(actor), args, num_total_iters=10)
     return trainer_class(engine, args)

@@ -1,6 +1,5 @@
 """Every bash script: its syntax, its usage, and that the commands it would run are ones the steps understand."""
 
-import importlib.util
 import json
 import os
 import shlex
@@ -33,12 +32,9 @@ def parsed(line: str):
     main = next(i for i, word in enumerate(words) if word.endswith("/main.py"))
     step = int(Path(words[main]).parent.name[4])
     assert Path(words[main]).resolve() == STEPS[step]
-    spec = importlib.util.spec_from_file_location(f"step{step}", STEPS[step])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    args = module.build_parser().parse_args(words[main + 1 :])
+    args = arguments.build_parser(step).parse_args(words[main + 1 :])
     args.dtype = args.dtype or "bf16"  # as an accelerator that supports it settles it
-    arguments.check_supervised(args) if step < 3 else arguments.check_rlhf(args)
+    arguments.check_step(args, step)
     return words[:main], args
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.arguments.table import STEPS
+from utils.arguments import SCRIPTS
 
 LENGTH = 256  # tokens of a row; step 3: half of it prompt
 SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
@@ -104,7 +104,7 @@ def command_of(work: Path, step: int, case) -> list[str]:
     words = [sys.executable]
     if ranks > 1:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    words += [STEPS[step - 1], "--data_path", "local/demo", "--data_output_path", work / "cache"]
+    words += [SCRIPTS[step], "--data_path", "local/demo", "--data_output_path", work / "cache"]
     words += ["--pad_to_max_length", "--dtype", dtype, "--max_eval_samples", rows * ranks]
     if step < 3:
         accumulation = 2 if "--gradient_accumulation_steps" in more else 1

@@ -181,7 +181,6 @@ def make_models(args) -> None:
 
 def step3_arguments(args, *more):
     """The namespace of step 3's main.py, checked as it checks it."""
-    from training.step3_rlhf_finetuning.main import build_parser as step3_parser
     from utils import arguments
     from utils.process.launch import init_distributed
 
@@ -192,11 +191,9 @@ def step3_arguments(args, *more):
         "--max_prompt_seq_len", args.prompt_length, "--max_answer_seq_len", args.answer_length,
         "--per_device_generation_batch_size", args.batch, "--per_device_training_batch_size", args.batch, *more,
     ]  # fmt: skip
-    parsed = step3_parser().parse_args(list(map(str, flags)))
+    parsed = arguments.build_parser(3).parse_args(list(map(str, flags)))
     init_distributed(parsed)
-    arguments.resolve_common(parsed)
-    arguments.check_rlhf(parsed)
-    return parsed
+    return arguments.settle(parsed, 3)
 
 
 def make_trainer(args, step3):

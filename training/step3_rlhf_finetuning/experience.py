@@ -1,7 +1,9 @@
-"""What one round of generation leaves behind for training."""
+"""What one round of generation leaves behind for training, and its micro-batches."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -65,3 +67,32 @@ class Experience:
 
         columns = {f.name: [widen(part, f.name) for part in parts] for f in fields(Experience)}
         return Experience(**{n: None if values[0] is None else torch.cat(values) for n, values in columns.items()})
+
+
+@dataclass
+class MicroBatch:
+    """What one forward and backward pass of an update sees: rollouts, and text for the ptx loss if there is some."""
+
+    experience: Experience
+    unsupervised: dict | None = None
+
+
+def micro_batch_windows(
+    experience: Experience,
+    micro_batch: int,
+    accumulation: int,
+    generator: np.random.Generator,
+    unsupervised: Iterator[dict] | None = None,
+) -> Iterator[list[MicroBatch]]:
+    """One pass over the experience in a fresh order: lists of the micro-batches of one optimizer step.
+
+    Args:
+        micro_batch: answers of a forward pass; accumulation: forward passes of an optimizer step.
+        unsupervised: endless batches of text, one for each micro-batch.
+    """
+    order = torch.from_numpy(generator.permutation(len(experience))).to(experience.input_ids.device)
+    for window in order.split(micro_batch * accumulation):
+        yield [
+            MicroBatch(experience[rows], next(unsupervised) if unsupervised else None)
+            for rows in window.split(micro_batch)
+        ]

@@ -3,16 +3,15 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from training.step3_rlhf_finetuning import ppo_math
-from training.step3_rlhf_finetuning.experience import Experience
+from training.step3_rlhf_finetuning.experience import Experience, MicroBatch
 from training.step3_rlhf_finetuning.ppo_math import gather_log_probs
 from utils.data.batching import to_device
-from utils.engine.nonfinite import Numbers, refuse_nonfinite
-from utils.engine.steps import answer_once, drop_gradients, take_step
+from utils.engine.nonfinite import Figures, refuse_nonfinite
+from utils.engine.update import Update
 from utils.generation.sampling import Decoding
 from utils.model.inputs import model_inputs
 from utils.model.losses import IGNORE_INDEX, LabelLogProbs, causal_lm_loss_sum, label_count
@@ -20,28 +19,8 @@ from utils.model.reward_functions import RewardFunction
 from utils.model.reward_model import end_scores, reward_scale
 from utils.process.console import print_rank_0
 from utils.process.ranks import agree, all_reduce_sum
-from utils.process.world import get_world_size
 
 __all__ = ["DeepSpeedPPOTrainer", "DeepSpeedPPOTrainerUnsupervised", "gather_log_probs"]
-
-
-LOSSES = {"actor": ("actor_loss", "unsupervised_loss"), "critic": ("critic_loss",)}  # engine -> what it descends
-
-
-def align_overflow(*engines) -> None:
-    """fp16: when the gradients of one engine overflowed, the coming step of every one is skipped, its loss scale
-    lowered alike, so that actor and critic have always taken the same number of steps. Collective."""
-    overflowed = any([engine.optimizer.has_overflow() for engine in engines])  # a list: each is a collective
-    for engine in engines:
-        answer_once(engine.optimizer, "has_overflow", overflowed)
-
-
-@dataclass
-class MicroBatch:
-    """What one forward and backward pass of an update sees: rollouts, and text for the ptx loss if there is some."""
-
-    experience: Experience
-    unsupervised: dict | None = None
 
 
 class DeepSpeedPPOTrainer:
@@ -59,6 +38,7 @@ class DeepSpeedPPOTrainer:
         self.generate_time = 0.0
         self.generated_steps = 0
         self.skipped_updates = 0
+        self.update = Update(rlhf_engine.trained_engines(), args.align_overflow)
         self.reward_scale = reward_scale(self.reward_model.module.config) if args.normalize_reward else None
 
     def state_dict(self) -> dict:
@@ -71,7 +51,7 @@ class DeepSpeedPPOTrainer:
     # ------------------------------------------------------------ experience
 
     def generate_experience(
-        self, prompts, mask, step=0, refuse: Callable[[Numbers], object] = refuse_nonfinite
+        self, prompts, mask, step=0, refuse: Callable[[Figures], object] = refuse_nonfinite
     ) -> Experience:
         """Sample answers and look at them with all four models.
 
@@ -305,12 +285,12 @@ class DeepSpeedPPOTrainer:
         return ppo_math.value_loss_sum(values, old_values, returns, mask, self.args.cliprange_value)
 
     def train_rlhf(
-        self, window: list[MicroBatch], is_dropped: Callable[[Numbers], bool] = refuse_nonfinite
+        self, window: list[MicroBatch], is_dropped: Callable[[Figures], bool] = refuse_nonfinite
     ) -> dict[str, float] | None:
         """One optimizer step of actor and critic from the micro-batches of this rank.
 
         Args:
-            is_dropped: from losses and norms, whether the step makes no update; it may raise (NonFiniteNumbers).
+            is_dropped: from losses and norms, whether the step makes no update; it may raise (NonFiniteSteps).
 
         Losses are means over the real answer tokens of all ranks and micro-batches. Returns metrics; None, on every
         rank alike, if there was no token to learn from.
@@ -323,48 +303,33 @@ class DeepSpeedPPOTrainer:
         if tokens == 0:
             self.skipped_updates += 1
             return None
-        engines, sums = self.rlhf_engine.trained_engines(), torch.zeros(10, device=device)
-        for i, micro in enumerate(window):
-            is_last = i == len(window) - 1
-            batch = micro.experience
-            mask, width = batch.answer_mask, batch.answer_width
+        for micro in self.update.micro_batches(window):
+            self._actor_backward(micro, tokens, unsupervised_tokens)
+            if self.critic_model is not None:
+                self._critic_backward(micro.experience, tokens)
+        figures = self.update.step(is_dropped)
+        norms = {name: math.nan for name, value in figures.items() if value is None}
+        return figures | norms | {"actor_step_applied": self.actor_model.was_step_applied()}
 
-            log_probs, entropies = self._answer_log_probs(
-                self.actor_label_log_probs, batch.input_ids, batch.attention_mask, width, with_entropy=True
-            )
-            policy = self.actor_loss_fn(log_probs, batch.log_probs, batch.advantages, mask)
-            kl_loss = self._kl_loss_sum(log_probs, batch)
-            actor_loss = (policy.loss + kl_loss) / tokens
-            self._backward(self.actor_model, actor_loss, is_last and not unsupervised_tokens)
-            unsupervised_loss = self._unsupervised_backward(micro, unsupervised_tokens, is_last)
-            value = self._critic_backward(batch, tokens, is_last) if self.critic_model is not None else None
-
-            parts = [actor_loss, unsupervised_loss, policy.clipped / tokens, policy.approx_kl / tokens]
-            parts += [policy.ratio / tokens, (entropies * mask).sum() / tokens, kl_loss / tokens]
-            if value is not None:
-                parts += [value.loss / tokens, value.clipped / tokens, value.value / tokens]
-            sums[: len(parts)] += torch.stack([part.detach().float() for part in parts])
-            if is_last:
-                names = ["actor_loss", "unsupervised_loss", "clip_fraction", "approx_kl", "ratio", "entropy", "kl_loss"]
-                names += ["critic_loss", "value_clip_fraction", "value"] * (value is not None)
-                metrics = dict(zip(names, all_reduce_sum(sums).tolist(), strict=False))
-                dropped = is_dropped({n: {x: metrics[x] for x in LOSSES[n] if x in metrics} for n in engines})
-                if dropped:
-                    for engine in engines.values():
-                        drop_gradients(engine)
-            if is_last and self.args.align_overflow:
-                align_overflow(self.actor_model, self.critic_model)
-            norms = {name: take_step(engine) for name, engine in engines.items()}
-        if not dropped:
-            is_dropped({name: {"gradient norm": norm} for name, norm in norms.items()})
-        norms = {f"{name}_grad_norm": math.nan if norm is None else norm for name, norm in norms.items()}
-        return metrics | norms | {"actor_step_applied": self.actor_model.was_step_applied()}
-
-    @staticmethod
-    def _backward(engine, loss, is_boundary: bool) -> None:
-        # DeepSpeed takes the mean of the ranks' gradients; the loss is already a share of the global mean.
-        engine.set_gradient_accumulation_boundary(is_boundary)
-        engine.backward(loss * get_world_size(), scale_wrt_gas=False)
+    def _actor_backward(self, micro: MicroBatch, tokens: float, unsupervised_tokens: float) -> None:
+        """The gradient of the policy's loss, and of the ptx loss where there is text for it."""
+        batch, update = micro.experience, self.update
+        mask, width = batch.answer_mask, batch.answer_width
+        log_probs, entropies = self._answer_log_probs(
+            self.actor_label_log_probs, batch.input_ids, batch.attention_mask, width, with_entropy=True
+        )
+        policy = self.actor_loss_fn(log_probs, batch.log_probs, batch.advantages, mask)
+        kl_loss = self._kl_loss_sum(log_probs, batch)
+        loss = (policy.loss + kl_loss) / tokens
+        update.backward(loss, "actor_loss", "actor", more=unsupervised_tokens > 0)
+        update.record(
+            clip_fraction=policy.clipped / tokens,
+            approx_kl=policy.approx_kl / tokens,
+            ratio=policy.ratio / tokens,
+            entropy=(entropies * mask).sum() / tokens,
+            kl_loss=kl_loss / tokens,
+        )
+        self._unsupervised_backward(micro, unsupervised_tokens)
 
     def _kl_loss_sum(self, log_probs, batch: Experience) -> torch.Tensor:
         """GRPO's penalty, a sum over real tokens: kl_ctl times the k3 estimate of KL(policy || reference)."""
@@ -373,17 +338,17 @@ class DeepSpeedPPOTrainer:
         kl = ppo_math.kl_per_token(log_probs, batch.ref_log_probs, "k3")
         return self.kl_controller.value * (kl * batch.answer_mask).sum()
 
-    def _critic_backward(self, batch: Experience, tokens: float, is_last: bool) -> ppo_math.ValueLoss:
+    def _critic_backward(self, batch: Experience, tokens: float) -> None:
         values = self._answer_values(batch.input_ids, batch.attention_mask, batch.answer_width)
         value = self.critic_loss_fn(values, batch.values, batch.returns, batch.answer_mask)
-        self._backward(self.critic_model, value.loss / tokens, is_last)
-        return value
+        self.update.backward(value.loss / tokens, "critic_loss", "critic")
+        self.update.record(value_clip_fraction=value.clipped / tokens, value=value.value / tokens)
 
     def _unsupervised_tokens(self, micro: MicroBatch) -> int:
         return 0
 
-    def _unsupervised_backward(self, micro: MicroBatch, tokens: float, is_last: bool) -> torch.Tensor:
-        return torch.zeros((), device=micro.experience.input_ids.device)
+    def _unsupervised_backward(self, micro: MicroBatch, tokens: float) -> None:
+        self.update.record(unsupervised_loss=torch.zeros((), device=micro.experience.input_ids.device))
 
     def train(self) -> None:
         for engine in self.rlhf_engine.trained_engines().values():
@@ -400,10 +365,8 @@ class DeepSpeedPPOTrainerUnsupervised(DeepSpeedPPOTrainer):
     def _unsupervised_tokens(self, micro: MicroBatch) -> int:
         return label_count(micro.unsupervised["labels"])
 
-    def _unsupervised_backward(self, micro: MicroBatch, tokens: float, is_last: bool) -> torch.Tensor:
-        engine = self.actor_model
+    def _unsupervised_backward(self, micro: MicroBatch, tokens: float) -> None:
         batch = to_device(micro.unsupervised, micro.experience.input_ids.device)
-        inputs = model_inputs(engine.module, batch["input_ids"], batch["attention_mask"])
+        inputs = model_inputs(self.actor_model.module, batch["input_ids"], batch["attention_mask"])
         loss = causal_lm_loss_sum(self.actor_label_log_probs, inputs, batch["labels"]) / tokens
-        self._backward(engine, self.args.unsup_coef * loss, is_last)
-        return loss
+        self.update.backward(loss, "unsupervised_loss", "actor", weight=self.args.unsup_coef)

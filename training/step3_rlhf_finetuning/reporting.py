@@ -1,6 +1,110 @@
-"""Rollouts for a person to read: a table on the console, whole texts in samples.jsonl."""
+"""What a person sees of step 3: console lines and a metrics row for each step, tables of sampled answers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
 
 from training.step3_rlhf_finetuning.experience import Experience
+from utils.engine.averages import ExponentialMovingAverage, MovingAverage
+from utils.perf import print_throughput_step3
+from utils.process.console import print_rank_0
+from utils.process.ranks import all_reduce_sum
+
+
+@dataclass
+class StepTimes:
+    """Seconds of one step, and the token positions its sampling loop went through."""
+
+    experience: float = 0.0  # generation included
+    generate: float = 0.0
+    training: float = 0.0
+    generated_positions: int = 0
+
+    @property
+    def total(self) -> float:
+        return self.experience + self.training
+
+
+class Reporter:
+    """The console lines and the metrics row of each step."""
+
+    def __init__(self, args, rlhf_engine, trainer, writer):
+        self.args, self.engine, self.trainer, self.writer = args, rlhf_engine, trainer, writer
+        self.samples_per_second, self.score = MovingAverage(), ExponentialMovingAverage()
+
+    def state_dict(self) -> dict:
+        return {"samples_per_second": self.samples_per_second.state_dict(), "score": self.score.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.samples_per_second.load_state_dict(state["samples_per_second"])
+        self.score.load_state_dict(state["score"])
+
+    def report(self, epoch, step, experience, metrics, losses, times: StepTimes) -> int:
+        """``metrics`` of the experience, ``losses`` of its updates; an update without a usable answer has none.
+
+        Returns:
+            answer tokens over all ranks
+        """
+        tokens = experience.attention_mask.sum(), experience.attention_mask[:, experience.prompt_width :].sum()
+        rows = torch.tensor(len(experience), device=experience.input_ids.device)
+        all_tokens, answer_tokens, rows = all_reduce_sum(torch.stack([*tokens, rows])).tolist()
+        names = losses[0] if losses else ()
+        averaged = {name: float(np.mean([loss[name] for loss in losses])) for name in names}
+        if metrics["used_answers"]:
+            self.score.update(metrics["score"])
+
+        def share(seconds):
+            return f"{100 * seconds / times.total:.2f}%"
+
+        others = times.experience - times.generate
+        print_rank_0(
+            f"|E2E latency={times.total:.2f}s |Gather latency=0.00s (0.00%) "
+            f"|Generate time={times.generate:.2f}s ({share(times.generate)}) "
+            f"|Training time={times.training:.2f}s ({share(times.training)}) |Others={others:.2f} ({share(others)})"
+            f"|CurSamplesPerSec={rows / times.total:.2f} "
+            f"|AvgSamplesPerSec={self.samples_per_second.update(rows / times.total):.2f}"
+        )
+        print_rank_0(
+            f"Epoch: {epoch} | Step: {step} | PPO Epoch: {self.args.ppo_epochs} | "
+            f"Actor Loss: {averaged.get('actor_loss', 0.0)} | Critic Loss: {averaged.get('critic_loss', 0.0)} | "
+            f"Unsupervised Loss: {averaged.get('unsupervised_loss', 0.0)}"
+        )
+        throughput = print_throughput_step3(
+            self.engine.actor,
+            self.engine.critic,
+            self.args,
+            times.total,
+            times.experience,
+            times.training,
+            rows=rows,
+            prompt_tokens=all_tokens - answer_tokens,
+            answer_tokens=answer_tokens,
+            generate_time=times.generate,
+            generated_steps=times.generated_positions,
+        )
+        print_rank_0(
+            f"Average reward score: {metrics['score']} | EMA reward score: {self.score.get()}\n"
+            f"KL to the reference: {metrics['kl']:.3f} nats per answer | EOS rate: {metrics['eos_rate']:.2f} | "
+            f"Answer length: {metrics['answer_length']:.1f}"
+        )
+        if not losses:
+            print_rank_0(f"step {step}: no usable answer in the whole batch, no update")
+        if self.args.sample_interval and step % self.args.sample_interval == 0:
+            samples = sample_rows(experience, self.trainer.tokenizer, self.args.samples_shown)
+            print_rank_0(sample_table(samples))
+            self.writer.write_samples(step, samples)
+        print_rank_0("-" * 85)
+        run = {
+            "updates": len(losses),
+            "skipped_updates": self.trainer.skipped_updates,
+            **{f"{name}_lr": engine.get_lr()[0] for name, engine in self.engine.trained_engines().items()},
+            "seconds": times.total,
+            "generate_seconds": times.generate,
+            "training_seconds": times.training,
+        }
+        self.writer.write(step, metrics | averaged | throughput | run)
+        return answer_tokens
 
 
 def sample_rows(experience: Experience, tokenizer, count: int) -> list[dict]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from utils.arguments.kinds import _positive, cache_folder
+from utils.arguments.kinds import cache_folder, positive
 from utils.process.errors import UserError
 
 
@@ -30,7 +30,7 @@ def add_data_arguments(parser, step: int) -> None:
     add("--data_output_path", default=cache_folder(), help="where the split indices and the tokenised cache are kept")
     add(
         "--preprocessing_num_workers",
-        type=_positive,
+        type=positive,
         default=None,
         help="threads that tokenise, on the first rank of each node; None for all cores",
     )
@@ -51,8 +51,8 @@ def add_data_arguments(parser, step: int) -> None:
         help="texts of the data that spell a special token (<|endoftext|>, </s> ...) mean it; off: they are plain text",
     )
     add("--rebuild_cache", action="store_true", help="tokenise again even if the cache has this very data")
-    add("--max_train_samples", type=_positive, default=None, help="use at most this many training rows; None for all")
-    add("--max_eval_samples", type=_positive, default=None, help="use at most this many evaluation rows; None for all")
+    add("--max_train_samples", type=positive, default=None, help="use at most this many training rows; None for all")
+    add("--max_eval_samples", type=positive, default=None, help="use at most this many evaluation rows; None for all")
     add(
         "--truncation_side",
         choices=["left", "right"],
@@ -71,7 +71,7 @@ def add_data_arguments(parser, step: int) -> None:
 
 def add_sequence_length_argument(parser) -> None:
     parser.add_argument(
-        "--max_seq_len", type=_positive, default=512, help="tokens of a row, prompt and answer and EOS together"
+        "--max_seq_len", type=positive, default=512, help="tokens of a row, prompt and answer and EOS together"
     )
 
 

@@ -23,14 +23,14 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 LARGEST = 2**31 - 1  # more of anything is a slip, and some libraries' numbers end here
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if not 1 <= value <= LARGEST:
         raise argparse.ArgumentTypeError(f"{text} is not between 1 and {LARGEST}")
     return value
 
 
-def _not_negative(text: str) -> int:
+def not_negative(text: str) -> int:
     value = int(text)
     if not 0 <= value <= LARGEST:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and {LARGEST}")
@@ -44,28 +44,28 @@ def non_negative_float(text: str) -> float:
     return value
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
     value = float(text)
     if not abs(value) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no finite number")
     return value
 
 
-def _probability(text: str) -> float:
+def probability(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
     return value
 
 
-def _above_zero(text: str) -> float:
+def above_zero(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
     """Bytes; units are powers of 1000, as on the hub."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])B", text.strip().upper())
     if match is None:

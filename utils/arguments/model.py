@@ -9,11 +9,11 @@ from transformers import SchedulerType
 
 from utils.arguments.data import add_sequence_length_argument
 from utils.arguments.kinds import (
-    _above_zero,
-    _not_negative,
-    _positive,
-    _probability,
+    above_zero,
     non_negative_float,
+    not_negative,
+    positive,
+    probability,
 )
 from utils.ds_utils import get_train_ds_config, merge_config_file, offload_device
 from utils.model.soft_prompt import check_whole_model
@@ -57,13 +57,13 @@ def add_supervised_arguments(parser, learning_rate: float) -> None:
     group = parser.add_argument_group("model and optimisation")
     add = group.add_argument
     add("--model_name_or_path", required=True, help="folder or hub name of the model to start from")
-    add("--per_device_train_batch_size", type=_positive, default=16, help="rows per device and forward pass")
-    add("--per_device_eval_batch_size", type=_positive, default=16, help="rows per device in evaluation")
+    add("--per_device_train_batch_size", type=positive, default=16, help="rows per device and forward pass")
+    add("--per_device_eval_batch_size", type=positive, default=16, help="rows per device in evaluation")
     add_sequence_length_argument(group)
     add("--learning_rate", type=non_negative_float, default=learning_rate, help="peak learning rate")
     add("--weight_decay", type=non_negative_float, default=0.0, help="AdamW's decay of matrices; 0 to turn off")
-    add("--num_train_epochs", type=_positive, default=1, help="passes over the training rows")
-    add("--gradient_accumulation_steps", type=_positive, default=1, help="forward passes per optimizer step")
+    add("--num_train_epochs", type=positive, default=1, help="passes over the training rows")
+    add("--gradient_accumulation_steps", type=positive, default=1, help="forward passes per optimizer step")
     add_schedule_arguments(group, warmup=0)
     add(
         "--group_by_length",
@@ -76,7 +76,7 @@ def add_supervised_arguments(parser, learning_rate: float) -> None:
         action="store_true",
         help="recompute activations in the backward pass: less memory, slower",
     )
-    add("--dropout", type=_probability, default=None, help="every dropout probability of the model; None for its own")
+    add("--dropout", type=probability, default=None, help="every dropout probability of the model; None for its own")
     group = parser.add_argument_group("precision and memory")
     add = group.add_argument
     add("--offload", action="store_true", help="keep optimizer states (ZeRO-3: parameters too) in host memory")
@@ -105,7 +105,7 @@ def add_schedule_arguments(group, warmup: int) -> None:
         help="linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup",
     )
     group.add_argument(
-        "--num_warmup_steps", type=_not_negative, default=warmup, help="optimizer steps of rising learning rate"
+        "--num_warmup_steps", type=not_negative, default=warmup, help="optimizer steps of rising learning rate"
     )
 
 
@@ -116,7 +116,7 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
     add = group.add_argument
     add(
         f"--{prefix}lora_dim",
-        type=_not_negative,
+        type=not_negative,
         default=0,
         help="rank of the trained update; 0 to train the full weights",
     )
@@ -128,14 +128,14 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
     )
     add(
         f"--{prefix}lora_scaling",
-        type=_above_zero,
+        type=above_zero,
         default=1.0,
         help=f"the update counts this / --{prefix}lora_dim: PEFT's lora_alpha; 1 as published, and twice the rank is "
         "PEFT users' habit (with a learning rate to match)",
     )
     add(
         f"--{prefix}lora_dropout",
-        type=_probability,
+        type=probability,
         default=0.0,
         help="dropout on the input of the LoRA factors while training; 0 to turn off",
     )
@@ -228,7 +228,7 @@ def add_soft_prompt_arguments(parser) -> None:
         default=None,
         help="freeze the model and train virtual tokens before every row, alone or through a small network; None: off",
     )
-    add("--num_virtual_tokens", type=_positive, default=20, help="virtual tokens of the soft prompt")
+    add("--num_virtual_tokens", type=positive, default=20, help="virtual tokens of the soft prompt")
     add(
         "--soft_prompt_init_text",
         default=None,
@@ -236,7 +236,7 @@ def add_soft_prompt_arguments(parser) -> None:
     )
     add(
         "--soft_prompt_hidden_size",
-        type=_positive,
+        type=positive,
         default=None,
         help="p_tuning: width of its network; None for the width of the embedding",
     )
@@ -295,16 +295,19 @@ def refuse_in_place(flag: str, base: str | None, folder) -> None:
         raise UserError(f"{flag} needs the model it starts from: let --output_dir be another folder than {base}")
 
 
-def check_save_lora_adapters(args) -> None:
-    if args.save_lora_adapters and args.output_dir is not None:
-        for name, folders in (
-            ("model_name_or_path", ("",)),
-            ("actor_model_name_or_path", ("actor", "actor_ema")),
-            ("critic_model_name_or_path", ("critic",)),
-        ):
-            for folder in folders:
-                refuse_in_place("--save_lora_adapters", getattr(args, name, None), Path(args.output_dir) / folder)
-    if args.save_lora_adapters and not args.only_optimize_lora:
+def check_save_lora_adapters(args, folders_of_model: dict[str, tuple[str, ...]]) -> None:
+    """Refuse --save_lora_adapters where adapters alone would not bring the training back.
+
+    Args:
+        folders_of_model: role in the flags' names ("" in steps 1 and 2) -> folders under --output_dir it is saved to.
+    """
+    if not args.save_lora_adapters:
+        return
+    for role, folders in folders_of_model.items() if args.output_dir is not None else ():
+        base = getattr(args, f"{role}_model_name_or_path".removeprefix("_"))
+        for folder in folders:
+            refuse_in_place("--save_lora_adapters", base, Path(args.output_dir) / folder)
+    if not args.only_optimize_lora:
         raise UserError(
             "--save_lora_adapters needs --only_optimize_lora: without it biases, norms and embeddings train too, and "
             "an adapter holds none of them"
@@ -317,7 +320,7 @@ def check_supervised(args) -> None:
     check_quantize(args)
     if args.only_optimize_lora and args.lora_dim == 0:
         raise UserError("--only_optimize_lora trains nothing without --lora_dim; give it a rank, as in --lora_dim 16")
-    check_save_lora_adapters(args)
+    check_save_lora_adapters(args, {"": ("",)})
     if args.offload and args.zero_stage == 0:
         raise UserError("--offload moves what ZeRO manages to host memory; it needs --zero_stage 1, 2 or 3")
     args.zero_stage = working_stage(args.zero_stage, args.dtype, "--zero_stage")
@@ -361,5 +364,6 @@ def add_num_padding_argument(group) -> None:
 
 
 def warn_num_padding(args) -> None:
+    """Say that the flag of steps 2 and 3 is read no more, to whoever gives it."""
     if args.num_padding_at_beginning != 1:
         print_rank_0("note: --num_padding_at_beginning is ignored: masks tell where a row begins and ends")

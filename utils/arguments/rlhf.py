@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from deepspeed.accelerator import get_accelerator
 
 from utils.arguments.kinds import (
-    _above_zero,
-    _finite,
-    _not_negative,
-    _positive,
-    _probability,
+    above_zero,
+    finite,
     non_negative_float,
+    not_negative,
+    positive,
+    probability,
 )
 from utils.arguments.model import (
     QUANTIZATIONS,
@@ -42,8 +42,8 @@ def add_rlhf_arguments(parser) -> None:
         action="store_true",
         help="a reference of its own even under --only_optimize_lora, where the actor without its adapters is one",
     )
-    add("--actor_dropout", type=_probability, default=None, help="dropout of the actor; None for 0, as PPO wants")
-    add("--critic_dropout", type=_probability, default=None, help="dropout of the critic; None for 0")
+    add("--actor_dropout", type=probability, default=None, help="dropout of the actor; None for 0, as PPO wants")
+    add("--critic_dropout", type=probability, default=None, help="dropout of the critic; None for 0")
     add_num_padding_argument(models)
     add(
         "--quantize",
@@ -54,32 +54,30 @@ def add_rlhf_arguments(parser) -> None:
 
     group = parser.add_argument_group("batches and optimisation")
     add = group.add_argument
-    add("--per_device_generation_batch_size", type=_positive, default=16, help="answers sampled at a time per device")
+    add("--per_device_generation_batch_size", type=positive, default=16, help="answers sampled at a time per device")
     add(
         "--num_generations_per_prompt",
-        type=_positive,
+        type=positive,
         default=1,
         help="answers to each prompt; the generation batch holds this many fewer prompts. rloo and grpo need 2 or more",
     )
     add(
         "--per_device_training_batch_size",
-        type=_positive,
+        type=positive,
         default=16,
         help="answers per device and forward pass of an update",
     )
-    add("--generation_batches", type=_positive, default=1, help="rounds of generation before each update")
-    add("--ppo_epochs", type=_positive, default=1, help="passes over the answers of an update")
+    add("--generation_batches", type=positive, default=1, help="rounds of generation before each update")
+    add("--ppo_epochs", type=positive, default=1, help="passes over the answers of an update")
     add(
         "--gradient_accumulation_steps",
-        type=_positive,
+        type=positive,
         default=1,
         help="forward passes per optimizer step; more rounds of generation are made where one does not fill them",
     )
-    add(
-        "--max_prompt_seq_len", type=_positive, default=256, help="tokens of a prompt; a longer one loses its beginning"
-    )
-    add("--max_answer_seq_len", type=_positive, default=256, help="tokens of an answer, its EOS included")
-    add("--num_train_epochs", type=_positive, default=1, help="passes over the prompts")
+    add("--max_prompt_seq_len", type=positive, default=256, help="tokens of a prompt; a longer one loses its beginning")
+    add("--max_answer_seq_len", type=positive, default=256, help="tokens of an answer, its EOS included")
+    add("--num_train_epochs", type=positive, default=1, help="passes over the prompts")
     add("--actor_learning_rate", type=non_negative_float, default=9.65e-6, help="peak learning rate of the actor")
     add("--critic_learning_rate", type=non_negative_float, default=5e-6, help="peak learning rate of the critic")
     add(
@@ -106,11 +104,11 @@ def add_rlhf_arguments(parser) -> None:
     add("--temperature", type=non_negative_float, default=1.0, help="of sampling, and of all log-probs; 0 for greedy")
     add(
         "--top_p",
-        type=_probability,
+        type=probability,
         default=1.0,
         help="sample from the smallest set of tokens with this probability; 1 for all",
     )
-    add("--top_k", type=_not_negative, default=0, help="sample from this many tokens; 0 for all")
+    add("--top_k", type=not_negative, default=0, help="sample from this many tokens; 0 for all")
     add("--kl_ctl", type=non_negative_float, default=0.1, help="weight of the KL penalty per token; 0 to turn off")
     add(
         "--kl_estimator",
@@ -120,12 +118,12 @@ def add_rlhf_arguments(parser) -> None:
     )
     add(
         "--kl_target",
-        type=_above_zero,
+        type=above_zero,
         default=None,
         help="nats per answer the KL weight is steered to; None for a fixed weight",
     )
-    add("--kl_horizon", type=_positive, default=10000, help="answers over which the KL weight adapts")
-    add("--clip_reward_value", type=_above_zero, default=5.0, help="scores are clipped to plus or minus this")
+    add("--kl_horizon", type=positive, default=10000, help="answers over which the KL weight adapts")
+    add("--clip_reward_value", type=above_zero, default=5.0, help="scores are clipped to plus or minus this")
     add("--normalize_reward", action="store_true", help="scale scores by the mean and std saved with the reward model")
     add(
         "--missing_eos_penalty",
@@ -133,8 +131,8 @@ def add_rlhf_arguments(parser) -> None:
         default=None,
         help="taken off the score of an answer without EOS; None for nothing",
     )
-    add("--gamma", type=_probability, default=1.0, help="discount per token; 1 for none")
-    add("--lam", type=_probability, default=0.95, help="GAE's lambda: 0 trusts the critic, 1 the rewards")
+    add("--gamma", type=probability, default=1.0, help="discount per token; 1 for none")
+    add("--lam", type=probability, default=0.95, help="GAE's lambda: 0 trusts the critic, 1 the rewards")
     add(
         "--advantage_estimator",
         choices=["gae", "rloo", "grpo"],
@@ -148,10 +146,10 @@ def add_rlhf_arguments(parser) -> None:
         default=None,
         help="mean 0, std 1 over all ranks; None for on with gae (published scripts: off), off with rloo and grpo",
     )
-    add("--cliprange", type=_above_zero, default=0.2, help="the policy's ratio is clipped to 1 plus or minus this")
+    add("--cliprange", type=above_zero, default=0.2, help="the policy's ratio is clipped to 1 plus or minus this")
     add(
         "--cliprange_value",
-        type=_above_zero,
+        type=above_zero,
         default=0.2,
         help="the value is clipped to the old one plus or minus this",
     )
@@ -164,12 +162,12 @@ def add_rlhf_arguments(parser) -> None:
     )
     add(
         "--reward_model_weight",
-        type=_finite,
+        type=finite,
         default=1.0,
         help="how much the reward model's score counts beside --reward_function; 0 to do without the model",
     )
     add("--enable_ema", action="store_true", help="keep an fp32 moving average of the actor and save it too")
-    add("--ema_decay", type=_probability, default=0.992, help="how much of the average stays at each applied step")
+    add("--ema_decay", type=probability, default=0.992, help="how much of the average stays at each applied step")
 
     add = parser.add_argument_group("unsupervised text (PPO-ptx)").add_argument
     add(
@@ -227,10 +225,10 @@ def add_rlhf_arguments(parser) -> None:
     )
     add("--unpin_actor_parameters", action="store_true", help="gather layer by layer after all: slower, less memory")
     add("--release_inference_cache", action="store_true", help="give cached memory back after each generation phase")
-    add("--inference_tp_size", type=_positive, default=1, help="tensor-parallel ranks in generation; only 1 so far")
+    add("--inference_tp_size", type=positive, default=1, help="tensor-parallel ranks in generation; only 1 so far")
     add(
         "--tp_gather_partition_size",
-        type=_positive,
+        type=positive,
         default=8,
         help="layers gathered at a time with --inference_tp_size above 1",
     )
@@ -244,16 +242,16 @@ def add_rlhf_arguments(parser) -> None:
     add_lora_arguments(parser, "critic_")
     add = parser.add_argument_group("looking in and testing").add_argument
     add("--print_answers", action="store_true", help="print prompts and sampled answers of rank 0")
-    add("--print_answers_interval", type=_positive, default=1, help="steps between printed answers")
+    add("--print_answers_interval", type=positive, default=1, help="steps between printed answers")
     add(
         "--sample_interval",
-        type=_not_negative,
+        type=not_negative,
         default=10,
         help="steps between tables of sampled answers (prompt, answer, score, KL), also in samples.jsonl; 0 for none",
     )
-    add("--samples_shown", type=_positive, default=4, help="answers in such a table")
+    add("--samples_shown", type=positive, default=4, help="answers in such a table")
     add("--enable_test_mode", action="store_true", help="stop after --test_stop_step steps and save")
-    add("--test_stop_step", type=_not_negative, default=0, help="steps of test mode")
+    add("--test_stop_step", type=not_negative, default=0, help="steps of test mode")
 
 
 @dataclass(frozen=True)
@@ -265,6 +263,37 @@ class RLHFBatchSizes:
     micro_batch: int  # answers per forward pass of an update
     accumulation: int  # forward passes per optimizer step
     answers_per_prompt: int = 1
+
+    @classmethod
+    def of(cls, args) -> "RLHFBatchSizes":
+        """The sizes that the flags ask for.
+
+        Raises:
+            UserError: sizes that do not divide, with the arithmetic.
+        """
+        generation, micro = args.per_device_generation_batch_size, args.per_device_training_batch_size
+        accumulation, rounds = args.gradient_accumulation_steps, args.generation_batches
+        if (generation * rounds) % micro:
+            raise UserError(
+                f"--per_device_generation_batch_size {generation} x --generation_batches {rounds} = "
+                f"{generation * rounds} answers do not divide into --per_device_training_batch_size {micro}"
+            )
+        passes = generation * rounds // micro
+        if accumulation > passes:
+            # The policy does not move before an optimizer step, so more rounds first is the same as accumulating over
+            # updates.
+            if accumulation % passes:
+                raise UserError(
+                    f"--gradient_accumulation_steps {accumulation} is no multiple of the {passes} forward passes that "
+                    f"{generation} x {rounds} answers in micro-batches of {micro} make"
+                )
+            rounds *= accumulation // passes
+        elif passes % accumulation:
+            raise UserError(
+                f"{generation} x {rounds} answers in micro-batches of {micro} make {passes} forward passes, "
+                f"which do not divide by --gradient_accumulation_steps {accumulation}"
+            )
+        return cls(generation, rounds, micro, accumulation, args.num_generations_per_prompt)
 
     @property
     def prompts_per_round(self) -> int:
@@ -288,34 +317,17 @@ class RLHFBatchSizes:
         )
 
 
-def check_rlhf(args) -> RLHFBatchSizes:
-    """Refuse combinations of step 3 that cannot work, with the arithmetic, before anything is loaded."""
+def check_rlhf(args) -> None:
+    """Refuse combinations of step 3 that cannot work; settle the flags that depend on others.
+
+    Raises:
+        UserError: with the arithmetic or the reason.
+    """
     check_models(args, "actor_model_name_or_path", "critic_model_name_or_path")
-    generation, micro = args.per_device_generation_batch_size, args.per_device_training_batch_size
-    accumulation, rounds = args.gradient_accumulation_steps, args.generation_batches
-    if (generation * rounds) % micro:
-        raise UserError(
-            f"--per_device_generation_batch_size {generation} x --generation_batches {rounds} = {generation * rounds} "
-            f"answers do not divide into --per_device_training_batch_size {micro}"
-        )
-    passes = generation * rounds // micro
-    if accumulation > passes:
-        # The policy does not move before an optimizer step, so more rounds first is the same as accumulating over
-        # updates.
-        if accumulation % passes:
-            raise UserError(
-                f"--gradient_accumulation_steps {accumulation} is no multiple of the {passes} forward passes that "
-                f"{generation} x {rounds} answers in micro-batches of {micro} make"
-            )
-        rounds *= accumulation // passes
-    elif passes % accumulation:
-        raise UserError(
-            f"{generation} x {rounds} answers in micro-batches of {micro} make {passes} forward passes, "
-            f"which do not divide by --gradient_accumulation_steps {accumulation}"
-        )
+    RLHFBatchSizes.of(args)
     if args.only_optimize_lora and args.actor_lora_dim == 0 and args.critic_lora_dim == 0:
         raise UserError("--only_optimize_lora trains nothing without --actor_lora_dim or --critic_lora_dim")
-    check_save_lora_adapters(args)
+    check_save_lora_adapters(args, {"actor": ("actor", "actor_ema"), "critic": ("critic",)})
     for flag in ("actor_zero_stage", "critic_zero_stage"):
         setattr(args, flag, working_stage(getattr(args, flag), args.dtype, f"--{flag}"))
     if args.offload and args.actor_zero_stage == args.critic_zero_stage == 0:
@@ -323,6 +335,25 @@ def check_rlhf(args) -> RLHFBatchSizes:
             "--offload moves what ZeRO manages to host memory; it needs --actor_zero_stage or "
             "--critic_zero_stage 1, 2 or 3"
         )
+    _check_generation(args)
+    if args.quantize is not None:
+        raise UserError(
+            "--quantize is not available in step 3: for generation LoRA is folded into the weights, which packed codes "
+            "cannot take. Give it to step 1 and 2, whose models are whole; --actor_lora_dim with --only_optimize_lora "
+            "and --actor_zero_stage 3 save memory here"
+        )
+    _check_precision(args)
+    for stage in (args.actor_zero_stage, args.critic_zero_stage):
+        check_config_file(args, stage)
+    if args.do_sample and args.top_p == 0:
+        raise UserError("--top_p 0 leaves no token to sample from; 1 samples from all")
+    if args.enable_test_mode and args.test_stop_step < 1:
+        raise UserError("--enable_test_mode needs --test_stop_step 1 or more")
+    _check_rewards(args)
+
+
+def _check_generation(args) -> None:
+    """The flags of the hybrid engine against each other and the machine."""
     if args.unpin_actor_parameters and not args.enable_hybrid_engine:
         raise UserError("--unpin_actor_parameters says how --enable_hybrid_engine gathers; it does nothing without it")
     if args.hybrid_engine_backend != "auto" and not args.enable_hybrid_engine:
@@ -344,37 +375,28 @@ def check_rlhf(args) -> RLHFBatchSizes:
             "--hybrid_engine_backend deepspeed: DeepSpeed's generation kernels need CUDA, and this machine computes "
             f"on {get_accelerator().device_name()}; use auto"
         )
-    if args.quantize is not None:
-        raise UserError(
-            "--quantize is not available in step 3: for generation LoRA is folded into the weights, which packed codes "
-            "cannot take. Give it to step 1 and 2, whose models are whole; --actor_lora_dim with --only_optimize_lora "
-            "and --actor_zero_stage 3 save memory here"
-        )
     if args.inference_tp_size > 1:
         raise UserError(
             "--inference_tp_size above 1 is not available: each rank generates with the whole gathered model"
         )
+
+
+def _check_precision(args) -> None:
+    """Overflow agreement and ZeRO++ against precision and stages."""
     if args.align_overflow and args.dtype == "fp32":
         raise UserError("--align_overflow: fp32 gradients do not overflow, and no step is skipped for it")
     if args.align_overflow and args.dtype == "bf16" and 3 in (args.actor_zero_stage, args.critic_zero_stage):
         raise UserError("--align_overflow: DeepSpeed's ZeRO-3 looks for overflows in fp16 alone, before the step")
-    if args.enable_mixed_precision_lora:
-        if get_accelerator().device_name() != "cuda":
-            raise UserError("--enable_mixed_precision_lora: ZeRO++'s quantised gathers need CUDA")
-        if args.actor_zero_stage != 3 or args.actor_lora_dim == 0:
-            raise UserError("--enable_mixed_precision_lora needs --actor_zero_stage 3 and --actor_lora_dim above 0")
-        if args.enable_ema:
-            raise UserError(
-                "--enable_mixed_precision_lora keeps frozen weights quantised: --enable_ema cannot average them"
-            )
-    for stage in (args.actor_zero_stage, args.critic_zero_stage):
-        check_config_file(args, stage)
-    if args.do_sample and args.top_p == 0:
-        raise UserError("--top_p 0 leaves no token to sample from; 1 samples from all")
-    if args.enable_test_mode and args.test_stop_step < 1:
-        raise UserError("--enable_test_mode needs --test_stop_step 1 or more")
-    _check_rewards(args)
-    return RLHFBatchSizes(generation, rounds, micro, accumulation, args.num_generations_per_prompt)
+    if not args.enable_mixed_precision_lora:
+        return
+    if get_accelerator().device_name() != "cuda":
+        raise UserError("--enable_mixed_precision_lora: ZeRO++'s quantised gathers need CUDA")
+    if args.actor_zero_stage != 3 or args.actor_lora_dim == 0:
+        raise UserError("--enable_mixed_precision_lora needs --actor_zero_stage 3 and --actor_lora_dim above 0")
+    if args.enable_ema:
+        raise UserError(
+            "--enable_mixed_precision_lora keeps frozen weights quantised: --enable_ema cannot average them"
+        )
 
 
 def _check_rewards(args) -> None:

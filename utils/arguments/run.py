@@ -9,7 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers.utils import is_flash_attn_2_available
 
 from utils.arguments.data import refuse_inside_data
-from utils.arguments.kinds import _not_negative, _positive, _size
+from utils.arguments.kinds import not_negative, positive, size
 from utils.process.errors import UserError
 from utils.process.files import check_output_dir
 from utils.process.launch import COMM_TIMEOUT
@@ -32,11 +32,11 @@ def add_run_arguments(parser, step: int) -> None:
     )
     add(
         "--max_shard_size",
-        type=_size,
+        type=size,
         default="5GB",
         help="largest file of saved weights, as in 500MB; a larger model becomes several files with an index",
     )
-    add("--seed", type=_not_negative, default=1234, help="of data order, fresh weights, dropout and sampling")
+    add("--seed", type=not_negative, default=1234, help="of data order, fresh weights, dropout and sampling")
     add(
         "--dry_run",
         action="store_true",
@@ -44,7 +44,7 @@ def add_run_arguments(parser, step: int) -> None:
     )
     add(
         "--skip_nonfinite",
-        type=_not_negative,
+        type=not_negative,
         default=0,
         help="optimizer steps with a loss or gradient that is not finite to leave out, without an update; 0 to stop at "
         "the first. What the loss scale of fp16 leaves out does not count",
@@ -52,11 +52,11 @@ def add_run_arguments(parser, step: int) -> None:
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     add(
         "--comm_timeout",
-        type=_positive,
+        type=positive,
         default=COMM_TIMEOUT,
         help="seconds a rank waits for the others in a collective before the run ends with an error",
     )
-    add("--log_interval", type=_positive, default=1, help="optimizer steps between throughput lines")
+    add("--log_interval", type=positive, default=1, help="optimizer steps between throughput lines")
     add(
         "--report_to",
         nargs="*",
@@ -70,7 +70,7 @@ def add_run_arguments(parser, step: int) -> None:
     add("--tensorboard_path", default=f"step{step}_tensorboard", help="folder of the TensorBoard files")
     deepspeed.add_config_arguments(parser)
     add = parser.add_argument_group("checkpoints").add_argument
-    add("--checkpoint_steps", type=_not_negative, default=0, help="steps between checkpoints of the run; 0 for none")
+    add("--checkpoint_steps", type=not_negative, default=0, help="steps between checkpoints of the run; 0 for none")
     add(
         "--checkpoint_dir",
         default=None,
@@ -78,7 +78,7 @@ def add_run_arguments(parser, step: int) -> None:
         "checkpoints under --output_dir",
     )
     parser.set_defaults(checkpoint_dir_given=False)  # resolve_checkpoints settles it
-    add("--keep_checkpoints", type=_positive, default=2, help="newest checkpoints that are kept")
+    add("--keep_checkpoints", type=positive, default=2, help="newest checkpoints that are kept")
     add(
         "--resume",
         metavar="{auto,PATH}",
@@ -111,8 +111,8 @@ def resolve_checkpoints(args) -> None:
         raise UserError(f"{flag} needs a folder: give --checkpoint_dir or --output_dir")
 
 
-def resolve_common(args) -> None:
-    """Fill in what depends on the machine."""
+def settle_common(args) -> None:
+    """Fill in, and check, what depends on the machine."""
     refuse_inside_data(args)
     check_output_dir(args.data_output_path, "--data_output_path")
     if args.add_eot_token and not args.eot_token.strip():
@@ -132,8 +132,6 @@ def resolve_common(args) -> None:
             )
         if args.dtype == "fp32":
             raise UserError("--attn_implementation flash_attention_2 computes in fp16 or bf16, not in --dtype fp32")
-    args.deepspeed_config_overrides = args.deepspeed_config_overrides or args.deepspeed_config
-    args.end_of_conversation_token = args.eot_token if args.add_eot_token else None
     resolve_checkpoints(args)
     if args.enable_tensorboard and "tensorboard" not in args.report_to:
         args.report_to = ["tensorboard", *args.report_to]

@@ -1,28 +1,14 @@
 """The tables of flags in the steps' READMEs, made from their parsers so that they cannot differ.
 
-python -m utils.flag_table            writes them; a test says when that was forgotten
+python -m utils.arguments.table            writes them; a test says when that was forgotten
 """
 
 import argparse
-import importlib.util
-from pathlib import Path
 
 from utils.arguments.kinds import cache_folder
+from utils.arguments.steps import SCRIPTS, build_parser
 
-PROJECT = Path(__file__).resolve().parents[2]
-
-
-STEPS = sorted((PROJECT / "training").glob("step*/main.py"))
-
-
-BEGIN, END = "<!-- flags: written by python -m utils.flag_table -->", "<!-- end of flags -->"
-
-
-def parser_of(script: Path) -> argparse.ArgumentParser:
-    spec = importlib.util.spec_from_file_location(script.parent.name, script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.build_parser()
+BEGIN, END = "<!-- flags: written by python -m utils.arguments.table -->", "<!-- end of flags -->"
 
 
 def _default(action: argparse.Action) -> str:
@@ -65,9 +51,9 @@ def with_table(readme: str, parser: argparse.ArgumentParser) -> str:
 
 
 def main() -> None:
-    for script in STEPS:
+    for step, script in SCRIPTS.items():
         readme = script.with_name("README.md")
-        readme.write_text(with_table(readme.read_text(), parser_of(script)))
+        readme.write_text(with_table(readme.read_text(), build_parser(step)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """From id rows to padded batches: the order of rows, packing, padding, collators."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from utils.process.ranks import all_reduce_sum
 from utils.process.world import get_rank, get_world_size
 
 IGNORE_INDEX = -100
@@ -91,6 +93,11 @@ def make_loader(dataset, sampler: StepBatchSampler, collator) -> DataLoader:
     return DataLoader(_WithFillers(dataset), batch_sampler=sampler, collate_fn=collator, generator=generator)
 
 
+def make_eval_loader(dataset, collator, batch_size: int) -> DataLoader:
+    """Batches of this rank's rows in the dataset's own order."""
+    return make_loader(dataset, StepBatchSampler(dataset.lengths, batch_size, shuffle=False), collator)
+
+
 class _WithFillers(Dataset):
     def __init__(self, dataset):
         self.dataset = dataset
@@ -168,6 +175,17 @@ def count_batch(batch: dict) -> tuple[int, int, int]:
         return int(labels.sum()), int(batch["attention_mask"][rows].sum()), int(rows.sum())
     segments = batch["segment_ids"][labels.any(1)]
     return int(labels.sum()), int((segments > 0).sum()), int(segments.max(dim=1).values.sum()) if len(segments) else 0
+
+
+def count_pairs(batch: dict) -> tuple[float, int]:
+    """(pairs, real tokens) of a batch of step 2; fillers are no pairs."""
+    return float(batch["pair_weights"].sum()), int(batch["attention_mask"].sum())
+
+
+def count_window(window: list[dict], count: Callable[[dict], tuple], device) -> list[float]:
+    """What ``count`` gives for a batch, summed over the micro-batches of an optimizer step and over all ranks."""
+    counts = torch.tensor([count(batch) for batch in window], dtype=torch.float32, device=device)
+    return all_reduce_sum(counts.sum(0)).tolist()
 
 
 class PackedDataset(Dataset):

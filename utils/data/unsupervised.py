@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from utils.data.batching import DataCollatorSFT
 from utils.data.cache import PromptDataset, _arrow_file, _key_of, _print_counts
 from utils.data.encoding import SFT, PreparationCounts, block_batch
 from utils.data.preparation import ROWS_PER_CHUNK
@@ -16,6 +17,7 @@ from utils.data.text_encoder import TextEncoder
 from utils.process.console import progress
 from utils.process.errors import UserError
 from utils.process.ranks import once_per_node
+from utils.process.world import get_rank, get_world_size
 
 
 def _unsupervised_rows(name: str, config_name: str | None) -> tuple[Rows, str]:
@@ -79,3 +81,40 @@ def get_unsupervised_data(args, tokenizer) -> PromptDataset:
         raise UserError(f"--unsupervised_dataset_name {error}") from error
     _print_counts("unsupervised", file)
     return PromptDataset.from_file(file, SFT)
+
+
+class UnsupervisedBatches:
+    """Endless micro-batches of plain text, each rank reading its own share in a seeded order.
+
+    Attributes:
+        taken: batches handed out, which is the whole state: the order of each pass follows from its number.
+    """
+
+    def __init__(self, args, tokenizer):
+        self._blocks = get_unsupervised_data(args, tokenizer)
+        self._collator = DataCollatorSFT(tokenizer.pad_token_id, args.max_prompt_seq_len + args.max_answer_seq_len)
+        self._seed, self._rows = args.seed, args.per_device_training_batch_size * get_world_size()
+        self._pass, self._order, self.taken = None, None, 0
+
+    def state_dict(self) -> dict:
+        return {"taken": self.taken, "blocks": len(self._blocks)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError: the text was another one."""
+        if state.get("blocks") != len(self._blocks):
+            raise ValueError(
+                f"--unsupervised_dataset_name gives {len(self._blocks)} blocks, {state.get('blocks')} then"
+            )
+        self.taken = int(state["taken"])
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        passes, place = divmod(self.taken, -(-len(self._blocks) // self._rows))
+        if passes != self._pass:
+            order = np.random.default_rng([self._seed, 1, passes]).permutation(len(self._blocks))
+            self._pass, self._order = passes, np.resize(order, -(-len(order) // self._rows) * self._rows)
+        self.taken += 1
+        rows = self._order.reshape(-1, self._rows)[place, get_rank() :: get_world_size()]
+        return self._collator([self._blocks[i] | {"answer_spans": [], "answers_only": False} for i in rows])

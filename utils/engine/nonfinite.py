@@ -1,4 +1,4 @@
-"""Numbers that are none: where a run stops, and which steps it may leave out."""
+"""Non-finite losses, gradients and logits: where a run stops, and which steps it may leave out."""
 
 import math
 from collections.abc import Callable
@@ -8,39 +8,39 @@ from utils.process.console import print_rank_0
 from utils.process.errors import SharedError
 
 ROWS_NAMED = 32
-Numbers = dict[str, dict[str, float | None]]  # engine -> name -> loss or norm, the same on every rank
+Figures = dict[str, dict[str, float | None]]  # engine -> name -> loss or norm, the same on every rank
 
 
-def not_finite(numbers: Numbers) -> str:
-    """Which numbers are not, with their engines; nothing if all are. None is no number, and in order."""
+def non_finite(figures: Figures) -> str:
+    """Which figures are not finite, with their engines; "" if all are. None stands for no figure, and is in order."""
     return " and ".join(
         f"the {name} of the engine {engine!r} is {value}"
-        for engine, named in numbers.items()
+        for engine, named in figures.items()
         for name, value in named.items()
         if not (value is None or math.isfinite(value))
     )
 
 
-def refuse_nonfinite(numbers: Numbers) -> bool:
-    """False, if all numbers are finite.
+def refuse_nonfinite(figures: Figures) -> bool:
+    """False, if all figures are finite.
 
     Raises:
         SharedError: naming those that are not.
     """
-    if bad := not_finite(numbers):
+    if bad := non_finite(figures):
         raise SharedError(f"{bad}, so no update was made from this batch")
     return False
 
 
-class NonFiniteNumbers(PlainState):
+class NonFiniteSteps(PlainState):
     """Counts the steps that were left out, and stops the run after ``allowed`` of them.
 
-    Every rank must ask with the same numbers.
+    Every rank must ask with the same figures.
 
     Args:
         sampler: the StepBatchSampler of the training rows.
         save: makes a checkpoint of the state before the step, if the run has checkpoints, and says where the run can
-            be taken up.
+            be resumed.
 
     Attributes:
         skipped: steps left out so far, for the metrics.
@@ -52,30 +52,30 @@ class NonFiniteNumbers(PlainState):
     def state_dict(self) -> dict:
         return {"skipped": self.skipped}
 
-    def refuse(self, numbers: Numbers, step: int) -> None:
+    def refuse(self, figures: Figures, step: int) -> None:
         """
         Args:
             step: of the sampler's epoch.
 
         Raises:
-            SharedError: a number that is not finite; with the step, its training rows, and a way on.
+            SharedError: a figure that is not finite; with the step, its training rows, and a way on.
         """
-        if bad := not_finite(numbers):
+        if bad := non_finite(figures):
             raise SharedError(
                 f"{bad} {self._place(step)}: no update was made from this batch; {self._save()}. A lower learning rate "
                 "or --dtype bf16 or fp32 usually helps; --skip_nonfinite N leaves out N such steps "
                 f"(now {self._allowed}), also after --resume auto"
             )
 
-    def found(self, numbers: Numbers, step: int) -> bool:
-        """Whether the step must make no update, for numbers that are not finite; it is counted and told.
+    def skip(self, figures: Figures, step: int) -> bool:
+        """Whether the step must make no update, for figures that are not finite; it is counted and told.
 
         Raises:
             SharedError: as ``refuse``, when no more steps may be left out.
         """
         if self.skipped >= self._allowed:
-            self.refuse(numbers, step)
-        if not (bad := not_finite(numbers)):
+            self.refuse(figures, step)
+        if not (bad := non_finite(figures)):
             return False
         self.skipped += 1
         print_rank_0(f"{bad} {self._place(step)}: left out (--skip_nonfinite: {self.skipped} of {self._allowed})")

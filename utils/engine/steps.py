@@ -7,7 +7,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from utils.model.inputs import unwrap
 
-NORM_QUESTIONS = ("scaled_global_norm", "_get_norm_groups")  # what DeepSpeed's optimizers ask; of ZeRO 1 and 2, of 3
+NORM_METHODS = ("scaled_global_norm", "_get_norm_groups")  # that give DeepSpeed's step its norm: ZeRO 1 and 2, ZeRO 3
 
 
 def take_step(engine) -> float | None:
@@ -26,16 +26,16 @@ def take_step(engine) -> float | None:
     engine.step()
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         engine.optimizer.overflow = False
-    for question in NORM_QUESTIONS:  # of drop_gradients, not asked where fp16 had an overflow anyway
-        vars(engine.optimizer).pop(question, None)
+    for method in NORM_METHODS:  # overridden by drop_gradients, and not called where fp16 had an overflow anyway
+        vars(engine.optimizer).pop(method, None)
     norm = engine.get_global_grad_norm() if norm is None else norm
     if norm is None or (can_scale_down and not math.isfinite(norm)):
         return None
     return float(norm)
 
 
-def answer_once(thing, method: str, answer) -> None:
-    """Let the next call of a method of this one object give ``answer``; then it is what it was."""
+def override_next_call(thing, method: str, answer) -> None:
+    """Let the next call of a method of this one object return ``answer``; then the method is what it was."""
     before = vars(thing).get(method)
 
     def answering(*_args, **_kwargs):
@@ -55,12 +55,12 @@ def drop_gradients(engine) -> None:
     """
     optimizer = engine.optimizer
     if isinstance(optimizer, torch.optim.Optimizer):
-        answer_once(optimizer, "step", None)
+        override_next_call(optimizer, "step", None)
         optimizer.overflow = True  # as DeepSpeed's own optimizers say it; taken back by take_step
         optimizer.zero_grad(set_to_none=False)  # the norm of the gradient is taken all the same
         return
-    norm, groups = torch.tensor(math.inf, device=engine.device), hasattr(optimizer, NORM_QUESTIONS[1])
-    answer_once(optimizer, NORM_QUESTIONS[groups], [norm] if groups else norm)
+    norm, groups = torch.tensor(math.inf, device=engine.device), hasattr(optimizer, NORM_METHODS[1])
+    override_next_call(optimizer, NORM_METHODS[groups], [norm] if groups else norm)
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def check_same_tokenizer(args, tokenizer) -> None:
     """The critic must read ids as the actor writes them."""
     other = load_hf_tokenizer(
         args.critic_model_name_or_path,
-        add_special_tokens=args.end_of_conversation_token,
+        add_special_tokens=args.eot_token if args.add_eot_token else None,
         trust_remote_code=args.trust_remote_code,
     )
     if other.get_vocab() != tokenizer.get_vocab() or other.eos_token_id != tokenizer.eos_token_id:

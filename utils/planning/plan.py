@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from deepspeed.accelerator import get_accelerator
 
 from utils import arguments
-from utils.arguments.table import PROJECT, STEPS, parser_of
+from utils.arguments.kinds import new_parser
 from utils.model.loading import load_config
 from utils.planning.engine_memory import CUDA_BASELINE, CUDA_HOST_BASELINE, GIB, Bytes, Machine
 from utils.planning.estimate import Estimate, engines_of_step, estimate, models_of_step, states_alone
@@ -39,26 +39,12 @@ def as_flags(settings: Settings) -> list[str]:
     return words
 
 
-def check_step(args, step: int) -> None:
-    """The checks of a step's arguments; they also settle those that depend on others.
-
-    Raises:
-        UserError: a combination that cannot work.
-    """
-    if step == 3:
-        arguments.check_rlhf(args)
-        return
-    arguments.check_supervised(args)
-    if step == 1:
-        arguments.check_soft_prompt(args)
-
-
 @dataclass
 class Plan:
     """A step and a machine, to try settings on.
 
     Args:
-        args: the step's arguments, with ``resolve_common`` done. configs: as ``models_of_step`` takes them.
+        args: the step's arguments, settled. configs: as ``models_of_step`` takes them.
     """
 
     args: argparse.Namespace
@@ -74,7 +60,7 @@ class Plan:
         args = argparse.Namespace(**vars(self.args) | settings)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                check_step(args, self.step)
+                arguments.check_step(args, self.step)
                 key = tuple(str(getattr(args, name, None)) for name in OF_MODELS)
                 if key not in self._models:
                     self._models[key] = models_of_step(args, self.step, self.configs, self.tokenizer)
@@ -190,12 +176,8 @@ class Candidate:
     recommended: bool = False
 
 
-def step_parser(step: int) -> argparse.ArgumentParser:
-    return parser_of(STEPS[step - 1])
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("Which ZeRO stage, offload and batch sizes of a step fit a machine.")
+    parser = new_parser("Which ZeRO stage, offload and batch sizes of a step fit a machine.")
     add = parser.add_argument
     add("--model", required=True, help="folder or hub name; its configuration is read, its weights are not")
     add("--critic", default=None, help="step 3: the reward model; None for one of the model's size")
@@ -290,15 +272,14 @@ def _recommend(found: list[Candidate], step: int) -> None:
 def command_of(options, words: list[str], settings: Settings) -> str:
     """The command line that starts the step with these settings."""
     start = ["--num_gpus", str(options.gpus)] if options.gpus <= options.gpus_per_node else ["--hostfile", "HOSTFILE"]
-    script = str(STEPS[options.step - 1].relative_to(PROJECT))
+    script = str(arguments.SCRIPTS[options.step].relative_to(arguments.PROJECT))
     return shlex.join(["deepspeed", *start, script, *words, *as_flags(settings)])
 
 
 def main(given=None) -> int:
     options, rest = build_parser().parse_known_args(given)
     words = base_command(options, rest)
-    args = step_parser(options.step).parse_args(words)
-    args.deepspeed_config_overrides = args.deepspeed_config_overrides or args.deepspeed_config
+    args = arguments.build_parser(options.step).parse_args(words)
     actor = load_config(options.model, args.trust_remote_code)
     critic = actor if options.critic is None else load_config(options.critic, args.trust_remote_code)
     configs = {"model": actor} if options.step < 3 else {"actor": actor, "critic": critic}

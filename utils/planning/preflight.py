@@ -4,6 +4,7 @@ One line for each check, then the memory the run would take against what the mac
 fit. Nothing is written but the cache of token ids, which the run itself would write.
 """
 
+import argparse
 import contextlib
 import importlib.util
 import io
@@ -27,7 +28,7 @@ from utils.model.soft_prompt import check_soft_prompt_inputs
 from utils.model.tokenizer import check_same_tokenizer, load_hf_tokenizer
 from utils.planning.engine_memory import GIB, Bytes, Machine
 from utils.planning.estimate import Estimate, estimate, models_of_step
-from utils.planning.plan import Plan, check_step, suggest
+from utils.planning.plan import Plan, suggest
 from utils.process.errors import UserError
 from utils.process.operators import load_operator
 from utils.process.world import get_rank, get_world_size, ranks_per_node
@@ -75,7 +76,9 @@ def preflight(args, step: int) -> None:
     """
     say(f"dry run of step {step}: {get_world_size()} rank(s), nothing is trained or saved")
     checks = Checks()
-    flags_are_fine = checks.run("flags", lambda: _flags(args, step))
+    settled = []
+    flags_are_fine = checks.run("flags", lambda: _flags(args, step, settled))
+    args = settled[0] if settled else args
     checks.run("packages", lambda: _packages(args))
     configs, tokenizer, datasets = {}, None, None
     paths = _paths(args, step)
@@ -118,12 +121,11 @@ def _paths(args, step: int) -> dict[str, str]:
     return {name: path for name, path in paths.items() if path is not None}
 
 
-def _flags(args, step: int) -> str:
-    arguments.resolve_common(args)
-    check_step(args, step)
+def _flags(args, step: int, settled: list) -> str:
+    settled.append(arguments.settle(args, step))
     if step == 3:
         load_reward_functions(args.reward_function)
-    return f"they go together; training in {args.dtype}"
+    return f"they go together; training in {settled[0].dtype}"
 
 
 def _packages(args) -> str:
@@ -171,7 +173,7 @@ def _weights_are_here(path: str) -> bool:
 def _tokenizer(args, step: int, paths: dict, tokenizers: list) -> str:
     tokenizer = load_hf_tokenizer(
         next(iter(paths.values())),
-        add_special_tokens=args.end_of_conversation_token,
+        add_special_tokens=arguments.end_token(args),
         trust_remote_code=args.trust_remote_code,
     )
     tokenizers.append(tokenizer)
@@ -211,7 +213,7 @@ def _batches(args, step: int, datasets) -> str:
             return text
         steps = -(-len(datasets[0]) // rows)
         return f"{text}; {steps:,} steps per epoch, {steps * args.num_train_epochs:,} in all"
-    batch = arguments.check_rlhf(args)
+    batch = arguments.RLHFBatchSizes.of(args)
     if datasets is None:
         return batch.explain()
     per_update = batch.prompts_per_round * ranks * batch.rounds
@@ -274,12 +276,9 @@ def _longest(args, step: int, datasets):
     if datasets is None or args.pad_to_max_length or getattr(args, "packing", False):
         return args
     longest = max(max(dataset.lengths) for dataset in datasets)
-    padded, copy = -(-int(longest) // 8) * 8, type(args)(**vars(args))
-    if step < 3:
-        copy.max_seq_len = min(args.max_seq_len, padded)
-    else:
-        copy.max_prompt_seq_len = min(args.max_prompt_seq_len, padded)
-    return copy
+    limit = "max_seq_len" if step < 3 else "max_prompt_seq_len"
+    padded = min(vars(args)[limit], -(-int(longest) // 8) * 8)
+    return argparse.Namespace(**vars(args) | {limit: padded})
 
 
 def this_machine() -> Machine:

@@ -47,6 +47,16 @@ def save_quantised_model(model, tokenizer, args, base_model_name_or_path) -> Non
     agree(merge)
 
 
+def save_trained_model(model, tokenizer, args, base_model_name_or_path, sub_folder="") -> None:
+    """Save a model in every form that the flags ask for; every rank must call this."""
+    if args.quantize is not None:
+        save_quantised_model(model, tokenizer, args, base_model_name_or_path)
+        return
+    save_hf_format(model, tokenizer, args, sub_folder)
+    if args.save_lora_adapters:
+        save_lora_adapters(model, tokenizer, args, base_model_name_or_path, sub_folder)
+
+
 def save_zero_three_model(model_ema, global_rank, save_dir, zero_stage=0) -> None:
     """Write the weights alone (no configuration, no tokenizer) as safetensors; every rank must call this."""
     save_weights(unwrap(model_ema), Path(save_dir))

@@ -1,0 +1,136 @@
+"""The flags of each step put together: its parser, and the one place where what was given becomes what a run uses."""
+
+import argparse
+from pathlib import Path
+
+from utils.arguments.data import add_data_arguments
+from utils.arguments.kinds import new_parser, non_negative_float
+from utils.arguments.model import (
+    add_num_padding_argument,
+    add_soft_prompt_arguments,
+    add_supervised_arguments,
+    check_soft_prompt,
+    check_supervised,
+    warn_num_padding,
+)
+from utils.arguments.rlhf import add_rlhf_arguments, check_rlhf
+from utils.arguments.run import add_run_arguments, settle_common
+from utils.process.files import check_output_dir
+from utils.process.ranks import agree
+from utils.process.world import is_rank_0
+
+PROJECT = Path(__file__).resolve().parents[2]
+SCRIPTS = {
+    1: PROJECT / "training/step1_supervised_finetuning/main.py",
+    2: PROJECT / "training/step2_reward_model_finetuning/main.py",
+    3: PROJECT / "training/step3_rlhf_finetuning/main.py",
+}
+DESCRIPTIONS = {
+    1: "Step 1: supervised finetuning of a causal language model on prompts and answers.",
+    2: "Step 2: a reward model from pairs of a chosen and a rejected answer.",
+    3: "Step 3: PPO with an actor, a reference, a critic and a reward model.",
+}
+
+
+def build_parser(step: int) -> argparse.ArgumentParser:
+    """Every flag of a step."""
+    parser = new_parser(DESCRIPTIONS[step])
+    add_data_arguments(parser, step)
+    if step == 1:
+        add_supervised_arguments(parser, learning_rate=1e-3)
+        add_soft_prompt_arguments(parser)
+    elif step == 2:
+        add_supervised_arguments(parser, learning_rate=5e-5)
+    else:
+        add_rlhf_arguments(parser)
+    add_run_arguments(parser, step)
+    if step == 1:
+        _add_sft_arguments(parser.add_argument_group("step 1"))
+    elif step == 2:
+        _add_reward_arguments(parser.add_argument_group("step 2"))
+    return parser
+
+
+def _add_sft_arguments(group) -> None:
+    add = group.add_argument
+    add("--mask_prompt", action="store_true", help="learn the answers only; off: prompts too, as published")
+    add(
+        "--packing",
+        action="store_true",
+        help="fill blocks of --max_seq_len with whole rows that do not see each other; a batch then counts blocks",
+    )
+    add("--print_loss", action="store_true", help="print the loss of every step on every rank")
+
+
+def _add_reward_arguments(group) -> None:
+    add_num_padding_argument(group)
+    add = group.add_argument
+    add(
+        "--rm_loss",
+        choices=["per_token", "end_token"],
+        default="end_token",
+        help="compare the pair at its ends (InstructGPT), or at every token that differs (per_token, published)",
+    )
+    add(
+        "--rm_margin",
+        type=non_negative_float,
+        default=0.0,
+        help="margin subtracted from chosen - rejected inside the sigmoid, in units of the score (Llama 2); 0 for off",
+    )
+    add(
+        "--rm_center_coef",
+        type=non_negative_float,
+        default=0.0,
+        help="weight of (chosen + rejected end score)^2 in the loss, which keeps the scores around 0, as in 0.01; "
+        "0 for off",
+    )
+    add("--eval_interval", type=int, default=0, help="evaluate every so many optimizer steps; 0 after epochs only")
+    add("--eval_iters", type=int, default=100, help="evaluation batches per rank; 0 for all")
+
+
+class Settled(argparse.Namespace):
+    """The arguments of a run as it uses them. Nothing writes to them any more."""
+
+    def __init__(self, **values):
+        vars(self).update(values)
+
+    def __setattr__(self, name: str, value) -> None:
+        raise AttributeError(f"arguments are settled once, by settle(): {name} cannot become {value!r}")
+
+
+def settle(args: argparse.Namespace, step: int) -> Settled:
+    """What was given -> what the run uses; every rank must call this, before anything is loaded.
+
+    Flags left open take the value that fits the machine and the other flags; combinations that cannot work are refused.
+
+    Raises:
+        UserError: naming the flags, with the reason.
+    """
+    settling = argparse.Namespace(**vars(args))
+    settle_common(settling)
+    check_step(settling, step)
+    if step in (2, 3):
+        warn_num_padding(settling)
+    if not settling.dry_run:
+        agree(lambda: check_output_dir(settling.output_dir if is_rank_0() else None))
+    return Settled(**vars(settling))
+
+
+def check_step(args: argparse.Namespace, step: int) -> None:
+    """The part of ``settle`` that is about a step's flags alone: it writes nothing to a disk and asks no other rank.
+
+    Raises:
+        UserError: a combination that cannot work.
+    """
+    args.deepspeed_config_overrides = args.deepspeed_config_overrides or args.deepspeed_config
+    if step == 3:
+        check_rlhf(args)
+        return
+    check_supervised(args)
+    if step == 1:
+        check_soft_prompt(args)
+
+
+def end_token(args: argparse.Namespace) -> str | None:
+    """The token that ends every answer instead of the tokenizer's own EOS, where the flags ask for one."""
+    return args.eot_token if args.add_eot_token else None
