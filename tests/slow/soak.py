@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Kill a run again and again, with kill -9, at random moments; start it again with --resume auto; compare the end.
 
-    python tests/soak/soak.py --steps 1 2 3 --kills 30 --ranks 2
+    python tests/slow/soak.py --steps 1 2 3 --kills 30 --ranks 2
 
 Of each step an undisturbed run comes first. Then the same run is started with checkpoints, and the launcher, one of its
 ranks, or all at once get SIGKILL; so until it has been killed --kills times and has come to its end (a run that ends

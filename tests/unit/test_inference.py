@@ -36,7 +36,7 @@ from utils.data.preparation import create_prompt_dataset
 from utils.generation.saved_model import LanguageModel, find_stop_ids, generate_answers, load_language_model, up_to_stop
 from utils.process.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BOS, EOS, PAD = 0, 1, 2
 # What the tiny model has learned to say. The second answer goes on to write the human's next turn and never ends.
 LESSONS = {

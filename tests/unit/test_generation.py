@@ -446,10 +446,12 @@ def test_lora_is_folded_for_the_phase_fused_with_its_neighbours_and_put_back(lla
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_tokens_and_weights_are_those_of_training_without_it_at_every_zero_stage(ranks, tmp_path):
     """ZeRO 0 to 3, LoRA on and off, gathered and layer by layer; see generation_on_ranks.py."""
-    script = Path(__file__).with_name("generation_on_ranks.py")
+    script = PROJECT / "tests/launch/scripts/generation_on_ranks.py"
     torchrun = Path(sys.executable).parent / "torchrun"
     command = [torchrun, "--standalone", f"--nproc_per_node={ranks}", script, tmp_path]
-    code, output = run_command(command, timeout=600, PYTHONPATH=f"{PROJECT}:{PROJECT / 'tests'}")
+    code, output = run_command(
+        command, timeout=600, PYTHONPATH=f"{PROJECT}:{PROJECT / 'tests'}:{PROJECT / 'tests/unit'}"
+    )
     assert code == 0, output[-4000:]
     assert output.count("equal: ") == 10, output[-4000:]
     assert "all ranks fall back" in output, output[-4000:]

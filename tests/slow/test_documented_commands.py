@@ -27,12 +27,12 @@ ELSEWHERE = {
     "bash tests/run.sh": "what runs this",
     "bash training_scripts/study.sh": "hours; run by hand for the figures",
     "bash training_scripts/real_model.sh": "needs a model of 135 M parameters from a package; run by hand",
-    "python tests/soak/soak.py": "half an hour, run by hand; test_soak.py is a short one",
+    "python tests/slow/soak.py": "half an hour, run by hand; test_soak.py is a short one",
     "python evaluation_scripts/benchmark/": "minutes; each is run by hand for the figures",
     "python -m utils.plan": "test_preflight.py plans each step, for a configuration it makes",
     "python inference/serve.py": "test_web_page.py opens it in a browser",
     "transformers serve": "needs a server's packages; test_openai_endpoint.py runs it where they are",
-    "python -m pytest tests/test_openai_endpoint.py": "a test of its own",
+    "python -m pytest tests/launch/test_openai_endpoint.py": "a test of its own",
 }
 # What stands for a name in the pages.
 NAMES = {

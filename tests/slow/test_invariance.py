@@ -70,7 +70,9 @@ def runs(tmp_path_factory) -> Path:
         file = folder / f"{ranks}.json"
         file.write_text(json.dumps([[step, [str(a) for a in arguments]] for step, arguments in wanted]))
         torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", f"--nproc_per_node={ranks}"]
-        code, console = run_command([*torchrun, PROJECT / "tests/runs_in_one_launch.py", file], timeout=600)
+        code, console = run_command(
+            [*torchrun, PROJECT / "tests/launch/scripts/runs_in_one_launch.py", file], timeout=600
+        )
         assert code == 0, console[-6000:]
     return folder
 

@@ -1,8 +1,8 @@
-"""The curves of one seed through all three steps, against those that are kept in tests/reference.
+"""The curves of one seed through all three steps, against those that are kept in tests/slow/reference.
 
 A change that shifts a curve is seen here. If the shift is wanted, say why in the commit and write the file anew:
 
-    UPDATE_REFERENCE=1 python -m pytest tests/test_reference_curve.py
+    UPDATE_REFERENCE=1 python -m pytest tests/slow/test_reference_curve.py
 """
 
 import json

@@ -102,7 +102,9 @@ def two_ranks(small_models, tmp_path_factory, pairs_folder, cache_folder):
     runs = [[step, [str(argument) for argument in arguments], *killed] for step, arguments, *killed in runs]
     (folder / "runs.json").write_text(json.dumps(runs))
     torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node=2"]
-    code, console = run_command([*torchrun, PROJECT / "tests/runs_in_one_launch.py", folder / "runs.json"], 600)
+    code, console = run_command(
+        [*torchrun, PROJECT / "tests/launch/scripts/runs_in_one_launch.py", folder / "runs.json"], 600
+    )
     assert code == 0, console[-6000:]
     assert console.count("2 steps are done") == len(ON_TWO_RANKS)
     return folder
@@ -314,7 +316,9 @@ def test_sigterm_to_a_launcher_stops_and_saves_two_ranks_and_the_rest_is_done_by
     runs = [[step, [str(argument) for argument in arguments]] for step, arguments in runs]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     torchrun = [binaries / "torchrun", "--standalone", "--nproc_per_node=2"]
-    code, console = run_command([*torchrun, PROJECT / "tests/runs_in_one_launch.py", tmp_path / "runs.json"])
+    code, console = run_command(
+        [*torchrun, PROJECT / "tests/launch/scripts/runs_in_one_launch.py", tmp_path / "runs.json"]
+    )
     assert code == 0 and f"{stopped} steps are done" in console, console
     assert_same_run(tmp_path / "plain", tmp_path / "resumed")
 

@@ -89,7 +89,7 @@ def one_node(shared, tmp_path_factory):
         runs.append([step, words[main + 1 :]])
     (folder / "runs.json").write_text(json.dumps(runs))
     torchrun = Path(two_nodes.sys.executable).parent / "torchrun"
-    command = [torchrun, "--standalone", "--nproc_per_node=2", PROJECT / "tests/runs_in_one_launch.py"]
+    command = [torchrun, "--standalone", "--nproc_per_node=2", PROJECT / "tests/launch/scripts/runs_in_one_launch.py"]
     code, console = run_command([*command, folder / "runs.json"], timeout=PATIENCE)
     assert code == 0, console
     return folder

@@ -257,7 +257,7 @@ def test_without_only_optimize_lora_all_but_the_adapted_matrices_train(model_fol
 def test_on_two_ranks_of_zero_3_folding_after_training_is_exact(model_folder, merge_lora, tmp_path, dtype):
     """What is asserted stands in lora_on_ranks.py; the merged adapter is compared with the saved model here."""
     torchrun = Path(sys.executable).parent / "torchrun"
-    script = Path(__file__).with_name("lora_on_ranks.py")
+    script = PROJECT / "tests/launch/scripts/lora_on_ranks.py"
     command = [torchrun, "--standalone", "--nproc_per_node=2", script, model_folder, tmp_path, dtype]
     code, console = run_command(command, PYTHONPATH=str(PROJECT))
     assert code == 0, console
