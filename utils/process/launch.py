@@ -111,8 +111,12 @@ def unname_shared_memory() -> None:
 def init_distributed(args) -> torch.device:
     """Join the process group and return this rank's device.
 
-    Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one on a free local port). Sets
-    ``args.local_rank`` and ``args.global_rank``. ``args.comm_timeout`` (seconds) bounds every collective.
+    Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one on a free local port). From here on
+    the environment says which rank this is, and ``utils.process.world`` reads it; ``args`` stays as it is.
+
+    Args:
+        args: ``local_rank``, as older launchers pass it (-1: the environment says it), and ``comm_timeout``, the
+            seconds that bound every collective.
     """
     check_restarts()
     follow_launcher()
@@ -130,12 +134,11 @@ def init_distributed(args) -> torch.device:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(get_local_rank())
     load_operator("ShareMemCommBuilder")
-    timeout = datetime.timedelta(seconds=getattr(args, "comm_timeout", COMM_TIMEOUT))
+    timeout = datetime.timedelta(seconds=args.comm_timeout)
     # DeepSpeed makes further groups of the same ranks for ZeRO, which get torch's default, not that of the first group.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     unname_shared_memory()
-    args.local_rank, args.global_rank = get_local_rank(), get_rank()
     return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
 
 
