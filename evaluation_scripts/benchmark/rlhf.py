@@ -154,7 +154,7 @@ def make_models(args) -> None:
     from utils.process.launch import init_distributed
     from utils.run.results import save_hf_format
 
-    init_distributed(argparse.Namespace(local_rank=-1))
+    init_distributed(argparse.Namespace(local_rank=-1, comm_timeout=1800))
     folder = Path(args.folder)
     torch.manual_seed(0)
     if args.model:

@@ -229,7 +229,7 @@ def test_an_error_of_one_rank_alone_is_told(tmp_path):
         "from utils.process.launch import init_distributed, run_main\n"
         "from utils.process.world import get_rank\n"
         "def main():\n"
-        "    init_distributed(argparse.Namespace(local_rank=-1))\n"
+        "    init_distributed(argparse.Namespace(local_rank=-1, comm_timeout=60))\n"
         "    if get_rank() == 1:\n"
         "        raise UserError('only here')\n"
         "    time.sleep(15)\n"

@@ -264,7 +264,7 @@ def test_a_file_that_others_may_have_mapped_is_not_replaced(tmp_path):
 WRITER = """
 import sys, time
 from pathlib import Path
-from utils.files import scratch_beside
+from utils.process.files import scratch_beside
 from utils.model.saving import atomic_folder
 with scratch_beside(Path(sys.argv[1]) / "rows.arrow") as scratch, atomic_folder(Path(sys.argv[1]) / "model") as folder:
     scratch.write_text("half")

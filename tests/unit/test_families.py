@@ -29,7 +29,7 @@ CLOSE = dict(atol=2e-5, rtol=1e-4)
 def family(request, tmp_path_factory):
     """What the tests of one family share: its folders, and the reward model that step 3 starts from."""
     folder = tmp_path_factory.mktemp(request.param)
-    init_distributed(SimpleNamespace(local_rank=-1))
+    init_distributed(SimpleNamespace(local_rank=-1, comm_timeout=60))
     base = make_model(folder / "base", request.param)
     return SimpleNamespace(name=request.param, base=base, tokenizer=load_hf_tokenizer(base), folder=folder)
 

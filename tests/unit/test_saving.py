@@ -113,7 +113,7 @@ from utils.utils import get_optimizer_grouped_parameters, load_hf_tokenizer, mak
 from utils.utils import save_zero_three_model, set_random_seed
 
 def main():
-    init_distributed(argparse.Namespace(local_rank=-1))
+    init_distributed(argparse.Namespace(local_rank=-1, comm_timeout=60))
     base, output, stage = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     tokenizer = load_hf_tokenizer(base)
     config = with_batch_sizes(get_eval_ds_config(False, "fp32", stage), 1)

@@ -199,7 +199,7 @@ def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int):
     """
     columns = {name: getattr(args, f"{name}_column") for name in ("prompt", "chosen", "rejected", "messages")}
     train, evaluation = create_prompt_dataset(
-        args.local_rank,
+        get_local_rank(),
         args.data_path,
         args.data_split,
         args.data_output_path,

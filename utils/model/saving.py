@@ -26,7 +26,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 
 from utils.module.lora import LinearLayer_LoRA
 from utils.process.errors import UserError
-from utils.process.files import flush_to_disk, held, remove_left_over
+from utils.process.files import flush_to_disk, locked_file, remove_left_over
 from utils.process.host_memory import memory_given_back
 from utils.process.ranks import agree, barrier
 from utils.process.world import get_rank
@@ -228,7 +228,7 @@ def atomic_folder(folder: Path, replaces=EARLIER_MODEL):
         remove_left_over(left / SCRATCH_LOCK, partial(shutil.rmtree, left, ignore_errors=True))
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        with held(scratch / SCRATCH_LOCK):
+        with locked_file(scratch / SCRATCH_LOCK):
             yield scratch
             files = [file for file in scratch.rglob("*") if file.is_file() and file.name != SCRATCH_LOCK]
             for file in sorted(files, key=lambda file: file.name.endswith(".index.json")):

@@ -8,12 +8,11 @@ from tqdm import tqdm
 
 from utils.process.world import get_rank, is_rank_0
 
+PROGRESS_SECONDS = 10  # between progress lines where there is no terminal
+
 
 def now() -> str:
     return datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-
-
-PROGRESS_SECONDS = 10  # between progress lines where there is no terminal
 
 
 def print_rank_0(msg, rank=None) -> None:
@@ -27,7 +26,7 @@ def print_rank_0(msg, rank=None) -> None:
 
 
 class progress:
-    """A bar with the time left, on rank 0 only: live on a terminal, a line every ten seconds in a log."""
+    """A bar with the time left, on rank 0 only: live on a terminal, a line every PROGRESS_SECONDS in a log."""
 
     def __init__(self, iterable, description: str, total: int | None = None):
         self._iterable, self._description, self._note = iterable, description, ""
@@ -35,7 +34,7 @@ class progress:
         self._bar = None
 
     def note(self, text: str) -> None:
-        """What stands behind the bar from now on: speed, memory."""
+        """What stands behind the bar from here on: speed, memory."""
         self._note = f", {text}"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
@@ -53,10 +52,10 @@ class progress:
             return
         start = last = time.monotonic()
         for done, item in enumerate(self._iterable):
-            now = time.monotonic()
-            if now - last >= PROGRESS_SECONDS and done and self._total:
-                last, filled = now, 30 * done // self._total
-                left = datetime.timedelta(seconds=round((now - start) / done * (self._total - done)))
+            moment = time.monotonic()
+            if moment - last >= PROGRESS_SECONDS and done and self._total:
+                last, filled = moment, 30 * done // self._total
+                left = datetime.timedelta(seconds=round((moment - start) / done * (self._total - done)))
                 bar = f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{self._total}"
                 print(f"{self._description} {bar}, {left} left{self._note}", flush=True)
             yield item

@@ -45,28 +45,36 @@ def trouble_with_files(error: Exception, folder: Path | None = None) -> str | No
     """What a file that cannot be written means to the user; None for any other error.
 
     Args:
-        folder: where it was to be written, which such errors do not always tell.
+        folder: where it was to be written, which such errors do not always say.
     """
     if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)):
         return None
-    place = error.filename or folder
-    told = f"{place or 'a file'} could not be written: {os.strerror(error.errno)}"
+    meaning = f"{error.filename or folder or 'a file'} could not be written: {os.strerror(error.errno)}"
     if folder is not None:
-        told += f" ({shutil.disk_usage(folder).free / 2**20:.1f} MiB are free there)"
-    return told
+        meaning += f" ({shutil.disk_usage(folder).free / 2**20:.1f} MiB are free there)"
+    return meaning
+
+
+def meaning_of(error: Exception) -> str | None:
+    """One line for what the user can mend; None for any other error, which is ours and wants its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if meaning := trouble_between_ranks(error):
+        reason = str(error).partition("\n")[0]
+        return f"{meaning} ({reason})"
+    return trouble_with_files(error)
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Call the main() of a script of one process; what the user can mend becomes one readable line and exit code 1.
 
-    Scripts that join a process group call ``launch.run_main`` instead.
+    Any other error keeps its traceback. Scripts that join a process group call ``launch.run_main``, which ends alike.
     """
     try:
         main()
-    except UserError as error:
-        sys.exit(f"\nerror: {error}")
-    except OSError as error:
-        told = trouble_with_files(error)
-        if told is None:
+    except Exception as error:
+        meaning = meaning_of(error)
+        if meaning is None:
             raise
-        sys.exit(f"\nerror: {told}")
+        sys.stdout.flush()  # what was printed before the error stands before it in a shared log
+        sys.exit(f"\nerror: {meaning}")

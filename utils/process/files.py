@@ -1,4 +1,4 @@
-"""Writing files whole."""
+"""Writing files so that a kill leaves the old content or the new, never a part; checks of where they go."""
 
 import contextlib
 import fcntl
@@ -26,9 +26,22 @@ def check_writable(path: str | None):
         raise UserError(f"{path} cannot be written")
 
 
+def check_output_dir(output_dir: str | None, flag: str = "--output_dir") -> None:
+    """Raise UserError if the folder cannot be made or written to, before any work is spent."""
+    if output_dir is None:
+        return
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with scratch_beside(folder / "write-test") as probe:
+            probe.write_bytes(b"")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {output_dir}: cannot be written: {getattr(error, 'strerror', error)}") from error
+
+
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Make a file and keep a lock on it while open: one that is found without was left by a process that was killed."""
+def locked_file(path: Path) -> Iterator[None]:
+    """Make a file and lock it while open: one that is found unlocked was left by a process that was killed."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         with contextlib.suppress(OSError):  # a file system without locks
@@ -36,7 +49,7 @@ def held(path: Path) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == path.stat().st_ino:
                 break
-        os.close(descriptor)  # someone took it for left over before it had its lock
+        os.close(descriptor)  # someone removed it as left over before it was locked
     try:
         yield
     finally:
@@ -44,7 +57,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def remove_left_over(path: Path, remove: Callable[[], None]) -> None:
-    """Call ``remove`` if a file that was ``held`` is so no more; not where that cannot be known."""
+    """Call ``remove`` if a ``locked_file`` is locked no more; not where that cannot be known."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except OSError:
@@ -71,7 +84,7 @@ def scratch_beside(path: str | os.PathLike) -> Iterator[Path]:
         remove_left_over(left, partial(left.unlink, missing_ok=True))
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}")
     try:
-        with held(scratch):
+        with locked_file(scratch):
             yield scratch
     finally:
         scratch.unlink(missing_ok=True)
@@ -112,16 +125,3 @@ def name_if_new(scratch: Path, path: Path) -> None:
 def write_jsonl(path: str, rows: list[dict]):
     """Write one JSON object a line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def check_output_dir(output_dir: str | None, flag: str = "--output_dir") -> None:
-    """Raise UserError if the folder cannot be made or written to, before any work is spent."""
-    if output_dir is None:
-        return
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with scratch_beside(folder / "write-test") as probe:
-            probe.write_bytes(b"")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {output_dir}: cannot be written: {getattr(error, 'strerror', error)}") from error

@@ -25,34 +25,26 @@ import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
 
-from utils.process.errors import (
-    EndOfRun,
-    SharedError,
-    UserError,
-    trouble_between_ranks,
-    trouble_with_files,
-)
+from utils.process.errors import EndOfRun, SharedError, UserError, meaning_of
 from utils.process.operators import load_operator
 from utils.process.ranks import barrier
 from utils.process.world import get_local_rank, get_rank, ranks_per_node
 
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def limit_cpu_threads() -> None:
-    """Give each rank of a node its share of the cores, unless the user has set OMP_NUM_THREADS.
-
-    Torch takes all cores for each process; two ranks on one machine then fight for them and run several times slower.
-    """
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_per_node()))
-
-
 COMM_TIMEOUT = 1800  # seconds, the default of --comm_timeout
+OWN_ERROR_SECONDS = 5  # how long a rank other than 0 waits before it prints an error of its own
+
+
+def check_restarts() -> None:
+    """Refuse restarts by torchrun in which new ranks would read the addresses of the dead from the old store.
+
+    torchrun shares the store of its rendezvous with the ranks, and keeps it when it starts them again.
+    """
+    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shares and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise SharedError(
+            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, on every node; "
+            "without it ranks that are started again look for each other where the ended ones were"
+        )
 
 
 def follow_launcher(poll_seconds: float = 1.0) -> None:
@@ -85,17 +77,19 @@ def follow_launcher(poll_seconds: float = 1.0) -> None:
     threading.Thread(target=watch, name="follow_launcher", daemon=True).start()
 
 
-def check_restarts() -> None:
-    """Refuse restarts by torchrun in which new ranks would read the addresses of the dead from the old store.
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
-    torchrun shares the store of its rendezvous with the ranks, and keeps it when it starts them again.
+
+def limit_cpu_threads() -> None:
+    """Give each rank of a node its share of the cores, unless the user has set OMP_NUM_THREADS.
+
+    Torch takes all cores for each process; two ranks on one machine then fight for them and run several times slower.
     """
-    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if shares and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        raise SharedError(
-            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, on every node; "
-            "without it ranks that are started again look for each other where the ended ones were"
-        )
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_per_node()))
 
 
 def unname_shared_memory() -> None:
@@ -111,8 +105,12 @@ def unname_shared_memory() -> None:
 def init_distributed(args) -> torch.device:
     """Join the process group and return this rank's device.
 
-    Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one on a free local port). Sets
-    ``args.local_rank`` and ``args.global_rank``. ``args.comm_timeout`` (seconds) bounds every collective.
+    Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one on a free local port). From here on
+    the environment says which rank this is, and ``utils.process.world`` reads it; ``args`` stays as it is.
+
+    Args:
+        args: ``local_rank``, as older launchers pass it (-1: the environment says it), and ``comm_timeout``, the
+            seconds that bound every collective.
     """
     check_restarts()
     follow_launcher()
@@ -130,16 +128,12 @@ def init_distributed(args) -> torch.device:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(get_local_rank())
     load_operator("ShareMemCommBuilder")
-    timeout = datetime.timedelta(seconds=getattr(args, "comm_timeout", COMM_TIMEOUT))
+    timeout = datetime.timedelta(seconds=args.comm_timeout)
     # DeepSpeed makes further groups of the same ranks for ZeRO, which get torch's default, not that of the first group.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     unname_shared_memory()
-    args.local_rank, args.global_rank = get_local_rank(), get_rank()
     return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
-
-
-OWN_ERROR_SECONDS = 5  # how long a rank other than 0 waits before it tells an error of its own
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -157,25 +151,27 @@ def run_main(main: Callable[[], None]) -> None:
         if get_rank() == 0:
             print(end, flush=True)
         barrier()
-    except UserError as error:
-        exit_code = 1
-        if get_rank() > 0:
-            # Rank 0 tells it if it fails alike, and the launcher ends this process meanwhile; else it is ours to tell.
-            time.sleep(0 if isinstance(error, SharedError) else OWN_ERROR_SECONDS)
-        if get_rank() == 0 or not isinstance(error, SharedError):
-            print(f"\nerror: {'' if get_rank() == 0 else f'rank {get_rank()}: '}{error}", file=sys.stderr)
     except Exception as error:
         exit_code = 1
-        if meaning := trouble_between_ranks(error):
-            reason = str(error).partition("\n")[0]
-            print(f"\nerror: rank {get_rank()}: {meaning} ({reason})", file=sys.stderr)
-        elif told := trouble_with_files(error):
-            print(f"\nerror: rank {get_rank()}: {told}", file=sys.stderr)
-        else:
-            print(f"rank {get_rank()} failed:", file=sys.stderr)
-            traceback.print_exc()
+        _print_error(error)
     sys.stdout.flush()
     sys.stderr.flush()
     if not dist.is_initialized():
         sys.exit(exit_code)
     os._exit(exit_code)
+
+
+def _print_error(error: Exception) -> None:
+    """Once what all ranks have alike; else with the rank, which is not needed where it is rank 0's own UserError."""
+    rank, meaning = get_rank(), meaning_of(error)
+    if isinstance(error, UserError) and rank > 0:
+        if isinstance(error, SharedError):
+            return
+        time.sleep(OWN_ERROR_SECONDS)  # if rank 0 fails alike it says so, and the launcher ends this process meanwhile
+    sys.stdout.flush()
+    if meaning is None:
+        print(f"rank {rank} failed:", file=sys.stderr)
+        traceback.print_exception(error)
+    else:
+        whose = "" if isinstance(error, UserError) and rank == 0 else f"rank {rank}: "
+        print(f"\nerror: {whose}{meaning}", file=sys.stderr)

@@ -12,11 +12,7 @@ import deepspeed.comm as ds_dist
 import torch
 import torch.distributed as dist
 
-from utils.process.errors import (
-    SharedError,
-    UserError,
-    trouble_with_files,
-)
+from utils.process.errors import SharedError, UserError, trouble_with_files
 from utils.process.world import get_local_rank, get_world_size
 
 
@@ -31,6 +27,11 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     if get_world_size() > 1:
         ds_dist.all_reduce(total)
     return total
+
+
+def get_all_reduce_mean(tensor):
+    """The mean over ranks. For a mean over rows or tokens, sum the sums and the counts instead."""
+    return all_reduce_sum(tensor) / get_world_size()
 
 
 def all_gather_objects(value) -> list:
@@ -117,8 +118,3 @@ def once_per_node(result: Path, build: Callable[[], None], rebuild: bool = False
             if failure.exists():
                 raise SharedError(failure.read_text())
             time.sleep(poll_seconds)
-
-
-def get_all_reduce_mean(tensor):
-    """The mean over ranks. For a mean over rows or tokens, sum the sums and the counts instead."""
-    return all_reduce_sum(tensor) / get_world_size()

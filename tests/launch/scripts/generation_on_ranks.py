@@ -92,7 +92,7 @@ def make_actor(folder: Path) -> None:
 
 def main():
     folder = Path(sys.argv[1])
-    init_distributed(SimpleNamespace(local_rank=-1))
+    init_distributed(SimpleNamespace(local_rank=-1, comm_timeout=60))
     if get_rank() == 0:
         make_actor(folder / "actor")
     dist.barrier()

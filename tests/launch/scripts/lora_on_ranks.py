@@ -24,7 +24,7 @@ from utils.run.results import save_hf_format, save_lora_adapters
 
 def main():
     model_folder, output, dtype = sys.argv[1:]
-    init_distributed(Namespace(local_rank=-1))
+    init_distributed(Namespace(local_rank=-1, comm_timeout=60))
     assert get_world_size() == 2
     args = Namespace(
         lora_dim=4, lora_module_name="auto", lora_scaling=8.0, lora_dropout=0.0, only_optimize_lora=True,
