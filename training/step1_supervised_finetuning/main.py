@@ -43,7 +43,7 @@ from utils.engine.optimizer import get_optimizer_grouped_parameters, make_optimi
 from utils.engine.steps import drop_gradients, take_step
 from utils.model.inputs import forward_accepts, sft_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
-from utils.model.model_utils import adapt_model, check_model, create_hf_model
+from utils.model.model_utils import adapt_model, check_model, create_hf_model, packing_of
 from utils.model.soft_prompt import check_soft_prompt_inputs, make_soft_prompt_model, save_soft_prompt
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.perf import Stopwatch, pace, print_throughput
@@ -158,7 +158,7 @@ def main():
         )
     if args.soft_prompt is not None:
         model = make_soft_prompt_model(model, tokenizer, args)
-    adapt_model(model, args, gradient_checkpointing=args.gradient_checkpointing)
+    adapt_model(model, args, gradient_checkpointing=args.gradient_checkpointing, packing=packing_of(args))
     groups = get_optimizer_grouped_parameters(model, args.weight_decay, args.lora_learning_rate)
     learning_rate = args.learning_rate if args.soft_prompt is None else args.soft_prompt_learning_rate
     optimizer = make_optimizer(groups, learning_rate, offloads_optimizer(ds_config), paged=args.paged_optimizer)

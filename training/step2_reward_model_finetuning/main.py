@@ -40,7 +40,7 @@ from utils.engine.averages import MovingAverage
 from utils.engine.nonfinite import NonFiniteNumbers
 from utils.engine.optimizer import get_optimizer_grouped_parameters, make_optimizer
 from utils.engine.steps import drop_gradients, take_step
-from utils.model.model_utils import adapt_model, check_model, create_critic_model
+from utils.model.model_utils import adapt_model, check_model, create_critic_model, packing_of
 from utils.model.reward_model import pair_accuracy
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.perf import Stopwatch, pace, print_throughput
@@ -175,7 +175,13 @@ def main():
         rm_margin=args.rm_margin,
         rm_center_coef=args.rm_center_coef,
     )
-    adapt_model(model, args, gradient_checkpointing=args.gradient_checkpointing, keep_trainable=["v_head.weight"])
+    adapt_model(
+        model,
+        args,
+        gradient_checkpointing=args.gradient_checkpointing,
+        keep_trainable=["v_head.weight"],
+        packing=packing_of(args),
+    )
     groups = get_optimizer_grouped_parameters(model, args.weight_decay, args.lora_learning_rate)
     optimizer = make_optimizer(groups, args.learning_rate, offloads_optimizer(ds_config), paged=args.paged_optimizer)
     steps_per_epoch = sampler.steps()
