@@ -1,13 +1,17 @@
+"""Merging: a LoRA adapter folded into its base model, without that model ever being built.
+
+Weights go from the base's files to the new ones one at a time, so that the memory needed is the adapter and the largest
+weight. Adapters are those that training saves with --save_lora_adapters, and PEFT's own.
+"""
+
 import json
 import math
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -18,35 +22,26 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from utils.model.adapters import CHANGED_CONFIG, CONFIG_FILE, KEY_PREFIX, SCORE_SCALE, WEIGHTS_FILE
+from utils.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHANGED_CONFIG, KEY_PREFIX
 from utils.model.loading import Checkpoint, find_checkpoint, load_config
-from utils.model.saving import INDEX_FILE, SafetensorsWriter, atomic_folder
+from utils.model.reward_model import SCORE_SCALE
+from utils.model.saving import folder_for
+from utils.model.shards import open_shards
 from utils.module.lora import fold
 from utils.process.errors import UserError
 
 # What a setting in adapter_config.json may say without changing how the factors are folded, beside those read below.
 # Any other setting that is on is refused: also one that a later PEFT invents.
 UNDERSTOOD = {
-    *(
-        "peft_type",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "auto_mapping",
-        "inference_mode",
-        "peft_version",
-    ),
+    *("peft_type", "task_type", "base_model_name_or_path", "revision"),
+    *("auto_mapping", "inference_mode", "peft_version"),
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_dropout"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
     *("init_lora_weights", "ensure_weight_tying", "eva_config", "loftq_config", "runtime_config"),
     *("megatron_core", "qalora_group_size"),  # never empty, and without effect by themselves
 }
-
-
 # The others (PiSSA, OLoRA, LoftQ, ...) change the base weights before training.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
-
-
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(\.weight)?")
 
 
@@ -131,18 +126,18 @@ def read_changed_config(text: str, file: Path) -> dict:
 
 def read_adapter(folder: Path) -> Adapter:
     """Read an adapter of PEFT's format; UserError for what is missing, broken or no plain LoRA."""
-    file = folder / CONFIG_FILE
+    file = folder / ADAPTER_CONFIG
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--adapter {folder} holds no LoRA adapter: {file}: {error}") from error
     check_adapter_config(config, file)
     adapter = Adapter(folder, config)
-    weights = folder / WEIGHTS_FILE
+    weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         weights = weights.with_suffix(".bin")  # PEFT before safetensors
     if not weights.is_file():
-        raise UserError(f"--adapter {folder} has neither {WEIGHTS_FILE} nor {weights.name}")
+        raise UserError(f"--adapter {folder} has neither {ADAPTER_WEIGHTS} nor {weights.name}")
     stored = Checkpoint(str(folder), (weights,))
     if stored.tensors and weights.suffix == ".safetensors":
         with safe_open(weights, framework="pt") as opened:
@@ -326,27 +321,6 @@ class Merge:
         return "; ".join(said)
 
 
-def write_weights(merge: Merge, folder: Path, max_shard_size: str) -> None:
-    """Weights into model.safetensors, or into shards and an index."""
-    try:
-        split = split_torch_state_dict_into_shards(
-            merge.stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-        )
-    except ValueError as error:
-        raise UserError(f"--max_shard_size {max_shard_size}: {error}") from error
-    with ExitStack() as stack:
-        writers = {}
-        for file, names in split.filename_to_tensors.items():
-            writer = SafetensorsWriter(folder / file, {name: merge.stored[name] for name in names})
-            stack.callback(writer.close)
-            writers |= dict.fromkeys(names, writer)
-        for name, value in merge.weights():
-            writers[name].write(name, value)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
 def write_settings(merge: Merge, base_model: str, folder: Path) -> None:
     """Configuration, generation configuration and tokenizer (the adapter's, where it has one)."""
     merge.config.save_pretrained(folder)
@@ -370,9 +344,8 @@ def save_merged_model(base_model: str, adapter: Adapter, folder: Path, max_shard
     """Fold an adapter into its base model and write what becomes of it to ``folder``."""
     merge = Merge(base_model, adapter)
     print(f"{merge.checkpoint.name} + {adapter.folder}: {merge}", flush=True)
-    try:
-        with atomic_folder(folder) as scratch:
-            write_weights(merge, scratch, max_shard_size)
-            write_settings(merge, base_model, scratch)
-    except OSError as error:
-        raise UserError(f"could not save the merged model to {folder}: {error}") from error
+    with folder_for("merged model", folder) as scratch:
+        with open_shards(scratch, merge.stored, max_shard_size) as write:
+            for name, value in merge.weights():
+                write(name, value)
+        write_settings(merge, base_model, scratch)
