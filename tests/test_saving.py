@@ -23,7 +23,7 @@ from transformers import (
 from utils.data.batching import pad_rows
 from utils.model import saving
 from utils.model.inputs import model_inputs
-from utils.model.loading import find_checkpoint, read_value_head
+from utils.model.loading import find_checkpoint
 from utils.model.model_utils import check_model, create_critic_model, create_hf_model
 from utils.model.shards import SafetensorsWriter
 from utils.model.tokenizer import load_hf_tokenizer
@@ -299,11 +299,11 @@ def test_a_reward_model_by_its_hub_name(reward_model, tmp_path):
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     script = (
         f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n"
-        "from utils.model.loading import read_value_head\n"
+        "from utils.model.loading import find_checkpoint\n"
         "from utils.model.model_utils import create_critic_model\n"
         "from utils.model.tokenizer import load_hf_tokenizer\n"
         "model = create_critic_model('someone/judge', load_hf_tokenizer('someone/judge'), rlhf_training=True)\n"
-        "assert (model.v_head.weight == read_value_head('someone/judge')).all()\n"
+        "assert (model.v_head.weight == find_checkpoint('someone/judge').value_head()).all()\n"
         "print('head', model.v_head.weight.double().sum().item())\n"
     )
     environment = {"HF_HUB_CACHE": str(repo.parent), "HF_HUB_OFFLINE": "1"}
@@ -518,7 +518,7 @@ def test_a_reward_model_saves_and_reads_its_head_in_shards(reward_model, tmp_pat
     model, tokenizer, _ = reward_model
     save_hf_format(model, tokenizer, SimpleNamespace(output_dir=tmp_path / "saved", max_shard_size=20_000))
     assert len(find_checkpoint(tmp_path / "saved").files) > 2
-    assert torch.equal(read_value_head(tmp_path / "saved"), model.v_head.weight)
+    assert torch.equal(find_checkpoint(tmp_path / "saved").value_head(), model.v_head.weight)
 
 
 def test_weights_alone_are_saved_in_the_same_names(reward_model, tmp_path):

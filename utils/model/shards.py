@@ -66,7 +66,7 @@ def open_shards(folder: Path, stored: dict[str, torch.Tensor], max_shard_size: i
         metadata: of the index, beside the total size.
 
     Raises:
-        UserError: a size that is none.
+        UserError: a ``max_shard_size`` that is no size.
     """
     try:
         split = split_torch_state_dict_into_shards(
