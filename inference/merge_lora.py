@@ -12,12 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.model.adapters import CONFIG_FILE
-from utils.model.merging import (
-    read_adapter,
-    save_merged_model,
-)
-from utils.model.saving import MAX_SHARD_SIZE
+from utils.model.adapters import ADAPTER_CONFIG
+from utils.model.merging import read_adapter, save_merged_model
+from utils.model.shards import MAX_SHARD_SIZE
 from utils.process.errors import UserError
 from utils.process.files import check_output_dir
 from utils.process.launch import run_main
@@ -43,7 +40,7 @@ def main() -> None:
     adapter = read_adapter(adapter_folder)
     base_model = args.base_model or adapter.config.get("base_model_name_or_path")
     if not base_model:
-        raise UserError(f"{adapter_folder / CONFIG_FILE} names no base model; give --base_model")
+        raise UserError(f"{adapter_folder / ADAPTER_CONFIG} names no base model; give --base_model")
     for flag, folder in (("--base_model", Path(base_model)), ("--adapter", adapter_folder)):
         if folder.is_dir() and folder.resolve() == output_dir.resolve():
             raise UserError(f"--output_dir {output_dir} is the {flag} folder; the merged model needs one of its own")

@@ -377,7 +377,7 @@ def test_a_second_save_leaves_nothing_of_the_first_to_be_loaded(tmp_path, model_
     from types import SimpleNamespace
 
     from utils.model import saving
-    from utils.model.loading import read_value_head
+    from utils.model.loading import find_checkpoint
     from utils.model.model_utils import create_critic_model
     from utils.model.tokenizer import load_hf_tokenizer
     from utils.run.results import save_hf_format
@@ -389,7 +389,7 @@ def test_a_second_save_leaves_nothing_of_the_first_to_be_loaded(tmp_path, model_
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(saving, "MAX_SHARD_SIZE", size)
             save_hf_format(model, tokenizer, SimpleNamespace(output_dir=str(tmp_path)))
-        assert (read_value_head(tmp_path) == value).all()
+        assert (find_checkpoint(tmp_path).value_head() == value).all()
         assert (AutoModelForSequenceClassification.from_pretrained(tmp_path).score.weight == value).all()
         assert (tmp_path / "config.json").stat().st_mode & 0o044 == next(
             tmp_path.glob("model*.safetensors")

@@ -9,7 +9,6 @@ from test_rlhf import PROMPTS, _experience, _trainer, _window
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from utils import arguments
 from utils.data.batching import DataCollatorSFT, pad_rows
 from utils.ds_utils import get_train_ds_config, initialize, with_batch_sizes
 from utils.engine.optimizer import get_optimizer_grouped_parameters, make_optimizer
@@ -172,7 +171,7 @@ def test_ppo_runs_and_fast_greedy_generation_is_plain_generation(family):
 def test_flash_attention_that_cannot_run_is_refused_before_anything_is_loaded(
     run_step, monkeypatch, installed, dtype, named, step
 ):
-    monkeypatch.setattr(arguments, "is_flash_attn_2_available", lambda: installed)
+    monkeypatch.setattr("utils.arguments.run.is_flash_attn_2_available", lambda: installed)
     flags = ["--model_name_or_path", "nowhere", "--attn_implementation", "flash_attention_2", "--dtype", dtype]
     with pytest.raises(UserError, match=f"flash_attention_2.*{named}"):
         run_step(step, flags)

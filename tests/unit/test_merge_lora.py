@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from utils.model.adapters import save_lora_adapter
 from utils.model.model_utils import create_critic_model, create_hf_model
-from utils.model.saving import SafetensorsWriter, save_pretrained_model
+from utils.model.saving import save_pretrained_model
+from utils.model.shards import SafetensorsWriter
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import convert_linear_layer_to_lora, lora_layers, only_optimize_lora_parameters
 from utils.process.errors import UserError

@@ -20,11 +20,12 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from utils.generation.saved_model import pad_rows
+from utils.data.batching import pad_rows
 from utils.model import saving
 from utils.model.inputs import model_inputs
-from utils.model.loading import find_checkpoint, read_value_head
+from utils.model.loading import find_checkpoint
 from utils.model.model_utils import check_model, create_critic_model, create_hf_model
+from utils.model.shards import SafetensorsWriter
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.process.errors import UserError
 from utils.run.results import save_hf_format, save_zero_three_model
@@ -82,16 +83,16 @@ def test_a_streamed_file_is_the_librarys_own_for_every_dtype_and_shape(tmp_path)
             [((3, 5), torch.bfloat16), ((), torch.float32), ((7,), torch.float16), ((0, 4), torch.int64)]
         )
     }
-    writer = saving.SafetensorsWriter(tmp_path / "ours", {k: v.to("meta") for k, v in tensors.items()})
-    assert sorted(writer.left) == sorted(tensors)
+    writer = SafetensorsWriter(tmp_path / "ours", {k: v.to("meta") for k, v in tensors.items()})
+    assert sorted(writer.missing) == sorted(tensors)
     for name in reversed(tensors):
         writer.write(name, tensors[name])
     writer.close()
-    assert not writer.left
+    assert not writer.missing
     read = load_file(tmp_path / "ours")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in tensors.items())
-    writer = saving.SafetensorsWriter(tmp_path / "other", {"a": torch.empty(2, device="meta")})
+    writer = SafetensorsWriter(tmp_path / "other", {"a": torch.empty(2, device="meta")})
     with pytest.raises(ValueError, match="announced"):
         writer.write("a", torch.zeros(3))
     writer.close()
@@ -104,13 +105,14 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM
-from utils.distributed import get_rank, init_distributed, run_main
-from utils.ds_utils import get_eval_ds_config, get_train_ds_config, initialize, with_batch_sizes
+from utils.ds_utils import get_eval_ds_config, initialize, with_batch_sizes
 from utils.model import saving
 from utils.model.model_utils import create_critic_model, create_hf_model
 from utils.module.lora import convert_linear_layer_to_lora, lora_layers
-from utils.utils import get_optimizer_grouped_parameters, load_hf_tokenizer, make_optimizer, save_hf_format
-from utils.utils import save_zero_three_model, set_random_seed
+from utils.process.launch import init_distributed, run_main
+from utils.process.seeds import set_random_seed
+from utils.process.world import get_rank
+from utils.utils import load_hf_tokenizer, save_hf_format, save_zero_three_model
 
 def main():
     init_distributed(argparse.Namespace(local_rank=-1, comm_timeout=60))
@@ -195,7 +197,7 @@ def test_a_failing_disk_is_told_and_leaves_the_old_model(model_folder, tmp_path,
     def full(self, name, value):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving.SafetensorsWriter, "write", full)
+    monkeypatch.setattr(SafetensorsWriter, "write", full)
     next(model.parameters()).data.zero_()
     with pytest.raises(UserError, match="No space left"):
         save_hf_format(model, tokenizer, args)
@@ -267,7 +269,7 @@ def test_published_reward_models_give_their_scores_everywhere(reward_model, tmp_
     folder = _published(model, tmp_path / "published", source, prefix, file)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
-    ids, mask = pad_rows([[10, 11, 12], [13, 14]], tokenizer.pad_token_id, "right", "cpu")
+    ids, mask = pad_rows([[10, 11, 12], [13, 14]], tokenizer.pad_token_id)
     critic = create_critic_model(folder, tokenizer, rlhf_training=True).eval()
     judge = rw_eval.load_judge(
         str(folder), rw_eval.parse_args(["--model_name_or_path", str(folder), "--device", "cpu"])
@@ -297,11 +299,11 @@ def test_a_reward_model_by_its_hub_name(reward_model, tmp_path):
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     script = (
         f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n"
-        "from utils.model.loading import read_value_head\n"
+        "from utils.model.loading import find_checkpoint\n"
         "from utils.model.model_utils import create_critic_model\n"
         "from utils.model.tokenizer import load_hf_tokenizer\n"
         "model = create_critic_model('someone/judge', load_hf_tokenizer('someone/judge'), rlhf_training=True)\n"
-        "assert (model.v_head.weight == read_value_head('someone/judge')).all()\n"
+        "assert (model.v_head.weight == find_checkpoint('someone/judge').value_head()).all()\n"
         "print('head', model.v_head.weight.double().sum().item())\n"
     )
     environment = {"HF_HUB_CACHE": str(repo.parent), "HF_HUB_OFFLINE": "1"}
@@ -492,7 +494,7 @@ def test_a_reward_model_scores_alike_in_plain_transformers_for_pads_on_either_si
     rows = [[10, 11, 12, tokenizer.eos_token_id], [13, 14, tokenizer.eos_token_id], [15]]
     scores = []
     for side in ("right", "left"):
-        ids, mask = pad_rows(rows, tokenizer.pad_token_id, side, "cpu")
+        ids, mask = pad_rows(rows, tokenizer.pad_token_id, side)
         with torch.no_grad():
             scores += [model.forward_value(ids, mask)["chosen_end_scores"]]
             scores += [plain.eval()(**model_inputs(plain, ids, mask)).logits.squeeze(1)]
@@ -516,7 +518,7 @@ def test_a_reward_model_saves_and_reads_its_head_in_shards(reward_model, tmp_pat
     model, tokenizer, _ = reward_model
     save_hf_format(model, tokenizer, SimpleNamespace(output_dir=tmp_path / "saved", max_shard_size=20_000))
     assert len(find_checkpoint(tmp_path / "saved").files) > 2
-    assert torch.equal(read_value_head(tmp_path / "saved"), model.v_head.weight)
+    assert torch.equal(find_checkpoint(tmp_path / "saved").value_head(), model.v_head.weight)
 
 
 def test_weights_alone_are_saved_in_the_same_names(reward_model, tmp_path):

@@ -65,7 +65,13 @@ def main():
     )
     lengths = {"--max_prompt_seq_len": args.max_prompt_seq_len, "--max_answer_seq_len": args.max_answer_seq_len}
     if args.critic_model_name_or_path is not None:
-        check_same_tokenizer(args, tokenizer)
+        check_same_tokenizer(
+            tokenizer,
+            args.actor_model_name_or_path,
+            args.critic_model_name_or_path,
+            arguments.end_token(args),
+            args.trust_remote_code,
+        )
         check_model(
             AutoModel, args.critic_model_name_or_path, args.trust_remote_code, trained_head=True, lengths=lengths
         )

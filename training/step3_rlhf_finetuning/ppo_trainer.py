@@ -9,12 +9,12 @@ import torch
 from training.step3_rlhf_finetuning import ppo_math
 from training.step3_rlhf_finetuning.experience import Experience, MicroBatch
 from training.step3_rlhf_finetuning.ppo_math import gather_log_probs
-from utils.data.batching import to_device
+from utils.data.batching import IGNORE_INDEX, to_device
 from utils.engine.nonfinite import Figures, refuse_nonfinite
 from utils.engine.update import Update
 from utils.generation.sampling import Decoding
 from utils.model.inputs import model_inputs
-from utils.model.losses import IGNORE_INDEX, LabelLogProbs, causal_lm_loss_sum, label_count
+from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.reward_functions import RewardFunction
 from utils.model.reward_model import end_scores, reward_scale
 from utils.process.console import print_rank_0

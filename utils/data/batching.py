@@ -118,14 +118,16 @@ def accumulation_windows(loader, accumulation: int):
         yield window
 
 
-def pad_rows(rows: list[list[int]], pad_token_id: int, side: str = "right", to_length: int | None = None):
-    """Pad id lists to the longest (rounded up to a multiple of 8), or to ``to_length``.
+def pad_rows(
+    rows: list[list[int]], pad_token_id: int, side: str = "right", to_length: int | None = None, multiple: int = 8
+):
+    """Pad id lists to the longest, rounded up to ``multiple``, or to ``to_length``.
 
     Returns:
         input_ids [rows, length] int64, attention_mask [rows, length] int64 from the lengths
     """
     longest = max(len(row) for row in rows)
-    length = to_length or -(-max(longest, 1) // 8) * 8
+    length = to_length or -(-max(longest, 1) // multiple) * multiple
     ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
     mask = torch.zeros((len(rows), length), dtype=torch.long)
     for i, row in enumerate(rows):

@@ -19,7 +19,7 @@ from utils.ds_utils import (
     with_batch_sizes,
 )
 from utils.engine.optimizer import get_optimizer_grouped_parameters, make_optimizer
-from utils.model.model_utils import adapt_model
+from utils.model.model_utils import adapt_model, packing_of
 
 
 def flag_of(args, role: str, name: str):
@@ -71,7 +71,14 @@ def trained_engine(
         learning_rate: None for that of the role's flag.
         keep_trainable: parts of names of weights that train beside LoRA under --only_optimize_lora.
     """
-    adapt_model(model, args, f"{role}_" if role else "", flag_of(args, role, "gradient_checkpointing"), keep_trainable)
+    adapt_model(
+        model,
+        args,
+        f"{role}_" if role else "",
+        flag_of(args, role, "gradient_checkpointing"),
+        keep_trainable,
+        packing_of(args),
+    )
     groups = get_optimizer_grouped_parameters(
         model, flag_of(args, role, "weight_decay"), flag_of(args, role, "lora_learning_rate")
     )

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import normalize
 from transformers import DynamicCache
 
-from utils.generation.saved_model import LanguageModel, pad_rows, up_to_stop
+from utils.generation.saved_model import LanguageModel, left_padded, up_to_stop
 from utils.model.inputs import forward_accepts, position_ids_from_mask
 from utils.model.soft_prompt import SoftPromptModel
 from utils.process.errors import UserError
@@ -62,7 +62,7 @@ class _Rows:
         if isinstance(lm.model, SoftPromptModel):
             raise UserError(f"{lm.name} is a soft prompt: it can be asked by greedy, sampling and beam search only")
         self.model = lm.model
-        self.tokens, self.mask = pad_rows(prompts, lm.pad_id, "left", lm.model.device)
+        self.tokens, self.mask = left_padded(lm, prompts)
         self.cache = DynamicCache(config=lm.model.config)
 
     def forward(self, **options):

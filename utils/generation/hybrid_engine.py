@@ -20,44 +20,12 @@ from deepspeed.accelerator import get_accelerator
 from utils.generation.sampling import CompiledStep, Decoding, Rollout, generate_by_transformers, sample_answers
 from utils.model.inputs import model_inputs
 from utils.module.fused_linear import find_shared_inputs, fused_linears
-from utils.module.lora import lora_layers
+from utils.module.hooks import hooks_set_aside
+from utils.module.lora import lora_folded
 from utils.process.console import print_rank_0
 from utils.process.errors import UserError
 from utils.process.ranks import all_gather_objects, all_reduce_sum
 from utils.process.world import get_world_size
-
-HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
-
-
-@contextmanager
-def _hooks_set_aside(module):
-    """While open, no module below runs its forward hooks."""
-    saved = [(part, name, part.__dict__[name]) for part in module.modules() for name in HOOK_TABLES]
-    try:
-        for part, name, table in saved:
-            part.__dict__[name] = type(table)()
-        yield
-    finally:
-        for part, name, table in saved:
-            part.__dict__[name] = table
-
-
-@contextmanager
-def _lora_folded(module):
-    layers = [layer for _, layer in lora_layers(module)]
-    try:
-        for layer in layers:
-            layer.fuse_lora_weight()
-        yield
-    finally:
-        for layer in layers:
-            layer.unfuse_lora_weight()
 
 
 def _rows_left(here: int) -> int:
@@ -143,9 +111,9 @@ class HybridEngine:
                 stack.enter_context(torch.no_grad())
                 if self.gathers:
                     stack.enter_context(deepspeed.zero.GatheredParameters(self._sharded))
-                    stack.enter_context(_hooks_set_aside(module))
+                    stack.enter_context(hooks_set_aside(module))
                 if self.enabled and not self.needs_lockstep and self.backend != "deepspeed":
-                    stack.enter_context(_lora_folded(module))
+                    stack.enter_context(lora_folded(module))
                     # Fused copies take memory that an accelerator rarely has to spare, and were measured on a CPU only.
                     if self.backend == "own" and self._compiled is None and get_accelerator().device_name() == "cpu":
                         if self._groups is None:

@@ -20,14 +20,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from utils.data.batching import pad_rows, to_device
 from utils.data.prompt_format import PLAIN, STYLES, end_of_turn_id, format_prompt, truncate_left
+from utils.ds_utils import TORCH_DTYPES
+from utils.model.inputs import embedding_rows
 from utils.model.model_utils import check_model, grow_embedding
 from utils.model.soft_prompt import SoftPromptModel, base_of_soft_prompt, load_soft_prompt, soft_prompt_config
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.process.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # what --add_eot_token stands for in all three training steps
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -44,7 +46,7 @@ class LanguageModel:
     @property
     def pad_id(self) -> int:
         """An id to fill rows with: 0 for a pad token outside the embedding, since fillers are masked anyway."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id < embedding_size(self.model) else 0
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id < embedding_rows(self.model) else 0
 
 
 @dataclass
@@ -66,7 +68,7 @@ def add_loading_arguments(parser, style: str | None = PLAIN, style_help: str = "
     )
     group.add_argument(
         "--dtype",
-        choices=["auto", *DTYPES],
+        choices=["auto", *TORCH_DTYPES],
         default="auto",
         help="precision of the weights; auto: fp32 on CPU, bf16 on an accelerator (fp16 where it has no bf16)",
     )
@@ -119,7 +121,7 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype of a --dtype value."""
     if name != "auto":
-        return DTYPES[name]
+        return TORCH_DTYPES[name]
     if device.type == "cpu":
         return torch.float32
     has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -218,31 +220,14 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted(ids - {None})
 
 
-def embedding_size(model: PreTrainedModel) -> int:
-    """Number of token ids the model knows."""
-    return model.get_input_embeddings().weight.shape[0]
-
-
 def check_ids(rows: list[list[int]], model: PreTrainedModel, path: str):
     """UserError if a row holds an id outside the model's embedding."""
-    highest = max((max(row) for row in rows if row), default=0)
-    if highest >= embedding_size(model):
+    highest, known = max((max(row) for row in rows if row), default=0), embedding_rows(model)
+    if highest >= known:
         raise UserError(
-            f"the tokenizer of {path} gives id {highest}, but its model knows only {embedding_size(model)} ids: "
+            f"the tokenizer of {path} gives id {highest}, but its model knows only {known} ids: "
             "they do not belong together, or a token was added that the model was not trained with"
         )
-
-
-def pad_rows(rows: list[list[int]], pad_id: int, side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, both [batch, longest row]; the mask comes from the lengths, whatever the ids are."""
-    longest = max(map(len, rows))
-    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids, mask in zip(rows, input_ids, attention_mask, strict=True):
-        place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
-        ids[place] = torch.tensor(row)
-        mask[place] = 1
-    return input_ids.to(device), attention_mask.to(device)
 
 
 def choosing_settings(do_sample: bool, temperature: float, top_p: float, top_k: int) -> dict:
@@ -271,13 +256,18 @@ def room_for_prompt(lm: LanguageModel, max_new_tokens: int) -> int | None:
     return lm.max_positions - max_new_tokens
 
 
+def left_padded(lm: LanguageModel, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of the prompts, both [prompts, longest prompt], on the model's device."""
+    return to_device(pad_rows(prompts, lm.pad_id, side="left", multiple=1), lm.model.device)
+
+
 @torch.no_grad()
 def generate_ids(lm: LanguageModel, prompts: list[list[int]], **settings) -> list[list[int]]:
     """Ids that follow each prompt, up to and with the first stop id; num_return_sequences rows for each.
 
     Prompts are padded on the left as one batch; generate() takes the position ids from the mask.
     """
-    input_ids, attention_mask = pad_rows(prompts, lm.pad_id, "left", lm.model.device)
+    input_ids, attention_mask = left_padded(lm, prompts)
     output = lm.model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,

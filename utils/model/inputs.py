@@ -1,8 +1,13 @@
-"""What a model's forward is given: positions from the mask, and only arguments it knows."""
+"""What a model's forward is given: only arguments that it has, with positions from the mask."""
 
 import inspect
 
 import torch
+
+
+def unwrap(model):
+    """The module inside a DeepSpeed engine; a plain module as it is."""
+    return model.module if hasattr(model, "module") else model
 
 
 def forward_accepts(model, name: str) -> bool:
@@ -25,6 +30,14 @@ def embedding_width(model) -> int:
 def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     """[batch, length] -> [batch, length]: 0 at a row's first real token, however many pads stand before it."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def model_inputs(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
+    """Keyword arguments for scoring or training on [batch, length] ids with pads on either side."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if forward_accepts(model, "position_ids"):
+        inputs["position_ids"] = position_ids_from_mask(attention_mask)
+    return inputs
 
 
 def packed_inputs(model, batch: dict) -> dict:
@@ -58,16 +71,3 @@ def sft_inputs(model, batch: dict) -> dict:
     if "segment_ids" in batch:
         return packed_inputs(model, batch)
     return model_inputs(model, batch["input_ids"], batch["attention_mask"])
-
-
-def model_inputs(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
-    """Keyword arguments for scoring or training on [batch, length] ids with pads on either side."""
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if forward_accepts(model, "position_ids"):
-        inputs["position_ids"] = position_ids_from_mask(attention_mask)
-    return inputs
-
-
-def unwrap(model):
-    """The module inside a DeepSpeed engine; a plain module as it is."""
-    return model.module if hasattr(model, "module") else model

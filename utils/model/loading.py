@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+import deepspeed
 import torch
-from deepspeed import zero
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_utils import load_state_dict
@@ -33,7 +33,7 @@ HEAD_NAMES = ("score.weight", "v_head.weight")
 PUBLISHED_PREFIX = r"^(rwtransformer|rwtranrsformer)\."  # the second is how the published code spells it
 # Masks and tables that old checkpoints hold although the model makes them itself.
 STALE_BUFFERS = re.compile(r"(\.masked_bias|\.inv_freq|\battn\.bias|\battention\.bias)$")
-SHOWN = 8
+LISTED_WEIGHTS = 8  # of those that an error names
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def load_config(model_name_or_path, trust_remote_code: bool = False):
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
         text_config = config.get_text_config()
     except Exception as error:  # strangers' files: the library raises whatever its parsers and families raise
-        raise UserError(f"no model could be loaded from {name!r}: {_told(error)}") from error
+        raise UserError(f"no model could be loaded from {name!r}: {_message(error)}") from error
     kernels = [kernel for kernel in _attention_kernels(config) if "/" in str(kernel)]
     if kernels and not trust_remote_code:
         raise UserError(
@@ -110,8 +110,8 @@ def _attention_kernels(config) -> list:
     return [kernel for value in chosen for kernel in (value.values() if isinstance(value, dict) else [value])]
 
 
-def _told(error: Exception) -> str:
-    """What an exception says, with its kind where the words alone say little."""
+def _message(error: Exception) -> str:
+    """The text of an exception, with its kind where the text alone says little."""
     return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
 
 
@@ -125,7 +125,7 @@ def check_generation_config(model_name_or_path) -> None:
         ids = settings.get("eos_token_id")
         readable = all(isinstance(i, int | None) for i in (ids if isinstance(ids, list) else [ids]))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is no table of generation settings: {_told(error)}") from error
+        raise UserError(f"{file} is no table of generation settings: {_message(error)}") from error
     if not readable:
         raise UserError(f"{file}: eos_token_id {ids!r} is neither a token id nor a list of them")
 
@@ -203,11 +203,6 @@ def _read_one(file: Path, name: str) -> torch.Tensor:
     return _read(file, "cpu")[name].clone()
 
 
-def read_value_head(model_name_or_path) -> torch.Tensor | None:
-    """The trained head [1, hidden] of a reward model in a folder or on the hub; None if there is none."""
-    return find_checkpoint(model_name_or_path).value_head()
-
-
 @cache
 def _note_once(message: str) -> None:
     """One model is loaded several times, as actor and reference, say."""
@@ -217,13 +212,43 @@ def _note_once(message: str) -> None:
 
 def _listed(keys) -> str:
     keys = sorted(map(str, keys))
-    return ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+    more = f" and {len(keys) - LISTED_WEIGHTS} more" if len(keys) > LISTED_WEIGHTS else ""
+    return ", ".join(keys[:LISTED_WEIGHTS]) + more
+
+
+def _describe_problems(problems: dict) -> list[str]:
+    """One text for each kind of problem that some weights have."""
+    return [f"{kind}: {_listed(keys)}" for kind, keys in problems.items() if keys]
 
 
 def _block_lists(names, prefix: str) -> set[str]:
     """Where a model keeps its numbered blocks: "layers.", "decoder.layers.", without the base model's prefix."""
     found = (re.match(r"(.*?)\d+\.", name.removeprefix(f"{prefix}.")) for name in names)
     return {match[1] for match in found if match}
+
+
+def _match_names(checkpoint: Checkpoint, model_class, config, trust_remote_code: bool):
+    """Let transformers match the weights of the files with those of a model, on the meta device.
+
+    Returns:
+        (the model without weights, ``key_mapping`` for the files, transformers' loading info)
+    """
+    try:
+        with torch.device("meta"):
+            skeleton = model_class.from_config(config, trust_remote_code=trust_remote_code)
+        renaming = checkpoint.renaming(skeleton)
+        _, info = type(skeleton).from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(checkpoint.tensors),
+            device_map="meta",
+            key_mapping=renaming,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # a family's own code meets numbers of a stranger's file: anything may come of it
+        raise UserError(f"no model could be loaded from {checkpoint.name!r}: {_message(error)}") from error
+    return skeleton, renaming, info
 
 
 def check_checkpoint(checkpoint: Checkpoint, model_class, config, trust_remote_code: bool = False) -> dict:
@@ -240,30 +265,17 @@ def check_checkpoint(checkpoint: Checkpoint, model_class, config, trust_remote_c
     """
     name = checkpoint.name
     layers, weights = getattr(config.get_text_config(), "num_hidden_layers", 0), len(checkpoint.tensors)
-    if layers > weights:  # told now: to lay out a billion layers would take for ever
+    if layers > weights:  # before the model is laid out: a billion layers would take for ever
         raise UserError(f"config.json of {name!r} has {layers} layers, and its files hold only {weights} weights")
-    try:
-        with torch.device("meta"):
-            skeleton = model_class.from_config(config, trust_remote_code=trust_remote_code)
-        renaming = checkpoint.renaming(skeleton)
-        _, info = type(skeleton).from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(checkpoint.tensors),
-            device_map="meta",
-            key_mapping=renaming,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # a family's own code meets numbers of a stranger's file: anything may come of it
-        raise UserError(f"no model could be loaded from {name!r}: {_told(error)}") from error
+    skeleton, renaming, info = _match_names(checkpoint, model_class, config, trust_remote_code)
     unexpected = {key for key in info["unexpected_keys"] if not STALE_BUFFERS.search(key)}
-    if any("lora_" in key for key in unexpected):
+    lora_factors = {key for key in unexpected if "lora_" in key}
+    if lora_factors:
         raise UserError(
-            f"{name!r} holds LoRA factors beside its weights: {_listed(k for k in unexpected if 'lora_' in k)}; fold "
-            "them in first, with inference/merge_lora.py"
+            f"{name!r} holds LoRA factors beside its weights: {_listed(lora_factors)}; fold them in first, with "
+            "inference/merge_lora.py"
         )
-    if model_class is AutoModel:  # a decoder alone: the heads of a language or reward model are left aside on purpose
+    if model_class is AutoModel:  # a decoder alone: the heads of a language or reward model are left out on purpose
         unexpected = {
             key for key in unexpected if key not in HEAD_NAMES and "head" not in key and "embed_out" not in key
         }
@@ -273,12 +285,13 @@ def check_checkpoint(checkpoint: Checkpoint, model_class, config, trust_remote_c
     blocks = _block_lists(skeleton.state_dict(), prefix)
     surplus = {key for key in unexpected if _block_lists([key], prefix) & blocks}
     shapes = [f"{key} {tuple(found)} in place of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
-    problems = {"missing": info["missing_keys"], "of another shape": shapes, "without a place": surplus}
-    told = [f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys]
-    if told:
+    problems = _describe_problems(
+        {"missing": info["missing_keys"], "of another shape": shapes, "without a place": surplus}
+    )
+    if problems:
         if info["missing_keys"] and unexpected - surplus:
-            told.append(f"there instead: {_listed(unexpected - surplus)}")
-        raise UserError(f"the weights in {name!r} do not fit a {type(skeleton).__name__}; " + "; ".join(told))
+            problems.append(f"there instead: {_listed(unexpected - surplus)}")
+        raise UserError(f"the weights in {name!r} do not fit a {type(skeleton).__name__}; " + "; ".join(problems))
     if unexpected:
         _note_once(
             f"note: {name}: {len(unexpected)} weights have no place in the model and are left: {_listed(unexpected)}"
@@ -296,25 +309,21 @@ def load_state_dict_into_model(model_to_load, state_dict, start_prefix="", zero_
     targets = dict(model_to_load.named_parameters(remove_duplicate=False)) | dict(model_to_load.named_buffers())
     wanted = set(model_to_load.state_dict().keys())
     tied = set(getattr(model_to_load, "all_tied_weights_keys", None) or {})
+    common = wanted & set(state_dict)
     shape_of = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in targets.items()}
     problems = {
-        "missing": sorted(wanted - set(state_dict) - tied),
-        "unexpected": sorted(set(state_dict) - wanted),
-        "of another shape": sorted(n for n in wanted & set(state_dict) if shape_of[n] != tuple(state_dict[n].shape)),
+        "missing": wanted - set(state_dict) - tied,
+        "unexpected": set(state_dict) - wanted,
+        "of another shape": {name for name in common if shape_of[name] != tuple(state_dict[name].shape)},
     }
-    found = [
-        f"{what}: {', '.join(names[:8])}" + (" …" if len(names) > 8 else "")
-        for what, names in problems.items()
-        if names
-    ]
-    if found:
-        raise UserError("the checkpoint does not fit the model; " + "; ".join(found))
+    if any(problems.values()):
+        raise UserError("the checkpoint does not fit the model; " + "; ".join(_describe_problems(problems)))
 
     with torch.no_grad():
-        for name in wanted & set(state_dict):
+        for name in sorted(common):  # on all ranks in one order, since they gather together
             target = targets[name]
             if hasattr(target, "ds_id"):
-                with zero.GatheredParameters([target], modifier_rank=0):
+                with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
                     if get_rank() == 0:
                         target.copy_(state_dict[name])
             else:

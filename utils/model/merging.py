@@ -1,13 +1,17 @@
+"""Merging: a LoRA adapter folded into its base model, without that model ever being built.
+
+Weights go from the base's files to the new ones one at a time, so that the memory needed is the adapter and the largest
+weight. Adapters are those that training saves with --save_lora_adapters, and PEFT's own.
+"""
+
 import json
 import math
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -18,35 +22,26 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from utils.model.adapters import CHANGED_CONFIG, CONFIG_FILE, KEY_PREFIX, SCORE_SCALE, WEIGHTS_FILE
+from utils.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHANGED_CONFIG, KEY_PREFIX
 from utils.model.loading import Checkpoint, find_checkpoint, load_config
-from utils.model.saving import INDEX_FILE, SafetensorsWriter, atomic_folder
+from utils.model.reward_model import SCORE_SCALE
+from utils.model.saving import folder_for
+from utils.model.shards import open_shards
 from utils.module.lora import fold
 from utils.process.errors import UserError
 
 # What a setting in adapter_config.json may say without changing how the factors are folded, beside those read below.
 # Any other setting that is on is refused: also one that a later PEFT invents.
 UNDERSTOOD = {
-    *(
-        "peft_type",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "auto_mapping",
-        "inference_mode",
-        "peft_version",
-    ),
+    *("peft_type", "task_type", "base_model_name_or_path", "revision"),
+    *("auto_mapping", "inference_mode", "peft_version"),
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_dropout"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
     *("init_lora_weights", "ensure_weight_tying", "eva_config", "loftq_config", "runtime_config"),
     *("megatron_core", "qalora_group_size"),  # never empty, and without effect by themselves
 }
-
-
 # The others (PiSSA, OLoRA, LoftQ, ...) change the base weights before training.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
-
-
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(\.weight)?")
 
 
@@ -78,8 +73,8 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_pattern(pattern: str, file: Path) -> None:
-    """Refuse an expression that is none, or whose search among names of layers could take for ever."""
+def _check_pattern(pattern: str, file: Path) -> None:
+    """Refuse what is no regular expression, and one whose search among names of layers could take for ever."""
     try:
         re.compile(pattern)
     except re.error as error:
@@ -90,8 +85,8 @@ def check_pattern(pattern: str, file: Path) -> None:
         )
 
 
-def check_adapter_config(config: dict, file: Path) -> None:
-    """Refuse, by name, what is not a plain LoRA."""
+def _check_adapter_config(config: dict, file: Path) -> None:
+    """UserError, with the setting's name, for what is not a plain LoRA."""
     if not isinstance(config, dict):
         raise UserError(f"{file} is no table of settings")
     if config.get("peft_type") != "LORA":
@@ -114,10 +109,10 @@ def check_adapter_config(config: dict, file: Path) -> None:
     if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
         raise UserError(f"{file}: alpha_pattern is no table of patterns and numbers")
     for pattern in patterns:
-        check_pattern(pattern, file)
+        _check_pattern(pattern, file)
 
 
-def read_changed_config(text: str, file: Path) -> dict:
+def _read_changed_config(text: str, file: Path) -> dict:
     """What training set in the model's configuration: a few numbers, and nothing else is taken from an adapter."""
     try:
         changed = json.loads(text)
@@ -129,27 +124,31 @@ def read_changed_config(text: str, file: Path) -> dict:
     raise UserError(f"{file}: {CHANGED_CONFIG} in its metadata is no table of token ids and scales of scores")
 
 
+def _weights_file(folder: Path) -> Path:
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        file = file.with_suffix(".bin")  # PEFT before safetensors
+    if not file.is_file():
+        raise UserError(f"--adapter {folder} has neither {ADAPTER_WEIGHTS} nor {file.name}")
+    return file
+
+
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter of PEFT's format; UserError for what is missing, broken or no plain LoRA."""
-    file = folder / CONFIG_FILE
+    """An adapter in PEFT's format; UserError for what is missing, broken or no plain LoRA."""
+    file = folder / ADAPTER_CONFIG
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--adapter {folder} holds no LoRA adapter: {file}: {error}") from error
-    check_adapter_config(config, file)
+    _check_adapter_config(config, file)
     adapter = Adapter(folder, config)
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        weights = weights.with_suffix(".bin")  # PEFT before safetensors
-    if not weights.is_file():
-        raise UserError(f"--adapter {folder} has neither {WEIGHTS_FILE} nor {weights.name}")
+    weights = _weights_file(folder)
     stored = Checkpoint(str(folder), (weights,))
     if stored.tensors and weights.suffix == ".safetensors":
         with safe_open(weights, framework="pt") as opened:
             text = (opened.metadata() or {}).get(CHANGED_CONFIG, "{}")
-        adapter.changed_config = read_changed_config(text, weights)
-    tensors = dict(stored.read_all())
-    for key, tensor in tensors.items():
+        adapter.changed_config = _read_changed_config(text, weights)
+    for key, tensor in stored.read_all():
         name, factor = key.removeprefix(KEY_PREFIX), FACTOR.fullmatch(key.removeprefix(KEY_PREFIX))
         if factor and not (tensor.ndim == 2 and tensor.numel() and tensor.is_floating_point()):
             raise UserError(f"{weights}: {key}, {tensor.dtype} {tuple(tensor.shape)}, is no factor of an update")
@@ -159,7 +158,7 @@ def read_adapter(folder: Path) -> Adapter:
             raise UserError(f"{weights}: {key} is not a weight of a plain LoRA")
         else:
             adapter.whole[name.replace(".base_layer.", ".")] = tensor
-    if config.get("ensure_weight_tying") and any("lora_embedding_" in key for key in tensors):
+    if config.get("ensure_weight_tying") and any("lora_embedding_" in key for key in stored.tensors):
         # PEFT's own merge of such an adapter does not give the logits of its unmerged model (0.21).
         raise UserError(f"{file}: ensure_weight_tying with LoRA on the embedding cannot be folded")
     halves = sorted(module for module, pair in adapter.factors.items() if len(pair) < 2)
@@ -171,7 +170,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 class Merge:
-    """Which weights of the base change, into what, and where they go.
+    """A base model with an adapter folded in, made weight by weight.
 
     Attributes:
         skeleton: the merged model without weights, on the meta device: names, shapes and kinds of layers.
@@ -187,16 +186,16 @@ class Merge:
         self._weights = dict(self.skeleton.named_parameters(remove_duplicate=False))
         self._tied = dict(self.skeleton.all_tied_weights_keys)  # weight -> the one it shares
         # Weights of the skeleton by their name in the base's files, and back.
-        self._base_name = {name: self._spelled(name, self.checkpoint.tensors) for name in self._weights}
+        self._base_name = {name: self._name_among(name, self.checkpoint.tensors) for name in self._weights}
         self._skeleton_name = {base: name for name, base in self._base_name.items() if base}
-        self._factors, self._whole = self._named_as_skeleton()
-        floating = (tensor.dtype for tensor in self.checkpoint.tensors.values() if tensor.dtype.is_floating_point)
-        self._dtype = next(floating)
+        self._factors, self._whole = self._match_with_skeleton()
+        dtypes = (tensor.dtype for tensor in self.checkpoint.tensors.values())
+        self._float_dtype = next(dtype for dtype in dtypes if dtype.is_floating_point)
         self._untie()
         self.stored = self._plan()
 
     def _make_skeleton(self):
-        """Settle class, labels and rows of the embedding in the configuration, and build the model without weights."""
+        """Set class, labels and rows of the embedding in the configuration, and build the model without weights."""
         config, whole = self.config, self.adapter.whole
         is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
         self._drops_head = self.adapter.config.get("task_type") == "SEQ_CLS" and not is_classifier
@@ -219,27 +218,27 @@ class Merge:
         config.architectures = [type(skeleton).__name__]
         return skeleton
 
-    def _spelled(self, name: str, among) -> str | None:
-        """The name as ``among`` has it: with or without the decoder's prefix, since a file may be of a bare decoder."""
-        spellings = (name, name.removeprefix(self._prefix), self._prefix + name)
-        return next((spelling for spelling in spellings if spelling in among), None)
+    def _name_among(self, name: str, among) -> str | None:
+        """A name as ``among`` has it: with or without the decoder's prefix, since a file may be of a bare decoder."""
+        forms = (name, name.removeprefix(self._prefix), self._prefix + name)
+        return next((form for form in forms if form in among), None)
 
-    def _named_as_skeleton(self):
+    def _match_with_skeleton(self):
         """The adapter's modules and weights by the skeleton's names; UserError for those that match nothing.
 
         Returns:
             ({weight: (right [in, r], left [r, out], scaling, transposed)}, {weight: tensor that takes its place})
         """
-        modules, factors, whole, lost = dict(self.skeleton.named_modules()), {}, {}, []
+        modules, factors, whole, unmatched = dict(self.skeleton.named_modules()), {}, {}, []
         for name, tensor in self.adapter.whole.items():
-            found = self._spelled(name, self._weights)
-            lost += [name] if found is None else []
+            found = self._name_among(name, self._weights)
+            unmatched += [name] if found is None else []
             whole[found] = tensor
         for module, pair in self.adapter.factors.items():
-            found = self._spelled(module, modules)
+            found = self._name_among(module, modules)
             weight = f"{found}.weight"
             if found is None or self._base_value_name(weight) is None:
-                lost.append(module)
+                unmatched.append(module)
                 continue
             transposed = isinstance(modules[found], Conv1D | nn.Embedding)  # [in, out], or [rows, width]
             if not (transposed or isinstance(modules[found], nn.Linear)):
@@ -252,10 +251,10 @@ class Merge:
                     f"not fit its weight {tuple(self._weights[weight].shape)}"
                 )
             factors[weight] = right, left, self.adapter.scaling(module), transposed
-        if lost:
+        if unmatched:
             raise UserError(
-                f"the adapter changes {len(lost)} parts that {self.checkpoint.name} "
-                f"({type(self.skeleton).__name__}) has not: {', '.join(sorted(lost)[:8])}"
+                f"the adapter changes {len(unmatched)} parts that {self.checkpoint.name} "
+                f"({type(self.skeleton).__name__}) has not: {', '.join(sorted(unmatched)[:8])}"
             )
         return factors, whole
 
@@ -270,15 +269,15 @@ class Merge:
             if not {name, source} & (self._factors.keys() | self._whole.keys()):
                 continue
             base = self.checkpoint.read(self._base_value_name(source))
-            if not torch.equal(self.final(name, base), self.final(source, base)):
+            if not torch.equal(self.merged(name, base), self.merged(source, base)):
                 self._untied.add(name)
                 self.config.tie_word_embeddings = False
 
-    def final(self, name: str | None, base: torch.Tensor | None) -> torch.Tensor:
+    def merged(self, name: str | None, base: torch.Tensor | None) -> torch.Tensor:
         """A weight of the merged model from that of the base, in the base's dtype."""
         if name not in self._factors and name not in self._whole:
             return base
-        dtype = self._dtype if base is None else base.dtype
+        dtype = self._float_dtype if base is None else base.dtype
         value = self._whole.get(name, base).to(dtype)
         if name in self._factors:
             if not dtype.is_floating_point:
@@ -304,7 +303,7 @@ class Merge:
             value = self._whole.get(name, base.get(base_name or self._base_value_name(name)))
             if name is not None and value.shape != self._weights[name].shape:
                 unfit.append(f"{name} {tuple(value.shape)} in place of {tuple(self._weights[name].shape)}")
-            dtype = base[base_name].dtype if base_name else self._dtype
+            dtype = base[base_name].dtype if base_name else self._float_dtype
             stored[base_name or name] = torch.empty(value.shape, dtype=dtype, device="meta")
         if unfit:
             raise UserError(f"with the adapter, weights do not fit the model: {', '.join(unfit[:8])}")
@@ -314,40 +313,19 @@ class Merge:
         """Every weight of the new files, one at a time."""
         for base_name, value in self.checkpoint.read_all():
             if base_name in self.stored:
-                yield base_name, self.final(self._skeleton_name.get(base_name), value)
+                yield base_name, self.merged(self._skeleton_name.get(base_name), value)
         for name in self._added:
             base_name = self._base_value_name(name)
-            yield name, self.final(name, self.checkpoint.read(base_name) if base_name else None)
+            yield name, self.merged(name, self.checkpoint.read(base_name) if base_name else None)
 
     def __str__(self) -> str:
-        said = [f"{len(self._factors)} layers folded"]
-        said += [f"taken whole: {', '.join(sorted(self._whole))}"] if self._whole else []
-        said += [f"no longer tied: {', '.join(sorted(self._untied))}"] if self._untied else []
-        return "; ".join(said)
+        changes = [f"{len(self._factors)} layers folded"]
+        changes += [f"taken whole: {', '.join(sorted(self._whole))}"] if self._whole else []
+        changes += [f"no longer tied: {', '.join(sorted(self._untied))}"] if self._untied else []
+        return "; ".join(changes)
 
 
-def write_weights(merge: Merge, folder: Path, max_shard_size: str) -> None:
-    """Weights into model.safetensors, or into shards and an index."""
-    try:
-        split = split_torch_state_dict_into_shards(
-            merge.stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-        )
-    except ValueError as error:
-        raise UserError(f"--max_shard_size {max_shard_size}: {error}") from error
-    with ExitStack() as stack:
-        writers = {}
-        for file, names in split.filename_to_tensors.items():
-            writer = SafetensorsWriter(folder / file, {name: merge.stored[name] for name in names})
-            stack.callback(writer.close)
-            writers |= dict.fromkeys(names, writer)
-        for name, value in merge.weights():
-            writers[name].write(name, value)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def write_settings(merge: Merge, base_model: str, folder: Path) -> None:
+def _write_settings(merge: Merge, base_model: str, folder: Path) -> None:
     """Configuration, generation configuration and tokenizer (the adapter's, where it has one)."""
     merge.config.save_pretrained(folder)
     if merge.skeleton.can_generate():
@@ -367,12 +345,15 @@ def write_settings(merge: Merge, base_model: str, folder: Path) -> None:
 
 
 def save_merged_model(base_model: str, adapter: Adapter, folder: Path, max_shard_size) -> None:
-    """Fold an adapter into its base model and write what becomes of it to ``folder``."""
+    """Fold an adapter into its base model and write the merged model to ``folder``.
+
+    Args:
+        max_shard_size: bytes, or text as in "5GB", of the largest file.
+    """
     merge = Merge(base_model, adapter)
     print(f"{merge.checkpoint.name} + {adapter.folder}: {merge}", flush=True)
-    try:
-        with atomic_folder(folder) as scratch:
-            write_weights(merge, scratch, max_shard_size)
-            write_settings(merge, base_model, scratch)
-    except OSError as error:
-        raise UserError(f"could not save the merged model to {folder}: {error}") from error
+    with folder_for("merged model", folder) as scratch:
+        with open_shards(scratch, merge.stored, max_shard_size) as write:
+            for name, value in merge.weights():
+                write(name, value)
+        _write_settings(merge, base_model, scratch)

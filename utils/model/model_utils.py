@@ -214,28 +214,45 @@ def causal_lm_model_to_fp32_loss(model):
     return model
 
 
-def add_lora_layers(model, args, prefix: str = ""):
-    """The LoRA layers that a step's flags ask for; ``prefix`` as the flags are named. Rank 0 adds none."""
+def packing_of(args) -> Packing | None:
+    """How --quantize and its flags pack the frozen weights; None without --quantize."""
+    if args.quantize is None:
+        return None
+    return Packing(args.quantize, args.quantize_double, TORCH_DTYPES[args.quantize_compute_dtype])
+
+
+def add_lora_layers(model, args, prefix: str = "", packing: Packing | None = None):
+    """Add the LoRA layers that a step's flags ask for; with a --lora_dim of 0 the model stays as it is.
+
+    Args:
+        prefix: "", "actor_" or "critic_", as the flags are named.
+        packing: of the frozen weights below LoRA; None leaves them as they are.
+    """
     names = ("lora_module_name", "lora_dim", "lora_scaling", "lora_dropout")
-    packing = None
-    if getattr(args, "quantize", None) is not None:
-        packing = Packing(args.quantize, args.quantize_double, TORCH_DTYPES[args.quantize_compute_dtype])
     model = convert_linear_layer_to_lora(model, *(getattr(args, prefix + name) for name in names), packing)
     if packing is not None:
         print_rank_0(describe_packing(model))
     return model
 
 
-def adapt_model(model, args, prefix: str = "", gradient_checkpointing: bool = False, keep_trainable=()):
-    """Apply a step's LoRA and checkpointing flags to a fresh model and print what will train.
+def adapt_model(
+    model,
+    args,
+    prefix: str = "",
+    gradient_checkpointing: bool = False,
+    keep_trainable=(),
+    packing: Packing | None = None,
+):
+    """Apply a step's LoRA and checkpointing flags to a fresh model and print how many parameters train.
 
     Args:
         prefix: "", "actor_" or "critic_", as the flags are named.
         keep_trainable: parts of names that train beside LoRA under --only_optimize_lora.
+        packing: of the frozen weights below LoRA (``packing_of``); None leaves them as they are.
     """
     lora_dim = getattr(args, f"{prefix}lora_dim")
     if lora_dim > 0:
-        add_lora_layers(model, args, prefix)
+        add_lora_layers(model, args, prefix, packing)
         if args.only_optimize_lora:
             only_optimize_lora_parameters(model, keep_trainable)
     if gradient_checkpointing:

@@ -9,6 +9,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from utils.model.inputs import model_inputs
 from utils.process.errors import UserError
 
+SCORE_SCALE = ("reward_score_mean", "reward_score_std")  # of a reward model's configuration, set by step 2
+
 
 class ValueHead(nn.Linear):
     """hidden -> one value, no bias, computed in fp32 whatever the model's dtype.
@@ -83,6 +85,18 @@ def pair_accuracy(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) ->
     """[pairs] -> [pairs]: 1 where the chosen answer scores higher, 0 where it scores lower, one half for a tie."""
     margin = chosen_scores - rejected_scores
     return torch.heaviside(margin, margin.new_tensor(0.5))
+
+
+def reward_scale(config) -> tuple[float, float]:
+    """Mean and std of a reward model's scores, as step 2 saved them in its configuration.
+
+    Raises:
+        UserError: the configuration has none.
+    """
+    mean, std = (getattr(config, name, None) for name in SCORE_SCALE)
+    if not std:
+        raise UserError(f"--normalize_reward: the reward model's config has no {' and '.join(SCORE_SCALE)}")
+    return mean, std
 
 
 class RewardModel(nn.Module):
@@ -225,15 +239,3 @@ def empty_classifier(config, dtype=None):
             "could not be saved"
         )
     return model
-
-
-def reward_scale(config) -> tuple[float, float]:
-    """Mean and std of a reward model's scores, as step 2 saved them.
-
-    Raises:
-        UserError: the config has none.
-    """
-    mean, std = getattr(config, "reward_score_mean", None), getattr(config, "reward_score_std", None)
-    if not std:
-        raise UserError("--normalize_reward: the reward model's config has no reward_score_mean and reward_score_std")
-    return mean, std

@@ -6,24 +6,23 @@ its own shards, whatever the size of the model and of the files.
 """
 
 import copy
-import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import deepspeed
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import str_to_torch_dtype
 
+from utils.model.shards import MAX_SHARD_SIZE, open_shards
 from utils.module.lora import LinearLayer_LoRA
 from utils.process.errors import UserError
 from utils.process.files import flush_to_disk, locked_file, remove_left_over
@@ -31,16 +30,17 @@ from utils.process.host_memory import memory_given_back
 from utils.process.ranks import agree, barrier
 from utils.process.world import get_rank
 
-MAX_SHARD_SIZE = "5GB"
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
+SCRATCH_LOCK = ".lock"
+# What a loader would take for a part of the model that is saved now: other weights, or an adapter over another base.
+EARLIER_MODEL = ("model*.safetensors", "model*.safetensors.index.json", "adapter_config.json", "adapter_model.*")
 LORA_FACTORS = ("lora_right_weight", "lora_left_weight")
 
 
 def _weights(module) -> dict[str, torch.Tensor]:
     """Every parameter and saved buffer by name, as it lies in the module; LoRA's factors belong to their layer."""
-    held = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    return {name: held[name] for name in module.state_dict() if name in held and not name.endswith(LORA_FACTORS)}
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    names = [name for name in module.state_dict() if name in tensors and not name.endswith(LORA_FACTORS)]
+    return {name: tensors[name] for name in names}
 
 
 def _layer_of(name: str) -> str:
@@ -89,47 +89,6 @@ def gather_state_dict(module) -> dict[str, torch.Tensor]:
     return collected
 
 
-class SafetensorsWriter:
-    """A safetensors file whose header is written first and whose tensors follow in any order.
-
-    Args:
-        tensors: {name: tensor on any device, meta too}: shapes and dtypes of all that the file will hold.
-    """
-
-    def __init__(self, path: Path, tensors: dict[str, torch.Tensor]):
-        header, end, self._start = {"__metadata__": {"format": "pt"}}, 0, {}
-        # The order of the safetensors library, which keeps every tensor aligned.
-        for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-            start, end = end, end + tensor.numel() * tensor.element_size()
-            header[name] = {
-                "dtype": DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [start, end],
-            }
-            self._start[name] = start, tensor.shape, tensor.dtype
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._file = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._data = self._file.tell()
-        self._file.truncate(self._data + end)
-
-    def write(self, name: str, value: torch.Tensor) -> None:
-        start, shape, dtype = self._start.pop(name)
-        if (value.shape, value.dtype) != (shape, dtype):
-            raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, announced as {dtype} {tuple(shape)}")
-        self._file.seek(self._data + start)
-        self._file.write(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-    def close(self) -> None:
-        self._file.close()
-
-    @property
-    def left(self) -> list[str]:
-        """Names announced and not written."""
-        return list(self._start)
-
-
 @dataclass
 class SavingPlan:
     """What a model's files will hold, known before any weight is gathered."""
@@ -169,51 +128,10 @@ def plan_saving(module) -> SavingPlan:
     return plan
 
 
-def _write_shards(module, plan: SavingPlan, folder: Path, max_shard_size: int | str) -> None:
-    """Weights into model.safetensors, or into shards and an index as transformers writes them; on every rank."""
-    split = split_torch_state_dict_into_shards(
-        plan.stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
-    failure = None
-    with ExitStack() as stack:
-        writers = {}
-        if get_rank() == 0:
-            try:
-                for file, names in split.filename_to_tensors.items():
-                    writer = SafetensorsWriter(folder / file, {name: plan.stored[name] for name in names})
-                    stack.callback(writer.close)
-                    writers |= dict.fromkeys(names, writer)
-            except OSError as error:
-                failure = error
-        for layer in gathered_layers(module, plan.renamed):  # to the end also after a failure: the others gather on
-            if failure is None and layer:
-                try:
-                    for name, value in plan.convert({plan.renamed[old]: full for old, full in layer.items()}).items():
-                        writers[name].write(name, value)
-                except OSError as error:
-                    failure = error
-    if failure is not None:
-        raise failure
-    left = [name for writer in set(writers.values()) for name in writer.left]
-    if left:
-        raise RuntimeError(f"announced and never written: {', '.join(left[:8])}")
-    if get_rank() == 0 and split.is_sharded:
-        index = {
-            "metadata": {"total_parameters": plan.num_parameters, **split.metadata},
-            "weight_map": split.tensor_to_filename,
-        }
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-SCRATCH_LOCK = ".lock"
-# What a loader would take for a part of the model that is saved now: other weights, or an adapter over another base.
-EARLIER_MODEL = ("model*.safetensors", "model*.safetensors.index.json", "adapter_config.json", "adapter_model.*")
 
 
 @contextmanager
@@ -246,36 +164,59 @@ def atomic_folder(folder: Path, replaces=EARLIER_MODEL):
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def folder_for(what: str, folder: Path, replaces=EARLIER_MODEL):
+    """``atomic_folder``; what the disk refuses is a UserError that says what could not be saved."""
+    try:
+        with atomic_folder(folder, replaces) as scratch:
+            yield scratch
+    except OSError as error:
+        raise UserError(f"could not save the {what} to {folder}: {error}") from error
+
+
+def save_on_rank_0(what: str, folder: Path, write: Callable[[Path], None], replaces=EARLIER_MODEL) -> None:
+    """Let rank 0 write files to ``folder``, by way of a scratch folder; every rank must call this.
+
+    Raises:
+        UserError: what the disk refuses, on all ranks.
+    """
+
+    def write_on_rank_0() -> None:
+        if get_rank() == 0:
+            with folder_for(what, folder, replaces) as scratch:
+                write(scratch)
+
+    agree(write_on_rank_0)
+    barrier()
+
+
 def _save(module, folder: Path, max_shard_size, write_rest=lambda target, scratch: None) -> None:
     """Weights and, by ``write_rest`` on rank 0, the files that belong to them; every rank must call this."""
-    plan, scratch = plan_saving(module), None
+    plan = plan_saving(module)
+    layers = gathered_layers(module, plan.renamed)
+    shards = plan.stored, max_shard_size or MAX_SHARD_SIZE
 
     def write() -> None:
-        _write_shards(module, plan, scratch, max_shard_size)
         if get_rank() == 0:
-            write_rest(plan.target, scratch)
+            with folder_for("model", folder) as scratch:
+                with open_shards(scratch, *shards, total_parameters=plan.num_parameters) as write_weight:
+                    for layer in layers:
+                        weights = plan.convert({plan.renamed[name]: value for name, value in layer.items()})
+                        for name, value in weights.items():
+                            write_weight(name, value)
+                write_rest(plan.target, scratch)
 
-    def together(work) -> None:
-        """On all ranks; a failure of rank 0, the only one that writes, reaches them all before the next collective."""
+    def write_and_gather() -> None:
+        """Each layer is gathered by all ranks: by those that write nothing, and by rank 0 after a failure too."""
+        try:
+            write()
+        except UserError:
+            deque(layers, maxlen=0)
+            raise
+        deque(layers, maxlen=0)
 
-        def telling() -> None:
-            try:
-                work()
-            except OSError as error:
-                raise UserError(f"could not save the model to {folder}: {error}") from error
-
-        agree(telling)
-
-    with memory_given_back(), ExitStack() as stack:
-
-        def open_scratch() -> None:
-            nonlocal scratch
-            if get_rank() == 0:
-                scratch = stack.enter_context(atomic_folder(folder))
-
-        together(open_scratch)
-        together(write)
-        together(stack.close)
+    with memory_given_back():
+        agree(write_and_gather)
     barrier()
 
 

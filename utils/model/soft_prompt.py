@@ -9,7 +9,6 @@ would stand further from its prompt than the same row alone.
     row        virtual    real tokens (pads on either side are masked)
 """
 
-import json
 from pathlib import Path
 
 import deepspeed
@@ -18,15 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from utils.model.adapters import ADAPTER_WEIGHTS, adapter_config, base_model_reference
 from utils.model.inputs import embedding_width, forward_accepts, position_ids_from_mask
-from utils.model.saving import atomic_folder
+from utils.model.saving import save_on_rank_0
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.process.errors import UserError
-from utils.process.ranks import agree, barrier
-from utils.process.world import get_rank
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_TYPES = ("PROMPT_TUNING", "P_TUNING")
 # What a whole model saved earlier in the same folder would leave, and a loader would take first.
 WHOLE_MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json")
@@ -137,10 +133,9 @@ def make_soft_prompt_model(base_model, tokenizer, args) -> SoftPromptModel:
     """Put a fresh soft prompt of the kind ``args.soft_prompt`` before a language model."""
     from peft import PromptEmbedding, PromptEncoder, PromptEncoderConfig, PromptTuningConfig
 
-    folder = Path(args.model_name_or_path)
     shared = dict(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(folder.resolve()) if folder.is_dir() else args.model_name_or_path,
+        base_model_name_or_path=base_model_reference(args.model_name_or_path),
         num_virtual_tokens=args.num_virtual_tokens,
         token_dim=embedding_width(base_model),
         num_transformer_submodules=1,
@@ -171,33 +166,12 @@ def save_soft_prompt(model: SoftPromptModel, tokenizer, folder: Path) -> None:
     with torch.no_grad():
         vectors = model.virtual_tokens().float().cpu().contiguous()
 
-    def write() -> None:
-        if get_rank() != 0:
-            return
-        try:
-            with atomic_folder(folder, replaces=WHOLE_MODEL_FILES) as scratch:
-                save_file({"prompt_embeddings": vectors}, scratch / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-                model.prompt_config.save_pretrained(scratch)
-                tokenizer.save_pretrained(scratch)
-        except OSError as error:
-            raise UserError(f"could not save the soft prompt to {folder}: {error}") from error
+    def write(scratch: Path) -> None:
+        save_file({"prompt_embeddings": vectors}, scratch / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        model.prompt_config.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
 
-    agree(write)
-    barrier()
-
-
-def adapter_config(path) -> dict | None:
-    """The configuration of a folder that holds adapters without their model, in ``peft``'s format; else None."""
-    file = Path(path) / ADAPTER_CONFIG
-    if not file.is_file() or (Path(path) / "config.json").is_file():
-        return None
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise UserError(f"{file} names no peft_type")
-    return config
+    save_on_rank_0("soft prompt", folder, write, replaces=WHOLE_MODEL_FILES)
 
 
 def soft_prompt_config(path) -> dict | None:

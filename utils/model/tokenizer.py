@@ -1,4 +1,4 @@
-"""The tokenizer of a model, with an EOS token and a pad token that differs from it."""
+"""The tokenizer of a model: loaded, with an EOS token and a pad token of its own, and compared with the model's."""
 
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
@@ -10,12 +10,15 @@ from utils.process.errors import UserError
 def load_hf_tokenizer(model_name_or_path, fast_tokenizer=True, add_special_tokens=None, trust_remote_code=False):
     """The tokenizer of a model, with an EOS token and a pad token that differs from it.
 
+    Decided from the tokenizer alone, never from the model's name.
+
     Args:
         add_special_tokens: an end-of-turn token, as with ``--add_eot_token``: it is added if the vocabulary lacks it
             and becomes the EOS token, so that data, generation, chat and the saved tokenizer agree on where answers
             end.
 
-    Decided from the tokenizer alone, never from the model's name.
+    Raises:
+        UserError: no tokenizer, one that cannot be read, one without an EOS token, or with ids beyond the embedding.
     """
     name = str(model_name_or_path)
     try:
@@ -27,7 +30,7 @@ def load_hf_tokenizer(model_name_or_path, fast_tokenizer=True, add_special_token
     except BaseException as error:  # strangers' files: anything may come of them, a panic of Rust too
         raise UserError(f"no tokenizer could be loaded from {name!r}: {type(error).__name__}: {error}") from error
     if highest >= len(tokenizer):
-        check_highest_id(name, highest, trust_remote_code)
+        _check_highest_id(name, highest, trust_remote_code)
     if add_special_tokens is not None:
         if isinstance(add_special_tokens, list):
             [add_special_tokens] = add_special_tokens
@@ -40,23 +43,7 @@ def load_hf_tokenizer(model_name_or_path, fast_tokenizer=True, add_special_token
     return tokenizer
 
 
-def check_same_tokenizer(args, tokenizer) -> None:
-    """The critic must read ids as the actor writes them."""
-    other = load_hf_tokenizer(
-        args.critic_model_name_or_path,
-        add_special_tokens=args.eot_token if args.add_eot_token else None,
-        trust_remote_code=args.trust_remote_code,
-    )
-    if other.get_vocab() != tokenizer.get_vocab() or other.eos_token_id != tokenizer.eos_token_id:
-        raise UserError(
-            f"the tokenizers differ: actor {args.actor_model_name_or_path} has {len(tokenizer)} tokens and EOS "
-            f"{tokenizer.eos_token!r}, critic {args.critic_model_name_or_path} has {len(other)} and "
-            f"{other.eos_token!r}. "
-            "Train the reward model from a model with the actor's tokenizer"
-        )
-
-
-def check_highest_id(model_name_or_path: str, highest: int, trust_remote_code: bool) -> None:
+def _check_highest_id(model_name_or_path: str, highest: int, trust_remote_code: bool) -> None:
     """A vocabulary with holes in it: embeddings grow to the number of tokens, which leaves such an id outside."""
     if cached_file(model_name_or_path, "config.json", _raise_exceptions_for_missing_entries=False) is None:
         return  # an adapter: its model is checked when it is used
@@ -65,4 +52,23 @@ def check_highest_id(model_name_or_path: str, highest: int, trust_remote_code: b
         raise UserError(
             f"the tokenizer of {model_name_or_path!r} has a token of id {highest}, outside the {rows} rows of the "
             "model's embedding, and ids are missing below it: the two do not belong together"
+        )
+
+
+def check_same_tokenizer(
+    tokenizer, actor_name_or_path, critic_name_or_path, add_special_tokens=None, trust_remote_code=False
+) -> None:
+    """UserError unless the critic reads ids as the actor writes them.
+
+    Args:
+        tokenizer: the actor's, loaded with the same ``add_special_tokens``.
+    """
+    critic = load_hf_tokenizer(
+        critic_name_or_path, add_special_tokens=add_special_tokens, trust_remote_code=trust_remote_code
+    )
+    if critic.get_vocab() != tokenizer.get_vocab() or critic.eos_token_id != tokenizer.eos_token_id:
+        raise UserError(
+            f"the tokenizers differ: actor {actor_name_or_path} has {len(tokenizer)} tokens and EOS "
+            f"{tokenizer.eos_token!r}, critic {critic_name_or_path} has {len(critic)} and {critic.eos_token!r}. "
+            "Train the reward model from a model with the actor's tokenizer"
         )

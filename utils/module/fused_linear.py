@@ -10,12 +10,13 @@ in memory. Two things help, and both leave the model's own code alone:
 The copies cost the memory of the fused or packed weights while the phase lasts.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.module.hooks import forward_replaced
 from utils.module.lora import LinearLayer_LoRA
 
 
@@ -104,20 +105,12 @@ class _FusedGroup:
 def fused_linears(model, groups: list[list[str]]):
     """While open, the groups of ``find_shared_inputs`` run fused, and packed where the CPU gains by it."""
     layers = _linear_modules(model)
-    replaced = []
-    try:
+    with ExitStack() as stack:
         for group in groups:
             members = [layers[name] for name in group]
             if len(members) == 1 and not can_pack(members[0].weight):
                 continue
             fused = _FusedGroup(members)
             for index, member in enumerate(members):
-                replaced.append((member, member.__dict__.get("forward")))
-                member.forward = fused.forward_of(index)
+                stack.enter_context(forward_replaced(member, fused.forward_of(index)))
         yield
-    finally:
-        for member, own in replaced:
-            if own is None:
-                del member.forward
-            else:
-                member.forward = own

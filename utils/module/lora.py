@@ -149,6 +149,19 @@ def lora_disabled(model):
             layer.is_disabled = False
 
 
+@contextmanager
+def lora_folded(model):
+    """While open, the updates of a model's LoRA layers are in their matrices: a plain product for each."""
+    layers = [layer for _, layer in lora_layers(model)]
+    try:
+        for layer in layers:
+            layer.fuse_lora_weight()
+        yield model
+    finally:
+        for layer in layers:
+            layer.unfuse_lora_weight()
+
+
 def lora_layers(model) -> list[tuple[str, LinearLayer_LoRA]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LinearLayer_LoRA)]
 

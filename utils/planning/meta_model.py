@@ -17,10 +17,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 from utils.ds_utils import TORCH_DTYPES
 from utils.generation.sampling import Decoding, choose, make_cache
 from utils.model.inputs import embedding_rows, forward_accepts, model_inputs, packed_inputs
-from utils.model.losses import _forward_replaced, _score_in_chunks
+from utils.model.losses import score_in_chunks
 from utils.model.model_utils import configure_dropout
 from utils.model.reward_model import RewardModel
 from utils.module.fused_linear import find_shared_inputs
+from utils.module.hooks import forward_replaced
 from utils.module.lora import (
     convert_linear_layer_to_lora,
     lora_layers,
@@ -377,9 +378,9 @@ class MetaModel:
             states = states[:, -(labels or states.shape[1]) :].flatten(0, 1).clone()
             targets = torch.zeros(len(states), dtype=torch.long, device="meta")
             parts = states, targets, lambda part: own(part).float(), rows, 1.0, labels is not None
-            return _score_in_chunks(*parts).unsqueeze(0)
+            return score_in_chunks(*parts).unsqueeze(0)
 
-        with _forward_replaced(head, scoring_head):
+        with forward_replaced(head, scoring_head):
             return self.model(**inputs).logits
 
     def _weights(self) -> list[torch.Tensor]:

@@ -178,7 +178,13 @@ def _tokenizer(args, step: int, paths: dict, tokenizers: list) -> str:
     )
     tokenizers.append(tokenizer)
     if "critic" in paths:
-        check_same_tokenizer(args, tokenizer)
+        check_same_tokenizer(
+            tokenizer,
+            args.actor_model_name_or_path,
+            args.critic_model_name_or_path,
+            arguments.end_token(args),
+            args.trust_remote_code,
+        )
     if getattr(args, "soft_prompt", None) is not None:
         check_soft_prompt_inputs(args, tokenizer)
     same = ", the same for actor and critic" if "critic" in paths else ""
