@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import PROJECT, STEPS
+from helpers import PROJECT, STEPS
 
 from utils import arguments
 

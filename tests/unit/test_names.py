@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers import STEPS
 
 from utils.data.batching import to_device
 from utils.ds_utils import get_eval_ds_config, get_train_ds_config, merge_config_file
@@ -164,8 +165,6 @@ PUBLISHED_FLAGS = {
 @pytest.mark.parametrize("step", PUBLISHED_FLAGS)
 def test_every_published_flag_is_still_taken(step):
     import importlib.util
-
-    from conftest import STEPS
 
     spec = importlib.util.spec_from_file_location(f"flags_of_step{step}", STEPS[step])
     module = importlib.util.module_from_spec(spec)
