@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import make_model
+from helpers import make_model
 from transformers import AutoTokenizer
 
 from inference import chatbot

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import PROJECT, STEPS
+from helpers import PROJECT, STEPS
 
 from utils import arguments
 

@@ -8,36 +8,39 @@ import re
 import shlex
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import two_nodes
-from conftest import PROJECT, STEPS, make_model, read_metrics, run_command, write_pairs
+from helpers import (
+    BINARIES,
+    PROJECT,
+    STEPS,
+    flags,
+    make_model,
+    make_reward_model,
+    read_metrics,
+    run_command,
+    run_in_one_launch,
+    write_pairs,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from two_nodes import TwoNodes
-
-from utils.model.model_utils import create_critic_model
-from utils.model.tokenizer import load_hf_tokenizer
-from utils.run.results import save_hf_format
 
 REASON = two_nodes.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"two nodes cannot be made: {REASON}")
 RECIPE = "training_scripts/step{}_{}_finetuning/qwen3/multi_node/run_8b.sh"
 SFT, PPO = PROJECT / RECIPE.format(1, "supervised"), PROJECT / RECIPE.format(3, "rlhf")
 PATIENCE = 240  # seconds for one launch
-EPOCHS = ["--num_train_epochs", 30, "--max_eval_samples", 4]  # of three steps each
+EPOCHS = "--num_train_epochs 30 --max_eval_samples 4"  # of three steps each
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """What both nodes find at the same place: models and pairs."""
     folder = tmp_path_factory.mktemp("shared")
-    actor = make_model(folder / "actor")
-    tokenizer = load_hf_tokenizer(actor)
-    torch.manual_seed(5)
-    save_hf_format(create_critic_model(actor, tokenizer), tokenizer, SimpleNamespace(output_dir=str(folder / "reward")))
+    make_reward_model(folder / "reward", make_model(folder / "actor"))
     config = json.loads((folder / "reward/config.json").read_text())
     scale = {"reward_score_mean": 0.1, "reward_score_std": 0.5}  # as step 2 leaves them
     (folder / "reward/config.json").write_text(json.dumps(config | scale))
@@ -47,30 +50,25 @@ def shared(tmp_path_factory):
     return folder
 
 
-def sft(shared, output, cache):
-    return [
-        *(output, 3, "--model_name_or_path", shared / "actor", "--data_path", shared / "pairs", "--dtype", "fp32"),
-        *(
-            "--data_output_path",
-            cache,
-            "--max_seq_len",
-            48,
-            "--per_device_train_batch_size",
-            2,
-            "--learning_rate",
-            1e-3,
-        ),
-        *("--lr_scheduler_type", "constant", "--num_warmup_steps", 0, "--log_interval", 10**6),
-    ]
+def sft(shared, output, cache, more=""):
+    """Arguments of the recipe of step 1: output folder and stage, then flags."""
+    text = f"""
+        --dtype fp32 --max_seq_len 48 --per_device_train_batch_size 2 --learning_rate 1e-3
+        --lr_scheduler_type constant --num_warmup_steps 0 --log_interval 1000000 {more}
+    """
+    places = dict(model_name_or_path=shared / "actor", data_path=shared / "pairs", data_output_path=cache)
+    return [output, 3, *flags(text, **places)]
 
 
 def ppo(shared, output, cache):
-    return [
-        *(shared / "actor", shared / "reward", 3, 3, output, "--data_path", shared / "pairs", "--dtype", "fp32"),
-        *("--data_output_path", cache, "--max_prompt_seq_len", 24, "--max_answer_seq_len", 8, "--num_warmup_steps", 0),
-        *("--per_device_generation_batch_size", 2, "--actor_learning_rate", 1e-3, "--critic_learning_rate", 1e-3),
-        *("--enable_ema", "--enable_test_mode", "--test_stop_step", 2),
-    ]
+    """Arguments of the recipe of step 3: both models, both stages and the output folder, then flags."""
+    text = """
+        --dtype fp32 --max_prompt_seq_len 24 --max_answer_seq_len 8 --num_warmup_steps 0
+        --per_device_generation_batch_size 2 --actor_learning_rate 1e-3 --critic_learning_rate 1e-3
+        --enable_ema --enable_test_mode --test_stop_step 2
+    """
+    recipe = [shared / "actor", shared / "reward", 3, 3, output]
+    return [*recipe, *flags(text, data_path=shared / "pairs", data_output_path=cache)]
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +77,15 @@ def one_node(shared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_node")
     runs = []
     for step, recipe, arguments in (
-        (1, SFT, [*sft(shared, folder / "sft", folder / "cache"), *EPOCHS]),
+        (1, SFT, sft(shared, folder / "sft", folder / "cache", EPOCHS)),
         (3, PPO, ppo(shared, folder / "ppo", folder / "cache")),
     ):
         code, printed = run_command(["bash", recipe, *arguments], DRY_RUN="1")
         assert code == 0, printed
         words = shlex.split(printed)
         main = next(i for i, word in enumerate(words) if word.endswith("/main.py"))
-        runs.append([step, words[main + 1 :]])
-    (folder / "runs.json").write_text(json.dumps(runs))
-    torchrun = Path(two_nodes.sys.executable).parent / "torchrun"
-    command = [torchrun, "--standalone", "--nproc_per_node=2", PROJECT / "tests/launch/scripts/runs_in_one_launch.py"]
-    code, console = run_command([*command, folder / "runs.json"], timeout=PATIENCE)
-    assert code == 0, console
+        runs.append((step, words[main + 1 :]))
+    run_in_one_launch(runs, folder)
     return folder
 
 
@@ -145,8 +139,8 @@ def test_a_node_that_dies_ends_the_other_and_both_go_on_from_checkpoints_on_stor
 ):
     first, second = nodes
     cache = nodes.folder / "cache"  # both see this one, and prepare the same file at once
-    saving = [*sft(shared, nodes.local / "out", cache), *EPOCHS, "--checkpoint_steps", 5]
-    saving += ["--checkpoint_dir", nodes.folder / "checkpoints", "--resume", "auto"]
+    text = f"{EPOCHS} --checkpoint_steps 5 --resume auto --checkpoint_dir {nodes.folder / 'checkpoints'}"
+    saving = sft(shared, nodes.local / "out", cache, text)
     nodes.start_recipe(SFT, saving)
     expected, rows = read_metrics(one_node / "sft"), []
     end = time.monotonic() + PATIENCE
@@ -173,8 +167,8 @@ def test_a_node_that_dies_ends_the_other_and_both_go_on_from_checkpoints_on_stor
 
 
 def test_a_folder_of_checkpoints_that_each_node_has_for_itself_is_refused_at_the_start(nodes, shared):
-    arguments = sft(shared, nodes.local / "out", nodes.local / "cache")
-    nodes.start_recipe(SFT, [*arguments, *EPOCHS, "--checkpoint_steps", 5])
+    arguments = sft(shared, nodes.local / "out", nodes.local / "cache", f"{EPOCHS} --checkpoint_steps 5")
+    nodes.start_recipe(SFT, arguments)
     assert 0 not in nodes.wait(PATIENCE), logs(nodes)
     told = r"error: --checkpoint_dir .*: on node1: .*; checkpoints of several nodes belong on storage that all of them"
     assert re.search(told, nodes[0].log.read_text()), logs(nodes)
@@ -184,12 +178,15 @@ def test_a_folder_of_checkpoints_that_each_node_has_for_itself_is_refused_at_the
 def test_torchrun_on_two_nodes_starts_all_ranks_again_when_a_node_is_gone_and_back(nodes, one_node):
     """Elastic restart; of a rank alone see test_checkpoint.py."""
     first, second = nodes
-    elastic = ["--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 3, "--rdzv_backend", "c10d"]
-    elastic += ["--rdzv_endpoint", f"{first.name}:29400", "--rdzv_id", "run"]
-    (_, arguments), _ = json.loads((one_node / "runs.json").read_text())  # as the recipe gives them
-    arguments += ["--output_dir", nodes.local / "out", "--data_output_path", nodes.local / "cache"]
-    arguments += ["--checkpoint_dir", nodes.folder / "checkpoints", "--checkpoint_steps", 5, "--resume", "auto"]
-    torchrun = [Path(two_nodes.sys.executable).parent / "torchrun", *elastic, STEPS[1], *arguments]
+    elastic = f"""
+        --nnodes 2 --nproc_per_node 1 --max-restarts 3
+        --rdzv_backend c10d --rdzv_endpoint {first.name}:29400 --rdzv_id run
+    """
+    (_, arguments), _ = json.loads((one_node / "2_ranks.json").read_text())  # as the recipe gives them
+    places = dict(output_dir=nodes.local / "out", data_output_path=nodes.local / "cache")
+    places |= dict(checkpoint_dir=nodes.folder / "checkpoints")
+    arguments += flags("--checkpoint_steps 5 --resume auto", **places)
+    torchrun = [BINARIES / "torchrun", *flags(elastic), STEPS[1], *arguments]
     surroundings = two_nodes.surroundings() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     for node in nodes:
         node.start(torchrun, **surroundings)

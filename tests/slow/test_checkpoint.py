@@ -7,65 +7,67 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, STEPS, assert_same_run, killed_after, read_metrics, run_command, step_arguments
+from helpers import (
+    PYTHONPATH,
+    SCRIPTS,
+    assert_same_run,
+    flags,
+    killed_after,
+    launch_command,
+    read_metrics,
+    run_command,
+    run_in_one_launch,
+    step_arguments,
+    surroundings,
+    zero_stage,
+)
 
 from utils.process.errors import EndOfRun, UserError
 from utils.run import checkpoint, checkpoint_files
+from utils.run.checkpoint import Checkpoints
 from utils.run.checkpoint_files import newest_checkpoint, read_checkpoint
 
-
-def _stages(step: int, stage: int) -> list:
-    return ["--zero_stage", stage] if step < 3 else ["--actor_zero_stage", stage, "--critic_zero_stage", stage]
-
-
-HYBRID = ["--enable_hybrid_engine"]
+STAGES = range(4)
 EVERY_STAGE = {
     # name: (step, flags)
-    **{f"step {step}, ZeRO-{stage}": (step, _stages(step, stage)) for step in (1, 2, 3) for stage in range(4)},
-    **{f"step 3, ZeRO-{stage}, hybrid engine": (3, [*_stages(3, stage), *HYBRID]) for stage in range(4)},
+    **{f"step {step}, ZeRO-{stage}": (step, zero_stage(step, stage)) for step in (1, 2, 3) for stage in STAGES},
+    **{f"step 3, ZeRO-{s}, hybrid engine": (3, f"{zero_stage(3, s)} --enable_hybrid_engine") for s in STAGES},
 }
-LORA = ["--lora_dim", 2, "--only_optimize_lora", "--lora_dropout", 0.1]
+LORA = "--lora_dim 2 --only_optimize_lora --lora_dropout 0.1"
 ON_ONE_RANK = EVERY_STAGE | {
-    "sft, packing, accumulation": (1, ["--zero_stage", 1, "--packing", "--gradient_accumulation_steps", 2]),
-    "sft, bf16": (1, ["--zero_stage", 2, "--dtype", "bf16"]),
-    "sft, QLoRA": (1, ["--quantize", "nf4", *LORA]),
-    "sft, a soft prompt": (1, ["--soft_prompt", "prompt_tuning", "--num_virtual_tokens", 4]),
+    "sft, packing, accumulation": (1, "--zero_stage 1 --packing --gradient_accumulation_steps 2"),
+    "sft, bf16": (1, "--zero_stage 2 --dtype bf16"),
+    "sft, QLoRA": (1, f"--quantize nf4 {LORA}"),
+    "sft, a soft prompt": (1, "--soft_prompt prompt_tuning --num_virtual_tokens 4"),
     "reward, LoRA alone": (2, LORA),
     "rlhf, ptx, EMA": (
         3,
-        [
-            *("--actor_zero_stage", 1, "--critic_zero_stage", 1, "--enable_ema", "--unsupervised_dataset_name", "TEXT"),
-            *("--per_device_generation_batch_size", 4, "--num_train_epochs", 2),
-        ],
+        "--actor_zero_stage 1 --critic_zero_stage 1 --enable_ema --unsupervised_dataset_name TEXT "
+        "--per_device_generation_batch_size 4 --num_train_epochs 2",
     ),
     "rlhf, rloo, LoRA alone, EMA": (
         3,
-        [
-            *("--advantage_estimator", "rloo", "--num_generations_per_prompt", 2, "--actor_lora_dim", 2),
-            *("--enable_ema", "--only_optimize_lora", "--enable_hybrid_engine"),
-        ],
+        "--advantage_estimator rloo --num_generations_per_prompt 2 --actor_lora_dim 2 --enable_ema "
+        "--only_optimize_lora --enable_hybrid_engine",
     ),
 }
 ON_TWO_RANKS = EVERY_STAGE | {
-    "sft, LoRA alone at stage 3": (1, ["--zero_stage", 3, *LORA]),
-    "reward, offload": (2, ["--zero_stage", 2, "--offload"]),
+    "sft, LoRA alone at stage 3": (1, f"--zero_stage 3 {LORA}"),
+    "reward, offload": (2, "--zero_stage 2 --offload"),
     "rlhf, EMA and ptx at stage 3": (
         3,
-        [
-            *("--actor_zero_stage", 3, "--critic_zero_stage", 0, "--enable_ema", "--enable_hybrid_engine"),
-            *("--unsupervised_dataset_name", "TEXT", "--ppo_epochs", 2),
-        ],
+        "--actor_zero_stage 3 --critic_zero_stage 0 --enable_ema --enable_hybrid_engine "
+        "--unsupervised_dataset_name TEXT --ppo_epochs 2",
     ),
 }
 
 
-def _resolved(flags, models):
-    return [models / "text.txt" if flag == "TEXT" else flag for flag in flags]
+def own_flags(text: str, models: Path) -> list[str]:
+    return flags(text.replace("TEXT", str(models / "text.txt")))
 
 
 @pytest.mark.parametrize("case", ON_ONE_RANK)
@@ -73,9 +75,9 @@ def test_a_killed_and_resumed_run_is_bit_equal_to_an_undisturbed_one(
     run_step, start, small_models, tmp_path, case, capsys
 ):
     """Supervised runs are killed in the middle of an epoch, five steps in; PPO after three; the checkpoint is older."""
-    step, flags = ON_ONE_RANK[case]
+    step, text = ON_ONE_RANK[case]
     steps = 3 if step == 3 or "packing" in case else 5
-    arguments = [*start(step), *_resolved(flags, small_models)]
+    arguments = [*start(step), *own_flags(text, small_models)]
     run_step(step, [*arguments, "--output_dir", tmp_path / "plain"])
     saving = [*arguments, "--output_dir", tmp_path / "resumed", "--checkpoint_steps", 2]
     with killed_after(steps):
@@ -90,22 +92,16 @@ def test_a_killed_and_resumed_run_is_bit_equal_to_an_undisturbed_one(
 def two_ranks(small_models, tmp_path_factory, pairs_folder, cache_folder):
     """The folder of all ON_TWO_RANKS, made in one launch: each has ``plain`` and ``resumed``, killed after step 3."""
     folder, runs = tmp_path_factory.mktemp("two_ranks"), []
-    for name, (step, flags) in ON_TWO_RANKS.items():
-        arguments = [*step_arguments(step, small_models, pairs_folder, cache_folder), *_resolved(flags, small_models)]
-        arguments += ["--num_train_epochs", 1]
-        saving = [*arguments, "--output_dir", folder / name / "resumed", "--checkpoint_steps", 2]
+    for name, (step, text) in ON_TWO_RANKS.items():
+        arguments = step_arguments(step, small_models, pairs_folder, cache_folder) + own_flags(text, small_models)
+        arguments += flags("--num_train_epochs 1")
+        saving = [*arguments, *flags("--checkpoint_steps 2", output_dir=folder / name / "resumed")]
         runs += [
-            [step, [*arguments, "--output_dir", folder / name / "plain"]],
-            [step, saving, 3],  # of 4
-            [step, [*saving, "--resume", "auto"]],
+            (step, [*arguments, "--output_dir", folder / name / "plain"]),
+            (step, saving, 3),  # of 4
+            (step, [*saving, "--resume", "auto"]),
         ]
-    runs = [[step, [str(argument) for argument in arguments], *killed] for step, arguments, *killed in runs]
-    (folder / "runs.json").write_text(json.dumps(runs))
-    torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node=2"]
-    code, console = run_command(
-        [*torchrun, PROJECT / "tests/launch/scripts/runs_in_one_launch.py", folder / "runs.json"], 600
-    )
-    assert code == 0, console[-6000:]
+    console = run_in_one_launch(runs, folder)
     assert console.count("2 steps are done") == len(ON_TWO_RANKS)
     return folder
 
@@ -130,13 +126,13 @@ def stopped(run_step, start, tmp_path):
 def test_a_run_that_is_not_the_same_is_refused_with_flag_and_values(run_step, stopped, pairs_folder, monkeypatch):
     arguments, folder = stopped
     resuming = [*arguments, "--resume", "auto"]
-    for flags, message in (
-        (["--learning_rate", 0.1], r"--learning_rate is 0\.1, and was 0\.001"),
-        (["--seed", 5], "--seed is 5, and was 1234"),
-        (["--zero_stage", 1], "--zero_stage is 1, and was 0"),
+    for more, message in (
+        ("--learning_rate 0.1", r"--learning_rate is 0\.1, and was 0\.001"),
+        ("--seed 5", "--seed is 5, and was 1234"),
+        ("--zero_stage 1", "--zero_stage is 1, and was 0"),
     ):
         with pytest.raises(UserError, match=message):
-            run_step(1, [*resuming, *flags])
+            run_step(1, [*resuming, *flags(more)])
     with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
         run_step(1, arguments)
     with monkeypatch.context() as patch:
@@ -215,18 +211,16 @@ def test_an_unwritable_folder_of_checkpoints_is_told_at_the_start(run_step, star
         run_step(1, [*start(1), "--checkpoint_dir", tmp_path / "file/below"])
 
 
-@pytest.mark.parametrize("flag", [["--checkpoint_steps", 2], ["--resume", "auto"]])
+@pytest.mark.parametrize("flag", ["--checkpoint_steps 2", "--resume auto"])
 def test_checkpoints_need_a_folder(run_step, start, flag):
-    with pytest.raises(UserError, match=f"{flag[0]}.* needs a folder"):
-        run_step(1, [*start(1), *flag])
+    with pytest.raises(UserError, match=f"{flag.split()[0]}.* needs a folder"):
+        run_step(1, [*start(1), *flags(flag)])
 
 
 # ---------------------------------------------------------------- SIGTERM
 
 
 def test_sigterm_finishes_the_step_saves_and_ends_well(run_step, start, tmp_path, monkeypatch):
-    from utils.run.checkpoint import Checkpoints
-
     run_step(1, [*start(1), "--output_dir", tmp_path / "plain"])
     end_step, arguments = Checkpoints.end_step, [*start(1), "--output_dir", tmp_path / "resumed"]
     arguments += ["--checkpoint_dir", tmp_path / "resumed/checkpoints"]
@@ -246,8 +240,6 @@ def test_sigterm_finishes_the_step_saves_and_ends_well(run_step, start, tmp_path
 
 
 def test_sigterm_ends_a_forked_worker_of_a_rank(run_step, start, tmp_path, monkeypatch):
-    from utils.run.checkpoint import Checkpoints
-
     end_step, ends = Checkpoints.end_step, []
 
     def forking(self, *position):
@@ -265,38 +257,17 @@ def test_sigterm_ends_a_forked_worker_of_a_rank(run_step, start, tmp_path, monke
     assert ends == [-signal.SIGTERM]
 
 
-SLOW_STEPS = """
-import os, runpy, sys, time
-sys.path.insert(0, {project!r})
-from utils.engine import steps
-take_step = steps.take_step
-def slowly(engine):
-    time.sleep(0.2)
-    return take_step(engine)
-steps.take_step = slowly
-runpy.run_path({main!r}, run_name="__main__")
-"""
-
-
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_sigterm_to_a_launcher_stops_and_saves_two_ranks_and_the_rest_is_done_by_the_next_start(
     start, tmp_path, launcher
 ):
-    script = tmp_path / "slow_main.py"
-    script.write_text(SLOW_STEPS.format(project=str(PROJECT), main=str(STEPS[1])))
-    binaries = Path(sys.executable).parent
-    command = {
-        "torchrun": [binaries / "torchrun", "--standalone", "--nproc_per_node=2"],
-        "deepspeed": [binaries / "deepspeed", "--num_gpus", 2, "--master_port", 20000 + os.getpid() % 20000],
-    }[launcher]
-    arguments = [*start(1), "--zero_stage", 2, "--output_dir", tmp_path / "resumed"]
-    arguments += ["--checkpoint_steps", 100, "--resume", "auto"]
-    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{binaries}:{os.environ['PATH']}"}
+    arguments = flags("--zero_stage 2 --checkpoint_steps 100 --resume auto", output_dir=tmp_path / "resumed")
+    arguments = [*start(1), *arguments]
+    command = launch_command(SCRIPTS / "patched_main.py", [1, *arguments], launcher, ranks=2)
+    environment = surroundings(PATCH="slow_steps", PYTHONPATH=PYTHONPATH)
     metrics, log = tmp_path / "resumed/metrics.jsonl", tmp_path / "log"
     with log.open("w") as output:
-        run = subprocess.Popen(
-            [str(part) for part in [*command, script, *arguments]], stdout=output, stderr=output, env=surroundings
-        )
+        run = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
         end = time.monotonic() + 120
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:  # the first evaluation is one of them
@@ -312,38 +283,19 @@ def test_sigterm_to_a_launcher_stops_and_saves_two_ranks_and_the_rest_is_done_by
     assert "Traceback (most recent call last)" not in log.read_text().split("stopped by SIGTERM")[0], log.read_text()
     stopped = newest_checkpoint(tmp_path / "resumed/checkpoints").state["steps"]
     assert 2 <= stopped < 8
-    runs = [[1, [*arguments, "--output_dir", tmp_path / "plain"]], [1, arguments]]
-    runs = [[step, [str(argument) for argument in arguments]] for step, arguments in runs]
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    torchrun = [binaries / "torchrun", "--standalone", "--nproc_per_node=2"]
-    code, console = run_command(
-        [*torchrun, PROJECT / "tests/launch/scripts/runs_in_one_launch.py", tmp_path / "runs.json"]
-    )
-    assert code == 0 and f"{stopped} steps are done" in console, console
+    console = run_in_one_launch([(1, [*arguments, "--output_dir", tmp_path / "plain"]), (1, arguments)], tmp_path)
+    assert f"{stopped} steps are done" in console, console
     assert_same_run(tmp_path / "plain", tmp_path / "resumed")
 
 
 def test_torchrun_starts_the_ranks_again_when_one_is_killed_and_they_go_on(start, tmp_path):
     """Elastic restart: the launcher stays, its processes begin anew with --resume auto."""
-    script = tmp_path / "killed_main.py"
-    script.write_text(
-        "import os, runpy, signal, sys\n"
-        f"sys.path.insert(0, {str(PROJECT)!r})\n"
-        "from utils.run.checkpoint import Checkpoints\n"
-        "end_step = Checkpoints.end_step\n"
-        "def killed(self, *position):\n"
-        "    end_step(self, *position)\n"
-        "    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1' and self.steps == 3:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Checkpoints.end_step = killed\n"
-        f"runpy.run_path({str(STEPS[1])!r}, run_name='__main__')\n"
-    )
-    torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    arguments = [*start(1), "--zero_stage", 2, "--output_dir", tmp_path / "restarted"]
-    command = [*torchrun, script, *arguments, "--checkpoint_steps", 2, "--resume", "auto"]
-    code, console = run_command(command)
+    arguments = [*start(1), *flags("--zero_stage 2 --checkpoint_steps 2 --resume auto", output_dir=tmp_path / "out")]
+    torchrun, *command = launch_command(SCRIPTS / "patched_main.py", [1, *arguments], "torchrun", ranks=2)
+    command, environment = [torchrun, "--max-restarts=1", *command], dict(PATCH="killed_once", PYTHONPATH=PYTHONPATH)
+    code, console = run_command(command, **environment)
     assert code != 0 and console.count("error: torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 2
-    code, console = run_command(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    code, console = run_command(command, **environment, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     assert code == 0, console
     assert "so this is a fresh start" in console and "step-00000002: 2 steps are done" in console
-    assert [row["step"] for row in read_metrics(tmp_path / "restarted")] == list(range(1, 9))
+    assert [row["step"] for row in read_metrics(tmp_path / "out")] == list(range(1, 9))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROJECT, STEPS, make_model, run_command, write_pairs
+from helpers import PROJECT, STEPS, make_model, run_command, write_pairs
 
 from utils.model.model_utils import create_critic_model
 from utils.model.tokenizer import load_hf_tokenizer

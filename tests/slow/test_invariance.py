@@ -3,36 +3,30 @@
 Two launches in all, with one rank and with two; each makes every run of its list in one process group.
 """
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, make_model, read_metrics, run_command, write_pairs
+from helpers import flags, make_model, make_reward_model, read_metrics, run_in_one_launch, write_pairs
 from safetensors.torch import load_file
-
-from utils.model.model_utils import create_critic_model
-from utils.model.tokenizer import load_hf_tokenizer
-from utils.run.results import save_hf_format
 
 STAGES = (0, 1, 2, 3)
 # name -> (ranks, rows per device, accumulation, stage, other flags); 8 rows per optimizer step in every one.
 SUPERVISED = {
-    **{f"1 rank, stage {stage}": (1, 4, 2, stage, []) for stage in STAGES},
-    **{f"2 ranks, stage {stage}": (2, 4, 1, stage, []) for stage in STAGES},
-    "1 rank, rows one by one": (1, 1, 8, 0, []),
-    "1 rank, all rows at once": (1, 8, 1, 2, []),
-    "2 ranks, accumulated at stage 3": (2, 1, 4, 3, []),
-    "1 rank, checkpointing": (1, 4, 2, 0, ["--gradient_checkpointing"]),
-    "2 ranks, checkpointing at stage 3": (2, 2, 2, 3, ["--gradient_checkpointing"]),
+    **{f"1 rank, stage {stage}": (1, 4, 2, stage, "") for stage in STAGES},
+    **{f"2 ranks, stage {stage}": (2, 4, 1, stage, "") for stage in STAGES},
+    "1 rank, rows one by one": (1, 1, 8, 0, ""),
+    "1 rank, all rows at once": (1, 8, 1, 2, ""),
+    "2 ranks, accumulated at stage 3": (2, 1, 4, 3, ""),
+    "1 rank, checkpointing": (1, 4, 2, 0, "--gradient_checkpointing"),
+    "2 ranks, checkpointing at stage 3": (2, 2, 2, 3, "--gradient_checkpointing"),
 }
-RLHF = {
-    "stages 0 and 0": (0, 0, []),
-    "stages 3 and 0": (3, 0, []),
-    "stages 2 and 3": (2, 3, []),
-    "stages 3 and 3, generating layer by layer": (3, 3, ["--unpin_actor_parameters"]),
-    "stages 1 and 2, checkpointing": (1, 2, ["--actor_gradient_checkpointing", "--critic_gradient_checkpointing"]),
+RLHF = {  # name: (stage of the actor, of the critic, other flags)
+    "stages 0 and 0": (0, 0, ""),
+    "stages 3 and 0": (3, 0, ""),
+    "stages 2 and 3": (2, 3, ""),
+    "stages 3 and 3, generating layer by layer": (3, 3, "--unpin_actor_parameters"),
+    "stages 1 and 2, checkpointing": (1, 2, "--actor_gradient_checkpointing --critic_gradient_checkpointing"),
 }
 
 
@@ -41,39 +35,32 @@ def runs(tmp_path_factory) -> Path:
     """The folder of every run, under ``step/name``."""
     folder = tmp_path_factory.mktemp("runs")
     base = make_model(folder / "base")
-    tokenizer = load_hf_tokenizer(base)
-    torch.manual_seed(3)
-    from types import SimpleNamespace
-
-    save_hf_format(create_critic_model(base, tokenizer), tokenizer, SimpleNamespace(output_dir=str(folder / "reward")))
+    reward = make_reward_model(folder / "reward", base, seed=3)
     (folder / "pairs").mkdir()
     write_pairs(folder / "pairs" / "train.jsonl", 72)
     write_pairs(folder / "pairs" / "eval.jsonl", 12)
-    common = ["--data_path", folder / "pairs", "--data_output_path", folder / "cache", "--data_split", "1,1,1"]
-    common += ["--dtype", "fp32", "--max_eval_samples", 4]
+    common = "--data_split 1,1,1 --dtype fp32 --max_eval_samples 4"
+    places = dict(data_path=folder / "pairs", data_output_path=folder / "cache")
     lists = {1: [], 2: []}
-    for step, start in ((1, base), (2, folder / "reward")):
-        for name, (ranks, rows, accumulation, stage, flags) in SUPERVISED.items():
-            arguments = [*common, "--model_name_or_path", start, "--max_seq_len", 48, "--learning_rate", 1e-3]
-            arguments += ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", accumulation]
-            arguments += ["--zero_stage", stage, "--output_dir", folder / str(step) / name, *flags]
-            lists[ranks].append((step, arguments))
-    for name, (actor_stage, critic_stage, flags) in RLHF.items():
-        arguments = [*common, "--actor_model_name_or_path", base, "--critic_model_name_or_path", folder / "reward"]
-        arguments += ["--max_prompt_seq_len", 32, "--max_answer_seq_len", 8, "--num_warmup_steps", 0]
-        arguments += ["--per_device_generation_batch_size", 4, "--per_device_training_batch_size", 4]
-        arguments += ["--actor_learning_rate", 1e-3, "--critic_learning_rate", 1e-3, "--actor_dropout", 0]
-        arguments += ["--actor_zero_stage", actor_stage, "--critic_zero_stage", critic_stage]
-        arguments += ["--enable_hybrid_engine", "--output_dir", folder / "3" / name, *flags]
-        lists[2].append((3, arguments))
+    for step, start in ((1, base), (2, reward)):
+        for name, (ranks, rows, accumulation, stage, more) in SUPERVISED.items():
+            text = f"""
+                {common} --max_seq_len 48 --learning_rate 1e-3 --zero_stage {stage} {more}
+                --per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}
+            """
+            output = folder / str(step) / name
+            lists[ranks].append((step, flags(text, model_name_or_path=start, output_dir=output, **places)))
+    models = dict(actor_model_name_or_path=base, critic_model_name_or_path=reward)
+    for name, (actor_stage, critic_stage, more) in RLHF.items():
+        text = f"""
+            {common} --max_prompt_seq_len 32 --max_answer_seq_len 8 --num_warmup_steps 0 --enable_hybrid_engine
+            --per_device_generation_batch_size 4 --per_device_training_batch_size 4 --actor_learning_rate 1e-3
+            --critic_learning_rate 1e-3 --actor_dropout 0 --actor_zero_stage {actor_stage}
+            --critic_zero_stage {critic_stage} {more}
+        """
+        lists[2].append((3, flags(text, output_dir=folder / "3" / name, **models, **places)))
     for ranks, wanted in lists.items():
-        file = folder / f"{ranks}.json"
-        file.write_text(json.dumps([[step, [str(a) for a in arguments]] for step, arguments in wanted]))
-        torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", f"--nproc_per_node={ranks}"]
-        code, console = run_command(
-            [*torchrun, PROJECT / "tests/launch/scripts/runs_in_one_launch.py", file], timeout=600
-        )
-        assert code == 0, console[-6000:]
+        run_in_one_launch(wanted, folder, ranks)
     return folder
 
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import read_metrics
+from helpers import read_metrics
 
 from utils.demo.tiny_model import create_demo_model
 

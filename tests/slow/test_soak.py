@@ -2,7 +2,7 @@
 
 import sys
 
-from conftest import PROJECT, run_command
+from helpers import PROJECT, run_command
 
 
 def test_a_run_that_is_killed_twice_ends_with_the_weights_and_losses_of_one_that_is_not(tmp_path):

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import read_metrics
+from helpers import read_metrics
 from test_rlhf import PROMPTS, _experience, _trainer, _window, folders  # noqa: F401
 
 from training.step3_rlhf_finetuning import ppo_math

@@ -4,7 +4,7 @@ import json
 from itertools import product
 
 import pytest
-from conftest import make_tokenizer
+from helpers import make_tokenizer
 from transformers import AutoTokenizer
 
 from utils.data import prompt_format as pf

@@ -6,7 +6,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from conftest import make_tokenizer, write_pairs
+from helpers import make_model, make_tokenizer, write_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -399,7 +399,6 @@ def test_packing_keeps_every_row_once_and_leaves_hardly_a_pad():
 @pytest.mark.parametrize("mask_prompt", [False, True])
 def test_the_packed_loss_equals_the_unpacked_one(tmp_path, family, attention, mask_prompt):
     import torch
-    from conftest import make_model
     from transformers import AutoModelForCausalLM
 
     from utils.model.inputs import sft_inputs

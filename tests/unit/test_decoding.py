@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_model
+from helpers import make_model
 
 from inference import chatbot
 from utils.generation.decoding import contrastive_ids, contrastive_scores, diverse_beam_ids, hamming_penalty

@@ -1,12 +1,10 @@
 """Generation of rollouts: choosing tokens, the sampling loop against generate(), the hybrid engine around it."""
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, PROJECT, run_command
+from helpers import FAMILIES
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -441,20 +439,6 @@ def test_lora_is_folded_for_the_phase_fused_with_its_neighbours_and_put_back(lla
     assert not torch.equal(answers, generate_by_transformers(llama, prompts, mask, decoding).sequences)
     for name, (parameter, value) in before.items():
         assert model.state_dict(keep_vars=True)[name] is parameter and torch.equal(parameter, value)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_tokens_and_weights_are_those_of_training_without_it_at_every_zero_stage(ranks, tmp_path):
-    """ZeRO 0 to 3, LoRA on and off, gathered and layer by layer; see generation_on_ranks.py."""
-    script = PROJECT / "tests/launch/scripts/generation_on_ranks.py"
-    torchrun = Path(sys.executable).parent / "torchrun"
-    command = [torchrun, "--standalone", f"--nproc_per_node={ranks}", script, tmp_path]
-    code, output = run_command(
-        command, timeout=600, PYTHONPATH=f"{PROJECT}:{PROJECT / 'tests'}:{PROJECT / 'tests/unit'}"
-    )
-    assert code == 0, output[-4000:]
-    assert output.count("equal: ") == 10, output[-4000:]
-    assert "all ranks fall back" in output, output[-4000:]
 
 
 def test_the_compiled_step_is_one_graph_for_all_widths_and_gives_the_same_rollouts(llama):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, write_pairs
+from helpers import make_model, write_pairs
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 

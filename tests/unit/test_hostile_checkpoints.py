@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import killed_after
+from helpers import killed_after
 from safetensors.torch import load_file, save_file
 
 from utils.process.errors import UserError

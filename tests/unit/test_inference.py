@@ -2,14 +2,11 @@
 
 import io
 import json
-import os
 import random
 import re
 import socket
-import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +33,6 @@ from utils.data.preparation import create_prompt_dataset
 from utils.generation.saved_model import LanguageModel, find_stop_ids, generate_answers, load_language_model, up_to_stop
 from utils.process.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 BOS, EOS, PAD = 0, 1, 2
 # What the tiny model has learned to say. The second answer goes on to write the human's next turn and never ends.
 LESSONS = {
@@ -138,13 +134,6 @@ def trained(folders):
 @pytest.fixture(scope="module")
 def random_lm(folders):
     return load_language_model(folders["random"], chat_args(folders["random"]))
-
-
-def run_script(command, stdin="", **env):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env}
-    return subprocess.run(
-        command, input=stdin, capture_output=True, text=True, timeout=120, cwd="/", env=environment, check=False
-    )
 
 
 # ---------------------------------------------------------------- the prompt format
@@ -273,15 +262,13 @@ def test_text_held_back_is_shown_when_the_answer_ends(tokenizer):
     assert stream.close() == "a Hum"
 
 
-def test_chat_in_a_pipe(folders):
-    result = run_script(
-        [sys.executable, str(ROOT / "inference/chatbot.py"), "--path", folders["trained"], "--greedy"],
-        stdin="hi\n\nclear\ntalk\nquit\nhi\n",
-    )
-    assert result.returncode == 0, result.stderr
-    greeting, _, conversation = result.stdout.partition("\n\n")
+def test_chat_in_a_pipe(folders, monkeypatch, capsys):
+    typed(monkeypatch, "hi\n\nclear\ntalk\nquit\nhi\n")
+    chatbot.main(["--path", folders["trained"], "--greedy", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    greeting, _, conversation = printed.partition("\n\n")
     assert all(word in greeting for word in ("clear", "quit", "stop"))
-    assert result.stdout.startswith(folders["trained"])
+    assert printed.startswith(folders["trained"])
     assert conversation == (
         "Human: hi\nAssistant: hello <b>you</b>\n\nHuman: \nHuman: clear\n(a new conversation)\n\n"
         "Human: talk\nAssistant: yes\n\nHuman: quit\n"
@@ -431,13 +418,6 @@ def test_weights_in_4_bits_answer_alike_and_a_missing_package_is_named(folders, 
     assert packed.model.get_memory_footprint() < 0.6 * trained.model.get_memory_footprint()
     [[answer]] = generate_answers(packed, prompts_of(packed, "hi"), 1, do_sample=False, max_new_tokens=60)
     assert (answer.text, answer.ended) == (LESSONS["hi"], True)
-
-
-def test_a_path_without_a_model_is_an_error_and_no_traceback(folders, tmp_path):
-    result = run_script([sys.executable, str(ROOT / "inference/chatbot.py"), "--path", str(tmp_path / "none")])
-    assert result.returncode != 0
-    assert "error: no such model folder" in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def test_what_is_no_language_model_folder_is_refused(folders, tmp_path):
@@ -686,19 +666,17 @@ def compare(folders, *flags, finetuned=("trained",)):
     )
 
 
-def test_run_prompt_prints_the_published_headings_from_any_folder(folders, tmp_path):
+def test_the_published_headings_are_printed(folders, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("hi\n\ntalk\n")
-    script = str(ROOT / "evaluation_scripts/run_prompt.sh")
-    command = ["bash", script, folders["random"], folders["trained"], "--prompts_file", str(prompts)]
-    result = run_script([*command, "--max_new_tokens", "30"])
-    assert result.returncode == 0, result.stderr
-    assert headings(result.stdout) == 2 * [
+    compare(folders, "--prompts_file", str(prompts))
+    printed = capsys.readouterr().out
+    assert headings(printed) == 2 * [
         "==========Baseline: Greedy=========",
         "==========finetune: Greedy=========",
         "====================prompt end=============================",
     ]
-    assert "==========finetune: Greedy=========\nhello <b>you</b>\n" in result.stdout
+    assert "==========finetune: Greedy=========\nhello <b>you</b>\n" in printed
 
 
 def test_several_models_and_modes_are_shown_in_order(folders, tmp_path, capsys):
@@ -865,10 +843,3 @@ def test_a_row_without_a_prompt_is_named(tmp_path):
     path.write_text('{"prompt": "a"}\n{"question": "b"}\n')
     with pytest.raises(UserError, match=r"line 2.*'prompt'"):
         read_prompts(str(path))
-
-
-@pytest.mark.parametrize("script", ["run_prompt.sh", "run_rw_eval.sh"])
-def test_shell_scripts_say_how_they_are_used(script):
-    result = run_script(["bash", str(ROOT / "evaluation_scripts" / script)])
-    assert result.returncode == 2
-    assert "usage:" in result.stderr

@@ -1,12 +1,8 @@
 """LoRA: what folding must keep, what training may move, and scopes that match nothing."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import PROJECT, make_model, run_command
-from safetensors.torch import load_file
+from helpers import make_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -251,24 +247,3 @@ def test_without_only_optimize_lora_all_but_the_adapted_matrices_train(model_fol
             assert (p - before[name]).abs().max() <= 0.00101
     for _, layer in lora_layers(model):
         assert 0.0199 < layer.lora_left_weight.abs().max() <= 0.0201
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_on_two_ranks_of_zero_3_folding_after_training_is_exact(model_folder, merge_lora, tmp_path, dtype):
-    """What is asserted stands in lora_on_ranks.py; the merged adapter is compared with the saved model here."""
-    torchrun = Path(sys.executable).parent / "torchrun"
-    script = PROJECT / "tests/launch/scripts/lora_on_ranks.py"
-    command = [torchrun, "--standalone", "--nproc_per_node=2", script, model_folder, tmp_path, dtype]
-    code, console = run_command(command, PYTHONPATH=str(PROJECT))
-    assert code == 0, console
-    saved, merged = (
-        load_file(tmp_path / "model.safetensors"),
-        load_file(merge_lora(tmp_path / "adapter") / "model.safetensors"),
-    )
-    base = load_file(model_folder / "model.safetensors")
-    assert saved.keys() == merged.keys() == base.keys()
-    for name, value in saved.items():
-        moved = not torch.equal(value, base[name].to(value.dtype))
-        assert moved == ("_proj" in name), name
-        if dtype == "fp32":
-            assert torch.equal(value, merged[name]), name

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES
+from helpers import FAMILIES
 from torch import nn
 from transformers import AutoConfig, LlamaConfig
 

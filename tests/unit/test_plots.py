@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from conftest import PROJECT
+from helpers import PROJECT
 
 sys.path.insert(0, str(PROJECT / "evaluation_scripts"))
 

@@ -6,7 +6,7 @@ import shlex
 import psutil
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from helpers import make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from utils import arguments

@@ -3,7 +3,6 @@
 import errno
 import gzip
 import json
-import multiprocessing
 import random
 import string
 import sys
@@ -843,19 +842,6 @@ def test_rows_are_indexed_like_a_list(name, tmp_path):
         rows["prompt"]
     subset = SubsetRows(rows, np.array([5, 2]))
     assert [row["prompt"][:2] for row in subset] == ["q5", "q2"] and subset.where(1) == rows.where(2)
-
-
-@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.parquet"])
-def test_rows_reach_worker_processes_forked_and_spawned(name, tmp_path):
-    rows = open_file(write_rows(tmp_path / name, ROWS))
-    rows.keep_columns(["prompt"])
-    expected = [rows[i] for i in range(20)]
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(rows.__getitem__, range(20)) == expected
-    copy, arguments, state = rows.__reduce__()
-    again = copy(*arguments)
-    again.__dict__.update(state)
-    assert list(again) == expected
 
 
 def test_wide_columns_that_no_text_needs_are_left_out(tmp_path):

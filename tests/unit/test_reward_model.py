@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import make_model, slow_pair_loss
+from helpers import make_model, slow_pair_loss
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from training.step2_reward_model_finetuning.main import evaluate

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 import torch
-from conftest import make_model
+from helpers import flags, make_model, make_reward_model
 from transformers import AutoModelForCausalLM
 
 from training.step3_rlhf_finetuning.experience import Experience
@@ -14,14 +14,12 @@ from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
 from utils import arguments
 from utils.data.batching import DataCollatorSFT, pad_rows
 from utils.engine.steps import moving_average
-from utils.model.model_utils import create_critic_model
-from utils.model.saving import gather_state_dict
+from utils.model.saving import gathered_layers, plan_saving
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import lora_layers
 from utils.process.errors import UserError
 from utils.process.launch import init_distributed
 from utils.process.seeds import set_random_seed
-from utils.run.results import save_hf_format
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
@@ -29,37 +27,23 @@ def folders(request, tmp_path_factory):
     """An actor and a reward model with a trained-looking head, of one family."""
     base = tmp_path_factory.mktemp(request.param)
     actor = make_model(base / "actor", request.param)
-    tokenizer = load_hf_tokenizer(actor)
-    torch.manual_seed(5)
-    reward = create_critic_model(actor, tokenizer)
-    from types import SimpleNamespace
-
-    save_hf_format(reward, tokenizer, SimpleNamespace(output_dir=str(base / "reward")))
-    return actor, base / "reward"
+    return actor, make_reward_model(base / "reward", actor)
 
 
-def _trainer(folders, *flags, trainer_class=DeepSpeedPPOTrainer):
+def _whole_weights(module) -> dict[str, torch.Tensor]:
+    """Gathered, with LoRA folded in, as they would be saved."""
+    layers = gathered_layers(module, plan_saving(module).renamed)
+    return {name: value.to("cpu", copy=True) for layer in layers for name, value in layer.items()}
+
+
+def _trainer(folders, more="", trainer_class=DeepSpeedPPOTrainer):
     actor, reward = folders
+    text = f"""
+        --dtype fp32 --max_answer_seq_len 12 --max_prompt_seq_len 16 --per_device_generation_batch_size 4
+        --per_device_training_batch_size 4 --num_warmup_steps 0 {more}
+    """
     args = arguments.build_parser(3).parse_args(
-        [
-            "--actor_model_name_or_path",
-            str(actor),
-            "--critic_model_name_or_path",
-            str(reward),
-            "--dtype",
-            "fp32",
-            "--max_answer_seq_len",
-            "12",
-            "--max_prompt_seq_len",
-            "16",
-            "--per_device_generation_batch_size",
-            "4",
-            "--per_device_training_batch_size",
-            "4",
-            "--num_warmup_steps",
-            "0",
-            *flags,
-        ]
+        flags(text, actor_model_name_or_path=actor, critic_model_name_or_path=reward)
     )
     init_distributed(args)
     args = argparse.Namespace(**vars(arguments.settle(args, 3)))  # tests change some
@@ -84,7 +68,7 @@ def _window(experience, size=4):
 
 
 def test_the_first_pass_has_ratio_one(folders):
-    trainer = _trainer(folders, "--actor_dropout", "0")
+    trainer = _trainer(folders, "--actor_dropout 0")
     experience = _experience(trainer)
     metrics = trainer.train_rlhf(_window(experience))
     assert metrics["ratio"] == pytest.approx(1, abs=1e-5)
@@ -150,24 +134,16 @@ def test_a_seed_fixes_the_rollouts_and_temperature_zero_is_greedy(folders):
     assert torch.equal(greedy, again)
 
 
-@pytest.mark.parametrize("flags", [[], ["--ppo_epochs", "2"]])
-def test_the_update_does_not_depend_on_how_the_rows_are_cut(folders, flags):
+@pytest.mark.parametrize("more", ["", "--ppo_epochs 2"])
+def test_the_update_does_not_depend_on_how_the_rows_are_cut(folders, more):
     weights = []
     for size in (4, 1, 2):
-        trainer = _trainer(
-            folders,
-            "--per_device_training_batch_size",
-            str(size),
-            "--gradient_accumulation_steps",
-            str(4 // size),
-            "--actor_learning_rate",
-            "1e-3",
-            *flags,
-        )
+        cut = f"--per_device_training_batch_size {size} --gradient_accumulation_steps {4 // size}"
+        trainer = _trainer(folders, f"{cut} --actor_learning_rate 1e-3 {more}")
         experience = _experience(trainer)
         for _ in range(trainer.args.ppo_epochs):
             trainer.train_rlhf(_window(experience, size))
-        weights.append([gather_state_dict(e.module) for e in (trainer.actor_model, trainer.critic_model)])
+        weights.append([_whole_weights(e.module) for e in (trainer.actor_model, trainer.critic_model)])
     for other in weights[1:]:
         for a, b in zip(weights[0], other, strict=True):
             for name in a:
@@ -184,20 +160,20 @@ def test_an_empty_answer_weighs_nothing_and_a_batch_of_them_is_skipped(folders, 
     assert experience.attention_mask[:, -3:].tolist() == [[1, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]]
     assert trainer.experience_metrics(experience)["unused_answers"] == 2
     assert trainer.experience_metrics(experience)["eos_rate"] == 0.5
-    before = gather_state_dict(trainer.actor_model.module)
+    before = _whole_weights(trainer.actor_model.module)
     answers[:, 0] = eos
     answers[:, 1:] = pad
     experience = _experience(trainer)
     assert trainer.train_rlhf(_window(experience)) is None
     assert trainer.skipped_updates == 1
-    after = gather_state_dict(trainer.actor_model.module)
+    after = _whole_weights(trainer.actor_model.module)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("engine", [[], ["--enable_hybrid_engine"]], ids=["generate", "hybrid engine"])
+@pytest.mark.parametrize("engine", ["", "--enable_hybrid_engine"], ids=["generate", "hybrid engine"])
 def test_prompts_and_answers_may_fill_every_position_of_the_models(folders, engine):
     limit = 512 - 16  # of the models' positions, less those of the answer
-    trainer = _trainer(folders, "--max_prompt_seq_len", str(limit), "--max_answer_seq_len", "16", *engine)
+    trainer = _trainer(folders, f"--max_prompt_seq_len {limit} --max_answer_seq_len 16 {engine}")
     rows = [[10 + i % 30 for i in range(width)] for width in (limit, 3, limit, 1)]
     experience = _experience(trainer, rows=rows)
     assert experience.prompt_width == limit and experience.answer_mask.any(dim=1).all()
@@ -206,7 +182,7 @@ def test_prompts_and_answers_may_fill_every_position_of_the_models(folders, engi
 
 
 def test_a_missing_eos_costs_the_penalty(folders, monkeypatch):
-    trainer = _trainer(folders, "--missing_eos_penalty", "2.5", "--kl_ctl", "0")
+    trainer = _trainer(folders, "--missing_eos_penalty 2.5 --kl_ctl 0")
     answers = torch.tensor([[9, 8, trainer.tokenizer.eos_token_id], [9, 9, 9]]).repeat(2, 1)
     monkeypatch.setattr(trainer, "_generate_sequence", lambda prompts, mask, step: torch.cat([prompts, answers], 1))
     with_penalty = _experience(trainer).scores
@@ -215,7 +191,7 @@ def test_a_missing_eos_costs_the_penalty(folders, monkeypatch):
 
 
 def test_ema_equals_its_closed_form_in_fp32(folders):
-    trainer = _trainer(folders, "--enable_ema", "--actor_lora_dim", "2", "--actor_learning_rate", "1e-2")
+    trainer = _trainer(folders, "--enable_ema --actor_lora_dim 2 --actor_learning_rate 1e-2")
     engine, beta = trainer.rlhf_engine, 0.9
     history = [{n: p.detach().clone() for n, p in engine.actor.module.named_parameters()}]
     experience = _experience(trainer)
@@ -233,9 +209,9 @@ def test_ema_equals_its_closed_form_in_fp32(folders):
     assert moved
 
 
-@pytest.mark.parametrize("flags", [[], ["--actor_lora_dim", "4"]])
-def test_fast_generation_gives_the_tokens_of_plain_generation_before_and_after_an_update(folders, flags):
-    trainer = _trainer(folders, "--enable_hybrid_engine", "--no-do_sample", "--actor_learning_rate", "1e-2", *flags)
+@pytest.mark.parametrize("more", ["", "--actor_lora_dim 4"])
+def test_fast_generation_gives_the_tokens_of_plain_generation_before_and_after_an_update(folders, more):
+    trainer = _trainer(folders, f"--enable_hybrid_engine --no-do_sample --actor_learning_rate 1e-2 {more}")
     ids, mask = pad_rows(PROMPTS, trainer.tokenizer.pad_token_id, side="left")
     module = trainer.actor_model.module
     for _, layer in lora_layers(module):
@@ -261,9 +237,9 @@ def test_fast_generation_gives_the_tokens_of_plain_generation_before_and_after_a
         trainer.train_rlhf(_window(_experience(trainer)))
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-do_sample"]])
-def test_logits_that_are_not_finite_are_an_error_that_names_the_engine(folders, flags):
-    trainer = _trainer(folders, "--enable_hybrid_engine", *flags)
+@pytest.mark.parametrize("more", ["", "--no-do_sample"])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_engine(folders, more):
+    trainer = _trainer(folders, f"--enable_hybrid_engine {more}")
     ids, mask = pad_rows(PROMPTS, trainer.tokenizer.pad_token_id, side="left")
     with torch.no_grad():
         trainer.actor_model.module.get_output_embeddings().weight[5] = torch.nan
@@ -271,9 +247,9 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_engine(folders, 
         trainer.generate_experience(ids, mask)
 
 
-@pytest.mark.parametrize("flags", [[], ["--temperature", "0.7"], ["--no-do_sample"]])
-def test_log_probs_of_the_sampling_loop_equal_those_of_the_scoring_pass(folders, flags):
-    trainer = _trainer(folders, "--enable_hybrid_engine", "--actor_lora_dim", "4", *flags)
+@pytest.mark.parametrize("more", ["", "--temperature 0.7", "--no-do_sample"])
+def test_log_probs_of_the_sampling_loop_equal_those_of_the_scoring_pass(folders, more):
+    trainer = _trainer(folders, f"--enable_hybrid_engine --actor_lora_dim 4 {more}")
     for _, layer in lora_layers(trainer.actor_model.module):
         torch.nn.init.normal_(layer.lora_left_weight, std=0.2)
     ids, mask = pad_rows(PROMPTS, trainer.tokenizer.pad_token_id, side="left")
@@ -288,8 +264,8 @@ def test_log_probs_of_the_sampling_loop_equal_those_of_the_scoring_pass(folders,
 
 def test_the_ptx_gradient_joins_the_same_step(folders):
     """One step from PPO and ptx together equals one step from the summed gradients, taken by hand with plain SGD."""
-    flags = ("--unsupervised_dataset_name", "x", "--unsup_coef", "3.0", "--kl_ctl", "0.3")
-    trainer = _trainer(folders, *flags, trainer_class=DeepSpeedPPOTrainerUnsupervised)
+    more = "--unsupervised_dataset_name x --unsup_coef 3.0 --kl_ctl 0.3"
+    trainer = _trainer(folders, more, trainer_class=DeepSpeedPPOTrainerUnsupervised)
     experience = _experience(trainer)
     text = DataCollatorSFT(trainer.tokenizer.pad_token_id, 16)(
         [{"input_ids": [5, 6, 7, 8, 9], "answer_spans": [0, 5], "answers_only": False}]

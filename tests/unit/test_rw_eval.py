@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_model
+from helpers import make_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from evaluation_scripts import rw_eval

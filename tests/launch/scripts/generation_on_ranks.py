@@ -9,11 +9,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from conftest import PROJECT, make_model
+from helpers import flags, make_model, make_reward_model, zero_stage
 from transformers import AutoModelForCausalLM
-
-sys.path.insert(0, str(PROJECT))
-
 
 from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer, MicroBatch
 from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
@@ -21,13 +18,11 @@ from utils import arguments
 from utils.data.batching import pad_rows
 from utils.generation.hybrid_engine import HybridEngine
 from utils.generation.sampling import Decoding, sample_answers
-from utils.model.model_utils import create_critic_model
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.process.console import print_rank_0
 from utils.process.launch import init_distributed, run_main
 from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank
-from utils.run.results import save_hf_format
 
 PROMPTS = [[[10, 11, 12], [13], [14, 15, 16, 17, 18], [19, 20]], [[30], [31, 32, 33, 34], [35, 36], [37]]]
 
@@ -43,14 +38,14 @@ def tensors_of(value) -> list:
     return [tensor for part in parts for tensor in tensors_of(part)]
 
 
-def train(folder: Path, flags) -> tuple[list, list]:
+def train(folder: Path, more: str) -> tuple[list, list]:
     """Two updates: the answers of this rank, and everything the engines hold afterwards."""
-    args = arguments.build_parser(3).parse_args(
-        f"--actor_model_name_or_path {folder / 'actor'} --critic_model_name_or_path {folder / 'reward'} --dtype fp32 "
-        "--max_answer_seq_len 8 --max_prompt_seq_len 16 --per_device_generation_batch_size 4 --no-do_sample "
-        "--per_device_training_batch_size 4 --num_warmup_steps 0 --actor_learning_rate 1e-2".split()
-        + flags
-    )
+    models = dict(actor_model_name_or_path=folder / "actor", critic_model_name_or_path=folder / "reward")
+    text = f"""
+        --dtype fp32 --max_answer_seq_len 8 --max_prompt_seq_len 16 --per_device_generation_batch_size 4
+        --per_device_training_batch_size 4 --no-do_sample --num_warmup_steps 0 --actor_learning_rate 1e-2 {more}
+    """
+    args = arguments.build_parser(3).parse_args(flags(text, **models))
     init_distributed(args)
     args = arguments.settle(args, 3)
     set_random_seed(3)
@@ -96,23 +91,20 @@ def main():
     if get_rank() == 0:
         make_actor(folder / "actor")
     dist.barrier()
-    tokenizer = load_hf_tokenizer(folder / "actor")
-    torch.manual_seed(5)
-    critic = create_critic_model(folder / "actor", tokenizer)
-    save_hf_format(critic, tokenizer, SimpleNamespace(output_dir=str(folder / "reward")))
+    make_reward_model(folder / "reward", folder / "actor")
     dist.barrier()
     for stage in range(4):
-        for lora in ([], ["--actor_lora_dim", "2"]):
-            flags = ["--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage), *lora]
-            plain = train(folder, flags)
+        for lora in ("", "--actor_lora_dim 2"):
+            more = f"{zero_stage(3, stage)} {lora}"
+            plain = train(folder, more)
             lengths = [int((row != PAD).sum()) for answers in plain[0] for row in answers[:, 8:]]
             assert len(set(lengths)) > 1 or get_rank() > 0, "some rows should end early"
-            for way in [[]] + [["--unpin_actor_parameters"]] * (stage == 3):
-                fast = train(folder, [*flags, "--enable_hybrid_engine", "--hybrid_engine_backend", "own", *way])
+            for way in ["", "--unpin_actor_parameters"] if stage == 3 else [""]:
+                fast = train(folder, f"{more} --enable_hybrid_engine --hybrid_engine_backend own {way}")
                 for ours, theirs in zip(fast, plain, strict=True):
                     assert len(ours) == len(theirs) > 2
-                    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), (flags, way)
-                print_rank_0(f"equal: {flags} {way}, {len(plain[1])} tensors, lengths {lengths}")
+                    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), (more, way)
+                print_rank_0(f"equal: {more} {way}, {len(plain[1])} tensors, lengths {lengths}")
     check_that_ranks_agree(folder / "actor")
 
 

@@ -1,6 +1,6 @@
-"""Started by test_lora.py under torchrun: LoRA on ZeRO-3, trained, folded, unfolded, saved.
+"""LoRA on ZeRO-3 in bf16 and fp32, trained, folded, unfolded, saved: torchrun … lora_on_ranks.py MODEL OUTPUT
 
-Arguments: model, output folder, dtype.
+What each dtype saves is OUTPUT/DTYPE.
 """
 
 import sys
@@ -23,9 +23,13 @@ from utils.run.results import save_hf_format, save_lora_adapters
 
 
 def main():
-    model_folder, output, dtype = sys.argv[1:]
     init_distributed(Namespace(local_rank=-1, comm_timeout=60))
     assert get_world_size() == 2
+    for dtype in ("bf16", "fp32"):
+        check(sys.argv[1], f"{sys.argv[2]}/{dtype}", dtype)
+
+
+def check(model_folder: str, output: str, dtype: str) -> None:
     args = Namespace(
         lora_dim=4, lora_module_name="auto", lora_scaling=8.0, lora_dropout=0.0, only_optimize_lora=True,
         output_dir=output, trust_remote_code=False,

@@ -3,10 +3,8 @@
 import json
 
 import pytest
-import torch
-from conftest import assert_same_run, killed_after, launch, read_metrics
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from safetensors.torch import load_file
+from helpers import assert_same_run, killed_after
 
 from utils.ds_utils import get_eval_ds_config, get_train_ds_config, merge_config_file, offloads_optimizer
 from utils.process.errors import UserError
@@ -184,31 +182,3 @@ def test_parameters_on_nvme_train_resume_and_end_as_in_memory(run_step, start, t
     run_step(1, [*arguments, tmp_path / "nvme", *on_disk, "--resume", "auto"])
     assert "4 steps are done" in capfd.readouterr().out
     assert_same_run(tmp_path / "plain", tmp_path / "nvme")
-
-
-def test_offloaded_training_is_the_same_training(model_folder, pairs_folder, cache_folder, tmp_path):
-    """Two ranks; optimizer on the host at stage 2, parameters too at stage 3, parameters alone by a file."""
-    file = tmp_path / "parameters.json"
-    file.write_text(json.dumps({"zero_optimization": {"offload_param": {"device": "cpu"}}}))
-    runs = {
-        "plain": ["--zero_stage", 2],
-        "optimizer": ["--zero_stage", 2, "--offload"],
-        "both": ["--zero_stage", 3, "--offload"],
-        "parameters": ["--zero_stage", 3, "--deepspeed_config_overrides", file],
-    }
-    data = ["--data_path", pairs_folder, "--data_output_path", cache_folder, "--data_split", "1,1,1"]
-    rows = ["--max_train_samples", 16, "--max_eval_samples", 8, "--per_device_train_batch_size", 2, "--max_seq_len", 48]
-    for name, flags in runs.items():
-        common = [*data, *rows, "--dtype", "fp32", "--model_name_or_path", model_folder, "--learning_rate", 1e-3]
-        code, console = launch(1, [*common, "--output_dir", tmp_path / name, *flags], "torchrun", ranks=2)
-        assert code == 0, console
-    losses = {name: [row["train/loss"] for row in read_metrics(tmp_path / name)] for name in runs}
-    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in runs}
-    assert len(losses["plain"]) == 4
-    assert losses["plain"][0] != losses["plain"][-1]
-    for name in runs:
-        assert losses[name] == pytest.approx(losses["plain"], rel=1e-4), name
-        for key, value in weights["plain"].items():
-            torch.testing.assert_close(
-                weights[name][key], value, atol=5e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
-            )

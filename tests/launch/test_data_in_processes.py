@@ -1,20 +1,19 @@
-"""Data preparation that is killed, run twice at once, or fed with anything at all."""
+"""Data and processes: preparation that is killed or runs in several at once, rows that workers read."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 
 import pytest
-from conftest import make_tokenizer
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from datasets import Dataset
+from helpers import make_tokenizer
 
 from utils.data import preparation
-from utils.data.batching import DataCollatorReward, DataCollatorSFT
-from utils.data.encoding import REWARD, SFT, RowEncoder
+from utils.data.encoding import SFT, RowEncoder
 from utils.data.preparation import create_prompt_dataset
-from utils.process.errors import UserError
+from utils.data.readers import open_file
 
 
 def _write_rows(folder, count=3000):
@@ -92,32 +91,17 @@ def test_two_runs_at_once_share_one_cache(tmp_path):
     assert _cached_bytes(tmp_path / "shared") == _cached_bytes(tmp_path / "calm")
 
 
-texts = st.one_of(st.none(), st.text(max_size=40), st.integers(), st.lists(st.text(max_size=3), max_size=2))
-rows = st.lists(st.fixed_dictionaries({"prompt": texts, "chosen": texts, "rejected": texts}), max_size=6)
-
-
-@pytest.fixture(scope="module")
-def fuzz_tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("t"))
-
-
-@pytest.mark.parametrize("step", [SFT, REWARD])
-@given(rows=rows, damage=st.binary(max_size=6), max_len=st.integers(4, 24))
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_rows_end_in_a_dataset_a_counted_skip_or_a_clear_error(
-    tmp_path_factory, fuzz_tokenizer, step, rows, damage, max_len
-):
-    folder = tmp_path_factory.mktemp("fuzz")
-    content = "".join(json.dumps(row) + "\n" for row in rows).encode() + damage
-    for name in ("train.jsonl", "eval.jsonl"):
-        (folder / name).write_bytes(content)
-    try:
-        train, _ = create_prompt_dataset(0, [str(folder)], "1,1", folder / "cache", step, 1, fuzz_tokenizer, max_len)
-    except UserError as error:
-        assert str(error)
-        return
-    pad = fuzz_tokenizer.pad_token_id
-    collator = DataCollatorSFT(pad, max_len, mask_prompt=True) if step == SFT else DataCollatorReward(pad, max_len)
-    batch = collator([train[i] for i in range(len(train))])
-    assert batch["attention_mask"].sum(1).max() <= max_len
-    assert (batch["attention_mask"].sum(1) > 0).all()
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_rows_reach_worker_processes_forked_and_spawned(kind, tmp_path):
+    texts = [{"prompt": f'q{i}, "quoted"\nnew line', "chosen": f"ja {i} ü", "rejected": f"nein {i}"} for i in range(20)]
+    table, path = Dataset.from_list(texts), tmp_path / f"d.{kind}"
+    {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[kind](path)
+    rows = open_file(path)
+    rows.keep_columns(["prompt"])
+    expected = [rows[i] for i in range(20)]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(rows.__getitem__, range(20)) == expected
+    copy, arguments, state = rows.__reduce__()
+    again = copy(*arguments)
+    again.__dict__.update(state)
+    assert list(again) == expected

@@ -1,14 +1,14 @@
 """Soft prompts: what trains, what is saved, and that padding and virtual tokens change no number of a real token."""
 
 import importlib.util
+import io
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import PROJECT, launch, make_model, make_tokenizer, read_metrics
-from safetensors.torch import load_file, save_file
+from helpers import flags, make_model, make_tokenizer, read_metrics
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation_scripts import prompt_eval, rw_eval
@@ -94,12 +94,13 @@ def test_greedy_answers_of_a_left_padded_batch_are_those_of_a_slow_loop(tmp_path
         assert answer[: len(slow) - len(row)] == slow[len(row) :]
 
 
-def step_arguments(model_folder, pairs_folder, cache_folder, out, *more):
-    return [
-        *("--model_name_or_path", model_folder, "--data_path", pairs_folder, "--data_split", "1,0,0"),
-        *("--data_output_path", cache_folder, "--output_dir", out, "--max_seq_len", 64, "--dtype", "fp32"),
-        *("--per_device_train_batch_size", 8, "--num_virtual_tokens", N, *more),
-    ]
+@pytest.fixture
+def arguments(model_folder, pairs_folder, cache_folder, tmp_path):
+    """arguments(flags, places) of a small run of step 1."""
+    text = f"--data_split 1,0,0 --max_seq_len 64 --dtype fp32 --per_device_train_batch_size 8 --num_virtual_tokens {N}"
+    places = dict(data_path=pairs_folder, data_output_path=cache_folder, output_dir=tmp_path)
+    places |= dict(model_name_or_path=model_folder)
+    return lambda more, **changes: flags(f"{text} {more}", **places | changes)
 
 
 def loading_args(**changes):
@@ -123,13 +124,12 @@ def trained_models(monkeypatch):
 @needs_peft
 @pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning"])
 def test_a_trained_prompt_lowers_the_loss_and_loads_in_peft_and_here_as_it_was(
-    tmp_path, model_folder, pairs_folder, cache_folder, run_step, kind, trained_models
+    tmp_path, model_folder, arguments, run_step, kind, trained_models
 ):
-    text = ("--soft_prompt_init_text", "say please") if kind == "prompt_tuning" else ()
+    text = {"soft_prompt_init_text": "say please"} if kind == "prompt_tuning" else {}
     before = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
     (tmp_path / "config.json").write_text("{}")  # of a whole model saved here earlier
-    arguments = step_arguments(model_folder, pairs_folder, cache_folder, tmp_path, "--soft_prompt", kind, *text)
-    run_step(1, [*arguments, "--gradient_checkpointing", "--soft_prompt_learning_rate", 0.05])
+    run_step(1, arguments(f"--soft_prompt {kind} --gradient_checkpointing --soft_prompt_learning_rate 0.05", **text))
     [first, last] = [row["eval/loss"] for row in read_metrics(tmp_path, "eval")]
     assert last < first - 0.03
     [model] = trained_models
@@ -155,12 +155,9 @@ def test_a_trained_prompt_lowers_the_loss_and_loads_in_peft_and_here_as_it_was(
 
 
 @needs_peft
-def test_the_first_loss_is_that_of_the_text_it_starts_from(
-    tmp_path, model_folder, pairs_folder, cache_folder, run_step, trained_models
-):
+def test_the_first_loss_is_that_of_the_text_it_starts_from(model_folder, arguments, run_step, trained_models):
     """Before any step a soft prompt made of a text is that text, over and over, in front of each row."""
-    words = ("--soft_prompt", "prompt_tuning", "--soft_prompt_init_text", " red", "--soft_prompt_learning_rate", 0)
-    run_step(1, step_arguments(model_folder, pairs_folder, cache_folder, tmp_path, *words))
+    run_step(1, arguments("--soft_prompt prompt_tuning --soft_prompt_learning_rate 0", soft_prompt_init_text=" red"))
     [model] = trained_models
     of_text = AutoTokenizer.from_pretrained(model_folder)(" red", add_special_tokens=False)["input_ids"]
     front = (of_text * N)[:N]
@@ -171,50 +168,28 @@ def test_the_first_loss_is_that_of_the_text_it_starts_from(
 
 
 @needs_peft
-@pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning"])
-def test_zero_3_on_two_ranks_trains_and_saves_the_vectors_that_one_process_does(
-    tmp_path, model_folder, pairs_folder, cache_folder, run_step, kind
-):
-    run_step(1, step_arguments(model_folder, pairs_folder, cache_folder, tmp_path / "one", "--soft_prompt", kind))
-    arguments = step_arguments(model_folder, pairs_folder, cache_folder, tmp_path / "two", "--soft_prompt", kind)
-    arguments[arguments.index("--per_device_train_batch_size") + 1] = 4
-    code, output = launch(1, [*arguments, "--zero_stage", 3], "torchrun", ranks=2)
-    assert code == 0, output
-    one, two = (
-        load_file(tmp_path / name / "adapter_model.safetensors")["prompt_embeddings"] for name in ("one", "two")
-    )
-    assert one.shape == (N, 32)
-    torch.testing.assert_close(one, two, atol=2e-4, rtol=1e-3)
-
-
-@needs_peft
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["--lora_dim", 4], "freezes the whole model"),
-        (["--packing"], "a block holds many"),
-        (["--num_virtual_tokens", 500], "512 positions"),
-        (["--soft_prompt_init_text", ""], "holds no token"),
-        (["--add_eot_token", "--eot_token", "<|new|>"], "is new to"),
-        (["--soft_prompt_hidden_size", 8], "no network"),
+        ("--lora_dim 4", "freezes the whole model"),
+        ("--packing", "a block holds many"),
+        ("--num_virtual_tokens 500", "512 positions"),
+        ("--soft_prompt_init_text=", "holds no token"),
+        ("--add_eot_token --eot_token <|new|>", "is new to"),
+        ("--soft_prompt_hidden_size 8", "no network"),
     ],
 )
-def test_what_a_soft_prompt_cannot_do_is_refused_before_any_data_is_read(
-    tmp_path, model_folder, cache_folder, run_step, more, reason
-):
-    no_data = tmp_path / "none"
-    arguments = step_arguments(model_folder, no_data, cache_folder, tmp_path, "--soft_prompt", "prompt_tuning", *more)
+def test_what_a_soft_prompt_cannot_do_is_refused_before_any_data_is_read(tmp_path, arguments, run_step, more, reason):
     with pytest.raises(UserError, match=reason):
-        run_step(1, arguments)
+        run_step(1, arguments(f"--soft_prompt prompt_tuning {more}", data_path=tmp_path / "none"))
 
 
-def test_without_peft_the_message_says_how_to_get_it(tmp_path, model_folder, cache_folder, run_step, monkeypatch):
+def test_without_peft_the_message_says_how_to_get_it(tmp_path, arguments, run_step, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
     (tmp_path / "pairs").mkdir()
-    arguments = step_arguments(model_folder, tmp_path / "pairs", cache_folder, tmp_path, "--soft_prompt", "p_tuning")
     with pytest.raises(UserError, match="pip install peft"):
-        run_step(1, arguments)
+        run_step(1, arguments("--soft_prompt p_tuning", data_path=tmp_path / "pairs"))
 
 
 def saved_prompt(folder, model_folder, width=32, **changes):
@@ -243,28 +218,28 @@ def test_a_prompt_of_another_width_or_another_kind_is_refused(tmp_path, model_fo
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_soft_prompt_is_no_model_to_train(tmp_path, model_folder, run_step, step):
     path = saved_prompt(tmp_path / "prompt", model_folder)
-    flags = {1: ["--model_name_or_path", path], 2: ["--model_name_or_path", path]}
-    flags[3] = ["--actor_model_name_or_path", path, "--critic_model_name_or_path", model_folder]
+    models = dict(model_name_or_path=path)
+    if step == 3:
+        models = dict(actor_model_name_or_path=path, critic_model_name_or_path=model_folder)
     with pytest.raises(UserError, match=r"model_name_or_path .*holds a soft prompt.* cannot be folded"):
-        run_step(step, [*flags[step], "--data_path", tmp_path / "none", "--dtype", "fp32"])
+        run_step(step, flags("--dtype fp32", data_path=tmp_path / "none", **models))
 
 
-def test_chat_answers_from_a_soft_prompt(tmp_path, model_folder):
+def test_chat_answers_from_a_soft_prompt(tmp_path, model_folder, monkeypatch, capsys):
     path = saved_prompt(tmp_path / "prompt", model_folder)
-    command = [sys.executable, PROJECT / "inference/chatbot.py", "--path", path, "--greedy", "--max_new_tokens", 4]
-    done = subprocess.run(list(map(str, command)), input="hello\nquit\n", capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Assistant:" in done.stdout
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\nquit\n")))
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **kwargs: None, raising=False)
+    chatbot.main(flags("--greedy --device cpu --max_new_tokens 4", path=path))
+    assert "Assistant:" in capsys.readouterr().out
 
 
 def test_prompt_eval_compares_a_soft_prompt_with_its_base_and_rw_eval_refuses_it(tmp_path, model_folder, capsys):
     path = saved_prompt(tmp_path / "prompt", model_folder)
-    words = ["--model_name_or_path_baseline", str(model_folder), "--model_name_or_path_finetune", path]
+    models = dict(model_name_or_path_baseline=model_folder, model_name_or_path_finetune=path)
     (tmp_path / "prompts.txt").write_text("hello\nsay red\n")
     answers = tmp_path / "answers.jsonl"
-    prompt_eval.main(
-        [*words, "--max_new_tokens", "4", "--prompts_file", str(tmp_path / "prompts.txt"), "--jsonl", str(answers)]
-    )
+    places = dict(prompts_file=tmp_path / "prompts.txt", jsonl=answers)
+    prompt_eval.main(flags("--max_new_tokens 4", **models, **places))
     assert len(answers.read_text().splitlines()) == 4
     with pytest.raises(UserError, match="holds a soft prompt only"):
         rw_eval.main(["--model_name_or_path", path])

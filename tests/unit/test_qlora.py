@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import launch, make_model, read_metrics
+from helpers import flags, make_model, read_metrics
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -161,13 +161,15 @@ def test_the_forward_is_that_of_pefts_qlora_on_the_same_weights(model_folder, do
         torch.testing.assert_close(layer.lora_right_weight.grad.T, gradient, atol=1e-6, rtol=1e-4)
 
 
-def step_arguments(step, model_folder, pairs_folder, cache_folder, out, kind, *more):
-    return [
-        *("--model_name_or_path", model_folder, "--data_path", pairs_folder),
-        *("--data_split", {1: "1,0,0", 2: "0,1,0"}[step], "--data_output_path", cache_folder, "--output_dir", out),
-        *("--max_seq_len", 64, "--dtype", "fp32", "--per_device_train_batch_size", 8, "--quantize", kind),
-        *("--lora_dim", 4, "--lora_scaling", 8, "--lora_learning_rate", 1e-2, *more),
-    ]
+@pytest.fixture
+def arguments(model_folder, pairs_folder, cache_folder):
+    """arguments(output folder, flags) of a small run of step 1 or 2."""
+    text = """
+        --max_seq_len 64 --dtype fp32 --per_device_train_batch_size 8
+        --lora_dim 4 --lora_scaling 8 --lora_learning_rate 1e-2
+    """
+    places = dict(data_path=pairs_folder, data_output_path=cache_folder, model_name_or_path=model_folder)
+    return lambda output, more: flags(f"{text} {more}", output_dir=output, **places)
 
 
 def folded_by_hand(base, adapter, prefix="base_model.model."):
@@ -181,9 +183,9 @@ def folded_by_hand(base, adapter, prefix="base_model.model."):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_step_1_lowers_the_loss_and_saves_the_original_weights_plus_the_update(
-    tmp_path, model_folder, pairs_folder, cache_folder, run_step, kind, capsys
+    tmp_path, model_folder, arguments, run_step, kind, capsys
 ):
-    run_step(1, step_arguments(1, model_folder, pairs_folder, cache_folder, tmp_path, kind))
+    run_step(1, arguments(tmp_path, f"--data_split 1,0,0 --quantize {kind}"))
     assert f"quantised to {kind}: 14 matrices" in capsys.readouterr().out
     [first, last] = [row["eval/loss"] for row in read_metrics(tmp_path, "eval")]
     assert last < first - 0.1
@@ -198,13 +200,8 @@ def test_step_1_lowers_the_loss_and_saves_the_original_weights_plus_the_update(
     assert moved == 14
 
 
-def test_step_2_saves_a_whole_reward_model_with_its_trained_head(
-    tmp_path, model_folder, pairs_folder, cache_folder, run_step
-):
-    arguments = step_arguments(
-        2, model_folder, pairs_folder, cache_folder, tmp_path, "int8", "--gradient_checkpointing"
-    )
-    run_step(2, arguments)
+def test_step_2_saves_a_whole_reward_model_with_its_trained_head(tmp_path, model_folder, arguments, run_step):
+    run_step(2, arguments(tmp_path, "--data_split 0,1,0 --quantize int8 --gradient_checkpointing"))
     assert read_metrics(tmp_path, "eval")[-1]["eval/accuracy"] == 1.0
     base = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -218,28 +215,16 @@ def test_step_2_saves_a_whole_reward_model_with_its_trained_head(
             torch.testing.assert_close(weights[name], weight, atol=1e-6, rtol=1e-6)
 
 
-@needs_bitsandbytes
-def test_two_ranks_with_zero_2_train_as_one_process_does(tmp_path, model_folder, pairs_folder, cache_folder, run_step):
-    run_step(1, step_arguments(1, model_folder, pairs_folder, cache_folder, tmp_path / "one", "nf4"))
-    arguments = step_arguments(1, model_folder, pairs_folder, cache_folder, tmp_path / "two", "nf4", "--zero_stage", 2)
-    arguments[arguments.index("--per_device_train_batch_size") + 1] = 4
-    code, output = launch(1, arguments, "torchrun", ranks=2)
-    assert code == 0, output
-    one, two = ([row["train/loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "two"))
-    assert one == pytest.approx(two, abs=2e-4)
-    assert (tmp_path / "two" / "model.safetensors").is_file()
-
-
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["--quantize", "int8"], "give it a rank"),
-        (["--quantize", "int8", "--lora_dim", 4, "--zero_stage", 3], "packed codes"),
-        (["--quantize", "int8", "--lora_dim", 4, "--lora_module_name", "q_proj"], "leave the flag out"),
-        (["--quantize_compute_dtype", "fp32"], "does nothing without --quantize"),
-        (["--quantize", "nf4", "--lora_dim", 4], "pip install bitsandbytes"),
-        (["--paged_optimizer"], "this machine has cpu only"),
-        (["--quantize", "int8", "--lora_dim", 4, "--trust_remote_code"], "cannot be folded"),
+        ("--quantize int8", "give it a rank"),
+        ("--quantize int8 --lora_dim 4 --zero_stage 3", "packed codes"),
+        ("--quantize int8 --lora_dim 4 --lora_module_name q_proj", "leave the flag out"),
+        ("--quantize_compute_dtype fp32", "does nothing without --quantize"),
+        ("--quantize nf4 --lora_dim 4", "pip install bitsandbytes"),
+        ("--paged_optimizer", "this machine has cpu only"),
+        ("--quantize int8 --lora_dim 4 --trust_remote_code", "cannot be folded"),
     ],
 )
 @pytest.mark.parametrize("step", [1, 2])
@@ -247,13 +232,13 @@ def test_what_qlora_cannot_do_is_refused(tmp_path, model_folder, run_step, monke
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
     with pytest.raises(UserError, match=reason):
-        run_step(step, ["--model_name_or_path", model_folder, "--data_path", tmp_path / "none", *more])
+        run_step(step, flags(more, model_name_or_path=model_folder, data_path=tmp_path / "none"))
 
 
 def test_step_3_says_where_quantisation_belongs(model_folder, run_step):
-    models = ["--actor_model_name_or_path", model_folder, "--critic_model_name_or_path", model_folder]
+    models = dict(actor_model_name_or_path=model_folder, critic_model_name_or_path=model_folder)
     with pytest.raises(UserError, match="Give it to step 1 and 2"):
-        run_step(3, [*models, "--quantize", "nf4"])
+        run_step(3, flags("--quantize nf4", **models))
 
 
 @needs_bitsandbytes
