@@ -27,8 +27,12 @@ from helpers import (
 )
 
 from utils.process.errors import EndOfRun, UserError
+<<<<<<< HEAD:tests/slow/test_checkpoint.py
 from utils.run import checkpoint, checkpoint_files
 from utils.run.checkpoint import Checkpoints
+=======
+from utils.run import checkpoint, checkpoint_files, same_run
+>>>>>>> run:tests/test_checkpoint.py
 from utils.run.checkpoint_files import newest_checkpoint, read_checkpoint
 
 STAGES = range(4)
@@ -136,13 +140,25 @@ def test_a_run_that_is_not_the_same_is_refused_with_flag_and_values(run_step, st
     with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
         run_step(1, arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "get_world_size", lambda: 2)
+        patch.setattr(same_run, "get_world_size", lambda: 2)
         with pytest.raises(UserError, match="written by 1 ranks and this run has 2"):
             run_step(1, resuming)
     state = read_checkpoint(folder / "step-00000004").state
     (folder / "step-00000004/state.json").write_text(json.dumps(state | {"rows": "others"}))
     with pytest.raises(UserError, match="its training rows were other ones"):
         run_step(1, resuming)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken_up(run_step, stopped, capsys):
+    """Its flags hold three names that are no flags."""
+    arguments, folder = stopped
+    file = folder / "step-00000004/state.json"
+    state = json.loads(file.read_text())
+    state["flags"] |= {"checkpoint_dir_given": True, "end_of_conversation_token": "<|endoftext|>", "global_rank": 0}
+    file.write_text(json.dumps(state))
+    with killed_after(6):
+        run_step(1, [*arguments, "--resume", "auto"])
+    assert "4 steps are done" in capsys.readouterr().out
 
 
 def test_checkpoints_of_another_run_are_never_replaced(run_step, stopped, tmp_path):

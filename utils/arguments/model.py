@@ -331,7 +331,7 @@ def check_config_file(args, zero_stage: int) -> None:
     """Refuse a DeepSpeed configuration file that cannot work at this stage."""
     base = get_train_ds_config(args.offload and zero_stage > 0, args.dtype, zero_stage)
     config = merge_config_file(base, args.deepspeed_config_overrides)
-    saves = args.checkpoint_steps or args.checkpoint_dir_given or args.resume
+    saves = args.checkpoint_steps or args.checkpoint_dir or args.resume
     if saves and offload_device(config, "offload_optimizer") == "nvme":
         raise UserError(
             f"--deepspeed_config_overrides {args.deepspeed_config_overrides}: offload_optimizer to nvme and "

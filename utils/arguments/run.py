@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-from pathlib import Path
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
@@ -77,7 +76,6 @@ def add_run_arguments(parser, step: int) -> None:
         help="where they go, on storage that all nodes share; given alone: one when SIGTERM stops the run. None for "
         "checkpoints under --output_dir",
     )
-    parser.set_defaults(checkpoint_dir_given=False)  # resolve_checkpoints settles it
     add("--keep_checkpoints", type=positive, default=2, help="newest checkpoints that are kept")
     add(
         "--resume",
@@ -92,8 +90,8 @@ def add_run_arguments(parser, step: int) -> None:
 # until it is named here.
 MAY_CHANGE_AT_RESUME = {
     *("output_dir", "max_shard_size", "save_lora_adapters", "checkpoint_steps", "checkpoint_dir", "keep_checkpoints"),
-    *("resume", "checkpoint_dir_given", "skip_nonfinite", "log_interval", "report_to", "run_name", "comm_timeout"),
-    *("enable_tensorboard", "tensorboard_path", "local_rank", "global_rank", "deepspeed", "deepspeed_config"),
+    *("resume", "skip_nonfinite", "log_interval", "report_to", "run_name", "comm_timeout", "enable_tensorboard"),
+    *("tensorboard_path", "local_rank", "deepspeed", "deepspeed_config"),
     *("data_output_path", "rebuild_cache", "preprocessing_num_workers", "print_loss", "max_eval_samples"),
     *("per_device_eval_batch_size", "eval_interval", "eval_iters", "compute_fp32_loss", "num_padding_at_beginning"),
     *("print_answers", "print_answers_interval", "sample_interval", "samples_shown"),
@@ -101,12 +99,10 @@ MAY_CHANGE_AT_RESUME = {
 }
 
 
-def resolve_checkpoints(args) -> None:
-    """Settle --checkpoint_dir; refuse flags that do nothing."""
-    args.checkpoint_dir_given = args.checkpoint_dir is not None
-    if args.checkpoint_dir is None and args.output_dir is not None:
-        args.checkpoint_dir = str(Path(args.output_dir) / "checkpoints")
-    if args.checkpoint_dir is None and (args.checkpoint_steps or args.resume == "auto"):
+def check_checkpoints(args) -> None:
+    """Refuse checkpoints without a folder to write them to or to find them in."""
+    has_folder = args.checkpoint_dir is not None or args.output_dir is not None
+    if not has_folder and (args.checkpoint_steps or args.resume == "auto"):
         flag = "--checkpoint_steps" if args.checkpoint_steps else "--resume auto"
         raise UserError(f"{flag} needs a folder: give --checkpoint_dir or --output_dir")
 
@@ -132,7 +128,7 @@ def settle_common(args) -> None:
             )
         if args.dtype == "fp32":
             raise UserError("--attn_implementation flash_attention_2 computes in fp16 or bf16, not in --dtype fp32")
-    resolve_checkpoints(args)
+    check_checkpoints(args)
     if args.enable_tensorboard and "tensorboard" not in args.report_to:
         args.report_to = ["tensorboard", *args.report_to]
     for name in args.report_to:

@@ -133,7 +133,7 @@ def init_distributed(args) -> torch.device:
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     unname_shared_memory()
-    return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
+    return torch.device(accelerator.current_device_name())
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Random numbers that a run repeats."""
+"""Random numbers that a run repeats, and that a resumed run goes on with."""
 
 import random
 
@@ -16,7 +16,28 @@ def set_random_seed(seed) -> None:
         if not 0 <= seed < 2**32:
             raise UserError(f"--seed {seed}: must be between 0 and {2**32 - 1}")
         set_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
         get_accelerator().manual_seed_all(seed)
+
+
+def random_states() -> dict:
+    """The states of all generators that set_random_seed() seeds, as JSON takes them."""
+    kind, keys, *rest = np.random.get_state()
+    version, numbers, gauss = random.getstate()
+    accelerator = get_accelerator()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+        "accelerator": None if accelerator.device_name() == "cpu" else accelerator.get_rng_state().tolist(),
+    }
+
+
+def restore_random_states(states: dict) -> None:
+    """Set the generators to what random_states() gave."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    if states["accelerator"] is not None:
+        get_accelerator().set_rng_state(torch.tensor(states["accelerator"], dtype=torch.uint8))

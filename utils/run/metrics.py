@@ -57,15 +57,15 @@ class Tracker:
         self._package.finish()
 
 
-def _cut(file: Path, size: int, checksum: int) -> None:
+def _cut_back(file: Path, size: int, checksum: int) -> None:
     """Leave the first bytes of a file; one that does not begin as it did is of another run, and put aside."""
-    begin = b""
+    start = b""
     if file.exists():
         with file.open("rb") as content:
-            begin = content.read(size)
-    if begin and zlib.crc32(begin) == checksum:
+            start = content.read(size)
+    if start and zlib.crc32(start) == checksum:
         os.truncate(file, size)
-    elif size and begin:
+    elif size and start:
         file.replace(file.with_name(f"{file.name}.other"))
     else:
         file.unlink(missing_ok=True)
@@ -94,13 +94,13 @@ class MetricsWriter:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            _cut(self._folder / name, *(self._resumed["files"].get(name, (0, 0)) if self._resumed else (0, 0)))
+            _cut_back(self._folder / name, *(self._resumed["files"].get(name, (0, 0)) if self._resumed else (0, 0)))
         self._file = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
 
     def position(self) -> dict:
         """How far the files are written, for a checkpoint; they are on the disk by then."""
         files = {}
-        with self._told():
+        with self._naming_the_file():
             self._open()
             for file in (self._folder / name for name in FILES if self._folder is not None):
                 content = file.read_bytes() if file.exists() else b""
@@ -114,7 +114,7 @@ class MetricsWriter:
         row = {f"{prefix}/{name}": value for name, value in values.items()}
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         row |= {name: None for name, value in numbers.items() if not math.isfinite(value)}
-        with self._told():
+        with self._naming_the_file():
             for tracker in self._trackers:
                 tracker.log(numbers, step)
             self._open()
@@ -127,13 +127,14 @@ class MetricsWriter:
         """Rows of texts and figures, each with its step, to samples.jsonl."""
         if self._folder is None:
             return
-        with self._told():
+        with self._naming_the_file():
             self._open()
             with (self._folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in samples)
 
     @contextlib.contextmanager
-    def _told(self):
+    def _naming_the_file(self):
+        """While open, a file that cannot be written is a UserError that names it."""
         try:
             yield
         except OSError as error:

@@ -18,6 +18,7 @@ def save_hf_format(model, tokenizer, args, sub_folder="") -> None:
     sequence-classification model with one label.
     """
     folder = Path(args.output_dir) / sub_folder
+    # Other people's code calls this with a namespace that has output_dir alone; the steps give --max_shard_size.
     save_pretrained_model(unwrap(model), tokenizer, folder, getattr(args, "max_shard_size", None))
 
 

@@ -11,17 +11,20 @@ import numpy as np
 from utils.arguments.run import MAY_CHANGE_AT_RESUME
 from utils.process.world import get_world_size
 
+# What checkpoints of earlier versions hold among the flags though it is none: it follows from those that are compared.
+NO_FLAGS = {"checkpoint_dir_given", "end_of_conversation_token", "global_rank"}
 
-def plain(value):
-    """As it comes back from JSON."""
+
+def as_in_json(value):
+    """A flag's value as it comes back from a JSON file."""
     if isinstance(value, Enum):
         return value.value
-    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+    return [as_in_json(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def flags_of(args) -> dict:
     """The flags that shape the training, and the content of the DeepSpeed configuration file."""
-    flags = {name: plain(value) for name, value in vars(args).items() if name not in MAY_CHANGE_AT_RESUME}
+    flags = {name: as_in_json(value) for name, value in vars(args).items() if name not in MAY_CHANGE_AT_RESUME}
     file = flags.pop("deepspeed_config_overrides", None)
     return flags | {"deepspeed_config_overrides": file and json.loads(Path(file).read_text())}
 
@@ -52,20 +55,26 @@ def rows_fingerprint(dataset, sampled: int = 64) -> str:
     return digest.hexdigest()
 
 
-def differences(args, saved: dict) -> list[str]:
-    """What keeps a run with these flags from going on where the checkpoint was written, one reason a line."""
+def differences(args, fingerprints: dict[str, str | None], saved: dict) -> list[str]:
+    """What keeps a run with these flags from going on where the checkpoint was written, one reason a line.
+
+    Args:
+        fingerprints: of the models that this run starts from, by the flags that name them.
+        saved: the state of the checkpoint.
+    """
     if saved["world_size"] != get_world_size():
         return [
             f"it was written by {saved['world_size']} ranks and this run has {get_world_size()}: DeepSpeed's shards "
             "and the batches of a step are cut for that number; start as many"
         ]
     now, then = flags_of(args), saved["flags"]
-    found = [
+    other_flags = [
         f"--{name} is {now.get(name)!r}, and was {then.get(name)!r}"
-        for name in sorted(now.keys() | then.keys())
+        for name in sorted((now.keys() | then.keys()) - MAY_CHANGE_AT_RESUME - NO_FLAGS)
         if now.get(name) != then.get(name)
     ]
-    for name, fingerprint in saved["models"].items():
-        if not found and hasattr(args, name) and model_fingerprint(getattr(args, name)) != fingerprint:
-            found.append(f"--{name} {getattr(args, name)}: its weights are not those of the first start")
-    return found
+    return other_flags or [
+        f"--{name} {getattr(args, name)}: its weights are not those of the first start"
+        for name, fingerprint in fingerprints.items()
+        if saved["models"].get(name) != fingerprint
+    ]
