@@ -15,13 +15,19 @@ from utils import arguments
 from utils.data.batching import DataCollatorSFT, pad_rows
 from utils.engine.steps import moving_average
 from utils.model.model_utils import create_critic_model
-from utils.model.saving import gather_state_dict
+from utils.model.saving import gathered_layers, plan_saving
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import lora_layers
 from utils.process.errors import UserError
 from utils.process.launch import init_distributed
 from utils.process.seeds import set_random_seed
 from utils.run.results import save_hf_format
+
+
+def _whole_weights(module) -> dict[str, torch.Tensor]:
+    """Gathered, with LoRA folded in, as they would be saved."""
+    layers = gathered_layers(module, plan_saving(module).renamed)
+    return {name: value.to("cpu", copy=True) for layer in layers for name, value in layer.items()}
 
 
 def _step3_parser():
@@ -175,7 +181,7 @@ def test_the_update_does_not_depend_on_how_the_rows_are_cut(folders, flags):
         experience = _experience(trainer)
         for _ in range(trainer.args.ppo_epochs):
             trainer.train_rlhf(_window(experience, size))
-        weights.append([gather_state_dict(e.module) for e in (trainer.actor_model, trainer.critic_model)])
+        weights.append([_whole_weights(e.module) for e in (trainer.actor_model, trainer.critic_model)])
     for other in weights[1:]:
         for a, b in zip(weights[0], other, strict=True):
             for name in a:
@@ -192,13 +198,13 @@ def test_an_empty_answer_weighs_nothing_and_a_batch_of_them_is_skipped(folders, 
     assert experience.attention_mask[:, -3:].tolist() == [[1, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]]
     assert trainer.experience_metrics(experience)["unused_answers"] == 2
     assert trainer.experience_metrics(experience)["eos_rate"] == 0.5
-    before = gather_state_dict(trainer.actor_model.module)
+    before = _whole_weights(trainer.actor_model.module)
     answers[:, 0] = eos
     answers[:, 1:] = pad
     experience = _experience(trainer)
     assert trainer.train_rlhf(_window(experience)) is None
     assert trainer.skipped_updates == 1
-    after = gather_state_dict(trainer.actor_model.module)
+    after = _whole_weights(trainer.actor_model.module)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -171,7 +171,7 @@ def save_soft_prompt(model: SoftPromptModel, tokenizer, folder: Path) -> None:
         model.prompt_config.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
 
-    save_on_rank_0("soft prompt", folder, write, replaces=WHOLE_MODEL_FILES)
+    save_on_rank_0(folder, "soft prompt", write, replaces=WHOLE_MODEL_FILES)
 
 
 def soft_prompt_config(path) -> dict | None:
