@@ -1,8 +1,8 @@
 """Sampling answers for a batch of left-padded prompts, with a KV cache, from any causal language model of transformers.
 
-What ``generate()`` does for every use there is, this loop does for one: each row stops at its EOS, finished rows leave
-the batch, pads that no remaining row needs leave the cache, and each token's log-prob is kept. A row's tokens depend on
-its own prompt and random numbers alone, not on when its neighbours end.
+``generate()`` serves every use there is, this loop one: each row stops at its EOS, finished rows leave the batch, pads
+that no remaining row needs leave the cache, and each token's log-prob is recorded. A row's tokens depend on its own
+prompt and random numbers alone, not on when its neighbours end.
 """
 
 from collections.abc import Callable
@@ -249,7 +249,7 @@ def sample_answers(
     prompts: torch.Tensor,
     mask: torch.Tensor,
     decoding: Decoding,
-    rows_left_anywhere: Callable[[int], int] | None = None,
+    sum_over_ranks: Callable[[int], int] | None = None,
     rewrite_logits: Callable | None = None,
     compiled: CompiledStep | None = None,
 ) -> Rollout:
@@ -260,7 +260,7 @@ def sample_answers(
 
     Args:
         prompts, mask: [B, P], left-padded.
-        rows_left_anywhere: given where a forward pass is a collective (ZeRO-3 weights gathered layer by layer): turns
+        sum_over_ranks: given where a forward pass is a collective (ZeRO-3 weights gathered layer by layer): turns
             this rank's count of unfinished rows into that of all ranks. A rank that is done goes along until all are.
         rewrite_logits: called as (logits [b, V], rows [b], position in the answer) -> logits [b, V], before choosing.
         compiled: makes the passes after the prompt's.
@@ -293,7 +293,7 @@ def sample_answers(
         lengths[rows] += unfinished
         unfinished = unfinished & (chosen != decoding.eos_token_id)
         left = int(unfinished.sum())
-        if (rows_left_anywhere(left) if rows_left_anywhere else left) == 0:
+        if (sum_over_ranks(left) if sum_over_ranks else left) == 0:
             break
         cached.append(chosen)
         if compiled is None and left and left <= (1 - LEAVE_SHARE) * len(rows):
@@ -304,19 +304,21 @@ def sample_answers(
 
     width = int(lengths.max())
     answers, log_probs = answers[:, :width], log_probs[:, :width]
-    _refuse_rows(~torch.isfinite(log_probs).all(dim=1))
+    _refuse_nonfinite(~torch.isfinite(log_probs).all(dim=1))
     return Rollout(torch.cat([prompts, answers], dim=1), log_probs, width)
 
 
-def _refuse_rows(broken: torch.Tensor) -> None:
-    if broken.any():
-        raise FloatingPointError(f"logits of rows {broken.nonzero().flatten().tolist()} of the batch are not finite")
+def _refuse_nonfinite(nonfinite: torch.Tensor) -> None:
+    """FloatingPointError with the rows where ``nonfinite`` [batch] is true."""
+    if nonfinite.any():
+        rows = nonfinite.nonzero().flatten().tolist()
+        raise FloatingPointError(f"logits of rows {rows} of the batch are not finite")
 
 
 def generate_by_transformers(
     model, prompts, mask, decoding: Decoding, synced_gpus: bool = False, rewrite_logits: Callable | None = None
 ) -> Rollout:
-    """The same by ``generate()``; without log-probs, and with random numbers drawn in another order.
+    """As ``sample_answers``, by ``generate()``: without log-probs, and with random numbers drawn in another order.
 
     Args:
         model: a model of transformers, or DeepSpeed's engine with kernels around one.
@@ -337,19 +339,19 @@ def generate_by_transformers(
         suppress_tokens=list(range(decoding.vocabulary, embedding_rows(unwrap(model)))) or None,
         **sampling,
     )
-    # What the model came with (a repetition penalty, say) must not shape rollouts that PPO scores without it.
     rows = torch.arange(len(prompts), device=prompts.device)
-    broken = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
+    nonfinite = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
 
-    def watch(_ids, logits):
-        here = ~(logits.amax(dim=1).isfinite())  # a NaN is the largest of numbers
-        broken.logical_or_(here)
-        return logits.masked_fill(here.unsqueeze(1), 0.0)
+    def note_nonfinite(_ids, logits):
+        now = ~(logits.amax(dim=1).isfinite())  # amax of a row with a NaN is NaN
+        nonfinite.logical_or_(now)
+        return logits.masked_fill(now.unsqueeze(1), 0.0)
 
     processors = LogitsProcessorList()
     if rewrite_logits is not None:
         processors.append(lambda ids, logits: rewrite_logits(logits, rows, ids.shape[1] - prompts.shape[1]))
-    processors.append(watch)
+    processors.append(note_nonfinite)
+    # The model's own settings (a repetition penalty, say) must not shape rollouts that PPO scores without them.
     module = unwrap(model)
     own_config, module.generation_config = module.generation_config, config
     try:
@@ -362,5 +364,5 @@ def generate_by_transformers(
         )
     finally:
         module.generation_config = own_config
-    _refuse_rows(broken)
+    _refuse_nonfinite(nonfinite)
     return Rollout(sequences, None, sequences.shape[1] - prompts.shape[1])

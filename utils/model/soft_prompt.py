@@ -191,7 +191,7 @@ def soft_prompt_config(path) -> dict | None:
 
 
 def check_whole_model(path, flag: str) -> None:
-    """UserError unless training can start from a path: adapters without their model are none."""
+    """UserError for a path that training cannot start from because it holds an adapter without its model."""
     if soft_prompt_config(path) is not None:
         raise UserError(
             f"{flag} {path} holds a soft prompt, which cannot be folded into a model's weights: "
