@@ -97,7 +97,7 @@ class VotesFile:
             self.count += 1
 
 
-# ---------------------------------------------------------------- what happens, without a page
+# ---------------------------------------------------------------- questions, answers and votes
 
 
 @dataclass
@@ -130,7 +130,7 @@ class Session:
             self.turns, self.order, self.answers, self.ended = [], [], [], []
             self.open_to_vote = self.forget = self.stop = False
 
-    def keep(self, side: int) -> None:
+    def continue_with(self, side: int) -> None:
         """Let the answer of one side go on in the conversation."""
         if self.answers:
             self.turns.append({"role": "assistant", "content": self.answers[side]})
@@ -138,7 +138,7 @@ class Session:
 
 
 class Host:
-    """Lets the models answer a session's questions, and writes down its votes."""
+    """Lets the models answer a session's questions, and records its votes."""
 
     def __init__(
         self,
@@ -155,30 +155,32 @@ class Host:
         self.vote_style = PLAIN if style == CHAT_TEMPLATE else style  # step 2 writes the template itself
 
     def ask(self, session: Session, message: str) -> Iterator[None]:
-        """Take a question and let the answers grow in the session; yields whenever one has grown.
+        """Answer a question in the session, token by token; yields whenever an answer has grown.
 
-        An answer nobody voted on counts as a tie: the left one goes on in the conversation. Raises UserError for an
-        empty question.
+        Answers that nobody voted on count as a tie: the left one goes on in the conversation.
+
+        Raises:
+            UserError: an empty question.
         """
         message = message.strip()
         if not message:
             raise UserError("Write a message first.")
-        session.keep(0)
+        session.continue_with(0)
         order = list(range(len(self.lms)))
         if self.blind:
             random.shuffle(order)
         lms, limits = [self.lms[number] for number in order], [self.limits[number] for number in order]
         turns = [*session.turns, {"role": "user", "content": message}]
 
-        def built(turns):
+        def build_prompts(turns):
             return [
                 build_prompt(turns, lm.tokenizer, self.style, limit, self.allow_special_tokens)
                 for lm, limit in zip(lms, limits, strict=True)
             ]
 
         # Both see the same part of the conversation, which is the prompt of the vote.
-        seen_turns = turns[max(dropped for _, dropped in built(turns)) :]
-        prompts = [ids for ids, _ in built(seen_turns)]
+        seen_turns = turns[max(dropped for _, dropped in build_prompts(turns)) :]
+        prompts = [ids for ids, _ in build_prompts(seen_turns)]
         for lm, ids in zip(lms, prompts, strict=True):
             check_ids([ids], lm.model, lm.name)
 
@@ -223,7 +225,7 @@ class Host:
             )
             message = f"{SIDES[better]} is better: row {self.votes.count} of {self.votes.path}."
         names = [f"{side} was {self.lms[number].name}" for side, number in zip(SIDES, session.order, strict=True)]
-        session.keep(better or 0)
+        session.continue_with(better or 0)
         return f"{message} {', '.join(names)}."
 
     def verdict(self, session: Session) -> str:

@@ -220,7 +220,9 @@ def load_soft_prompt(base_model, path) -> SoftPromptModel:
         raise UserError(f"{file} holds no soft prompt: there is no prompt_embeddings in it") from None
     width = embedding_width(base_model)
     if not vectors.is_floating_point() or not len(vectors) or not vectors.isfinite().all():
-        raise UserError(f"{file} holds no soft prompt: its prompt_embeddings are no finite numbers, or none at all")
+        raise UserError(
+            f"{file} holds no soft prompt: its prompt_embeddings are empty, non-finite or not floating-point"
+        )
     if vectors.ndim != 2 or vectors.shape[1] != width:
         raise UserError(f"{file} holds vectors of {tuple(vectors.shape)}; the base model's embedding is {width} wide")
     encoder = nn.Embedding.from_pretrained(vectors).to(base_model.device)
