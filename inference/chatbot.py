@@ -23,12 +23,13 @@ from inference.conversation import (
     add_conversation_arguments,
     answer_settings,
     build_prompt,
+    check_model_folders,
     describe,
     input_limit,
     load_models,
 )
 from utils.data.prompt_format import encode_prompt, prompt_from_text, truncate_left
-from utils.generation.saved_model import LanguageModel, check_ids, check_model_folder, generate_ids, warn
+from utils.generation.saved_model import LanguageModel, check_ids, generate_ids, warn
 from utils.process.errors import UserError
 from utils.process.files import check_writable, write_text
 from utils.process.launch import run_main
@@ -72,7 +73,7 @@ def parse_args(argv=None):
 
 @dataclass
 class Conversation:
-    """What one model and the user have said to each other."""
+    """One model's conversation with the user."""
 
     lm: LanguageModel
     max_input_tokens: int | None
@@ -80,10 +81,10 @@ class Conversation:
     style: str
     allow_special_tokens: bool = False
     turns: list[dict] = field(default_factory=list)
-    told_of_forgetting: bool = False
+    forgetting_announced: bool = False
 
     def clear(self) -> None:
-        self.turns, self.told_of_forgetting = [], False
+        self.turns, self.forgetting_announced = [], False
 
     def say(self, message: str, settings: dict) -> None:
         """Answer a message, as the next turn."""
@@ -91,13 +92,13 @@ class Conversation:
         prompt_ids, dropped = build_prompt(
             self.turns, self.lm.tokenizer, self.style, self.max_input_tokens, self.allow_special_tokens
         )
-        if dropped and not self.told_of_forgetting:
+        if dropped and not self.forgetting_announced:
             print(f"(the conversation is longer than {self.max_input_tokens} tokens: its oldest turns are forgotten)")
-            self.told_of_forgetting = True
+            self.forgetting_announced = True
         self.turns.append({"role": "assistant", "content": self.answer(prompt_ids, settings)})
 
     def do_task(self, text: str, settings: dict) -> None:
-        """Answer a text that knows of no other; too long a one loses its beginning."""
+        """Answer a text on its own, outside the conversation; one that is too long loses its beginning."""
         tokenizer = self.lm.tokenizer
         prompt = prompt_from_text(text, self.style, tokenizer)
         ids = encode_prompt(prompt, tokenizer, self.style, self.allow_special_tokens)
@@ -108,7 +109,7 @@ class Conversation:
         self.answer(ids, settings)
 
     def answer(self, prompt_ids: list[int], settings: dict) -> str:
-        """Generate while printing. Ctrl-C ends an answer early; what was said until then counts as the answer."""
+        """Generate and print an answer. Ctrl-C ends an answer early; the text until then counts as the answer."""
         check_ids([prompt_ids], self.lm.model, self.lm.name)
         print(f"{self.speaker}: ", end="", flush=True)
         lm, show = self.lm, lambda piece: print(piece, end="", flush=True)
@@ -125,11 +126,10 @@ class Conversation:
 
 def start_conversations(lms: list[LanguageModel], args) -> list[Conversation]:
     """One for each model, with an empty history."""
-    limits = [input_limit(lm, args.max_input_tokens, args.max_new_tokens) for lm in lms]
     speakers = ["Assistant"] if len(lms) == 1 else [f"Assistant {n} ({lm.name})" for n, lm in enumerate(lms, start=1)]
     return [
-        Conversation(*parts, args.prompt_style, args.allow_special_tokens)
-        for parts in zip(lms, limits, speakers, strict=True)
+        Conversation(lm, input_limit(lm, args), speaker, args.prompt_style, args.allow_special_tokens)
+        for lm, speaker in zip(lms, speakers, strict=True)
     ]
 
 
@@ -210,11 +210,10 @@ def main(argv=None):
     args = parse_args(argv)
     is_task = args.task_prompt is not None
     settings = answer_settings(args, temperature=0 if is_task else TEMPERATURE)
-    for path in args.path:
-        check_model_folder(path, allow_hub_name=False, allow_soft_prompt=True)
+    check_model_folders(args.path)
     check_writable(args.history)
     histories = read_history(args.history, len(args.path)) if args.history else [[] for _ in args.path]
-    conversations = start_conversations(load_models(args.path, args), args)
+    conversations = start_conversations(load_models(args), args)
     set_random_seed(args.seed)
     # A pipe may hold bytes that are no text, and a terminal may lack a letter: neither ends the chat.
     for stream in (sys.stdin, sys.stdout):

@@ -17,6 +17,7 @@ from utils.generation.saved_model import (
     add_base_model_argument,
     add_load_in_4bit_argument,
     add_loading_arguments,
+    check_model_folder,
     choosing_settings,
     decode_answer,
     generate_ids,
@@ -59,10 +60,16 @@ def answer_settings(args, temperature: float = TEMPERATURE) -> dict:
     return settings | {"max_new_tokens": args.max_new_tokens}
 
 
-def load_models(paths: list[str], args) -> list[LanguageModel]:
-    """The models of the folders; one that is named twice is loaded once."""
-    loaded = {path: load_language_model(path, args, allow_hub_name=False) for path in dict.fromkeys(paths)}
-    return [loaded[path] for path in paths]
+def check_model_folders(paths: list[str]) -> None:
+    """UserError, before anything is loaded, unless each folder holds a model or a soft prompt."""
+    for path in paths:
+        check_model_folder(path, allow_hub_name=False, allow_soft_prompt=True)
+
+
+def load_models(args) -> list[LanguageModel]:
+    """The models of --path; one that is named twice is loaded once."""
+    loaded = {path: load_language_model(path, args, allow_hub_name=False) for path in dict.fromkeys(args.path)}
+    return [loaded[path] for path in args.path]
 
 
 def describe(lm: LanguageModel, settings: dict) -> str:
@@ -71,17 +78,17 @@ def describe(lm: LanguageModel, settings: dict) -> str:
     return f"{lm.name} on {lm.model.device} in {dtype}, {'sampling' if settings['do_sample'] else 'greedy'}."
 
 
-def input_limit(lm: LanguageModel, asked: int | None, max_new_tokens: int) -> int | None:
-    """Longest prompt in tokens: what the user asks for, as far as the model has room for it."""
-    room = room_for_prompt(lm, max_new_tokens)
-    if asked is None:
+def input_limit(lm: LanguageModel, args) -> int | None:
+    """Longest prompt in tokens: --max_input_tokens, as far as the model has room for it; None: no limit."""
+    room, limit = room_for_prompt(lm, args.max_new_tokens), args.max_input_tokens
+    if limit is None:
         return room
-    if asked < 1:
-        raise UserError(f"--max_input_tokens {asked}: must be at least 1")
-    if room is not None and asked > room:
-        warn(f"--max_input_tokens {asked}: {lm.name} has room for {room} beside the answer")
+    if limit < 1:
+        raise UserError(f"--max_input_tokens {limit}: must be at least 1")
+    if room is not None and limit > room:
+        warn(f"--max_input_tokens {limit}: {lm.name} has room for {room} beside the answer")
         return room
-    return asked
+    return limit
 
 
 def build_prompt(
@@ -135,10 +142,10 @@ class AnswerStream(StoppingCriteria):
 
     def update(self, answer_ids: list[int]) -> bool:
         """Show what is new in the answer so far; returns whether it is over."""
-        said = [token for token in answer_ids if token not in self.stop_ids]
-        self.unsettled = decode_answer(said, self.tokenizer)
+        text_ids = [token for token in answer_ids if token not in self.stop_ids]
+        self.unsettled = decode_answer(text_ids, self.tokenizer)
         text, begins_next_turn = settled_part(self.unsettled, self.style)
-        self.over = begins_next_turn or len(said) < len(answer_ids)
+        self.over = begins_next_turn or len(text_ids) < len(answer_ids)
         self._show(text.lstrip())
         return self.over
 
@@ -172,7 +179,7 @@ def stream_answers(
 
     Args:
         settings: of generate(), max_new_tokens among them.
-        is_stopped: asked before each token whether the answers shall end there.
+        is_stopped: called before each token; true ends the answers there.
     """
     answers = [GrowingAnswer() for _ in lms]
     changed, closed = threading.Event(), threading.Event()

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,17 +27,19 @@ from inference.conversation import (
     add_conversation_arguments,
     answer_settings,
     build_prompt,
+    check_model_folders,
     describe,
     input_limit,
     load_models,
     stream_answers,
 )
 from utils.data.prompt_format import CHAT_TEMPLATE, PLAIN, format_answer, format_prompt
-from utils.generation.saved_model import LanguageModel, check_ids, check_model_folder
+from utils.generation.saved_model import LanguageModel, check_ids
 from utils.process.errors import UserError
 from utils.process.launch import run_main
 
 SIDES = ("A", "B")
+VOTES = {"A is better": 0, "Tie": None, "B is better": 1}  # text of a button -> the better side
 
 
 def parse_args(argv=None):
@@ -94,7 +97,7 @@ class VotesFile:
             self.count += 1
 
 
-# ---------------------------------------------------------------- what happens, without a page
+# ---------------------------------------------------------------- questions, answers and votes
 
 
 @dataclass
@@ -127,7 +130,7 @@ class Session:
             self.turns, self.order, self.answers, self.ended = [], [], [], []
             self.open_to_vote = self.forget = self.stop = False
 
-    def keep(self, side: int) -> None:
+    def continue_with(self, side: int) -> None:
         """Let the answer of one side go on in the conversation."""
         if self.answers:
             self.turns.append({"role": "assistant", "content": self.answers[side]})
@@ -135,7 +138,7 @@ class Session:
 
 
 class Host:
-    """Lets the models answer a session's questions, and writes down its votes."""
+    """Lets the models answer a session's questions, and records its votes."""
 
     def __init__(
         self,
@@ -152,30 +155,32 @@ class Host:
         self.vote_style = PLAIN if style == CHAT_TEMPLATE else style  # step 2 writes the template itself
 
     def ask(self, session: Session, message: str) -> Iterator[None]:
-        """Take a question and let the answers grow in the session; yields whenever one has grown.
+        """Answer a question in the session, token by token; yields whenever an answer has grown.
 
-        An answer nobody voted on counts as a tie: the left one goes on in the conversation. Raises UserError for an
-        empty question.
+        Answers that nobody voted on count as a tie: the left one goes on in the conversation.
+
+        Raises:
+            UserError: an empty question.
         """
         message = message.strip()
         if not message:
             raise UserError("Write a message first.")
-        session.keep(0)
+        session.continue_with(0)
         order = list(range(len(self.lms)))
         if self.blind:
             random.shuffle(order)
         lms, limits = [self.lms[number] for number in order], [self.limits[number] for number in order]
         turns = [*session.turns, {"role": "user", "content": message}]
 
-        def built(turns):
+        def build_prompts(turns):
             return [
                 build_prompt(turns, lm.tokenizer, self.style, limit, self.allow_special_tokens)
                 for lm, limit in zip(lms, limits, strict=True)
             ]
 
         # Both see the same part of the conversation, which is the prompt of the vote.
-        seen_turns = turns[max(dropped for _, dropped in built(turns)) :]
-        prompts = [ids for ids, _ in built(seen_turns)]
+        seen_turns = turns[max(dropped for _, dropped in build_prompts(turns)) :]
+        prompts = [ids for ids, _ in build_prompts(seen_turns)]
         for lm, ids in zip(lms, prompts, strict=True):
             check_ids([ids], lm.model, lm.name)
 
@@ -195,14 +200,18 @@ class Host:
                 session.clear()
 
     def vote(self, session: Session, better: int | None) -> str:
-        """Write the vote down and let the better answer go on; what to tell the voter. None is a tie: nothing to write.
+        """Add the vote to the votes file and let the better answer go on; None is a tie, of which nothing is written.
 
-        Raises UserError if there is nothing to vote on, or if the pair would teach nothing.
+        Returns:
+            a message for the voter.
+
+        Raises:
+            UserError: there is nothing to vote on, or the pair would teach nothing.
         """
         if not session.open_to_vote:
             raise UserError("There are no two answers to vote on.")
         if better is None:
-            told = "A tie: nothing is written, and the conversation goes on with A's answer."
+            message = "A tie: nothing is written, and the conversation goes on with A's answer."
         else:
             chosen, rejected = session.answers[better], session.answers[1 - better]
             if chosen == rejected:
@@ -214,13 +223,13 @@ class Host:
                 format_answer(chosen, self.vote_style),
                 format_answer(rejected, self.vote_style),
             )
-            told = f"{SIDES[better]} is better: row {self.votes.count} of {self.votes.path}."
+            message = f"{SIDES[better]} is better: row {self.votes.count} of {self.votes.path}."
         names = [f"{side} was {self.lms[number].name}" for side, number in zip(SIDES, session.order, strict=True)]
-        session.keep(better or 0)
-        return f"{told} {', '.join(names)}."
+        session.continue_with(better or 0)
+        return f"{message} {', '.join(names)}."
 
     def verdict(self, session: Session) -> str:
-        """What to tell when the answers are there: whether one was cut off, and the question for a vote."""
+        """The status under finished answers: whether one was cut off, and the question for a vote."""
         if session.stop or not session.answers:
             return "Stopped." if session.answers else ""
         names = SIDES if session.open_to_vote else ["The answer"]
@@ -238,85 +247,93 @@ footer, .icon-button-wrapper { display: none !important; }  /* its bin would emp
 """
 
 
-def build_page(host: Host, title: str):
-    """The Gradio page of a host."""
-    import gradio as gr
+class PageEvents:
+    """What the page does on a click: each method gives the new values of components.
 
-    compares = len(host.lms) == len(SIDES)
-    labels = [lm.name if not host.blind or not compares else side for lm, side in zip(host.lms, SIDES, strict=False)]
+    Args:
+        gr: the package gradio.
+    """
 
-    def shown(session: Session) -> list:
-        """The page as the session is: each side's conversation, and whether there is something to vote on."""
-        sides = []
-        for side in range(len(host.lms)):
+    def __init__(self, gr, host: Host, num_vote_buttons: int):
+        self.gr, self.host, self.num_vote_buttons = gr, host, num_vote_buttons
+
+    def state(self, session: Session) -> list:
+        """The session, each side's conversation, and the vote buttons: on while there are answers to compare."""
+        sides, gr = [], self.gr
+        for side in range(len(self.host.lms)):
             answer = [{"role": "assistant", "content": session.answers[side]}] if session.answers else []
-            # What was said is text; the page would take a "<b>" in it for HTML.
-            said = [turn | {"content": html.escape(turn["content"], quote=False)} for turn in session.turns + answer]
-            sides.append(said)
-        votes = [gr.Button(interactive=session.open_to_vote) for _ in vote_buttons]
-        return [session, *sides, *votes]
+            # Messages are text; the page would take a "<b>" in them for HTML.
+            turns = [turn | {"content": html.escape(turn["content"], quote=False)} for turn in session.turns + answer]
+            sides.append(turns)
+        return [session, *sides, *(gr.Button(interactive=session.open_to_vote) for _ in range(self.num_vote_buttons))]
 
-    def ask(text, session):
-        typed = ""  # the box is emptied once: the next message may be written while this one is answered
+    def ask(self, text: str, session: Session) -> Iterator[list]:
+        """Yields values of the message box, the status and the state while the answers grow."""
+        gr, box = self.gr, ""  # the box is emptied once: the next message may be written while this one is answered
         try:
-            for _ in host.ask(session, text):
-                yield [typed, "", *shown(session)]
-                typed = gr.skip()
-            yield [typed, host.verdict(session), *shown(session)]
+            for _ in self.host.ask(session, text):
+                yield [box, "", *self.state(session)]
+                box = gr.skip()
+            yield [box, self.host.verdict(session), *self.state(session)]
         except UserError as error:
             gr.Warning(str(error))
-            yield [gr.skip(), gr.skip(), *shown(session)]
+            yield [gr.skip(), gr.skip(), *self.state(session)]
 
-    def vote(better, session):
+    def vote(self, better: int | None, session: Session) -> list:
+        """Values of the status and the state."""
         try:
-            return [host.vote(session, better), *shown(session)]
+            return [self.host.vote(session, better), *self.state(session)]
         except UserError as error:
-            gr.Warning(str(error))
-            return [gr.skip(), *shown(session)]
+            self.gr.Warning(str(error))
+            return [self.gr.skip(), *self.state(session)]
 
-    def stop(session):
+    def stop(self, session: Session) -> None:
         session.stop = True
 
-    def clear(session):
+    def clear(self, session: Session) -> list:
+        """Values of the status and the state."""
         session.clear()
-        return ["", *shown(session)]
+        return ["", *self.state(session)]
 
+
+def build_page(gr, host: Host, title: str):
+    """The Gradio page of a host; ``gr`` is the package gradio."""
+    compares = len(host.lms) == len(SIDES)
+    labels = [lm.name if not host.blind or not compares else side for lm, side in zip(host.lms, SIDES, strict=False)]
+    votes = VOTES if compares else {}
+    events = PageEvents(gr, host, len(votes))
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session())
         gr.Markdown(f"## {title}")
-        chats = []
         with gr.Row():
-            for side, label in zip(SIDES, labels, strict=False):
-                with gr.Column():
-                    gr.Markdown(f"**{label}**")
-                    chat = gr.Chatbot(
-                        show_label=False, height=410, render_markdown=False, buttons=[], elem_id=f"side-{side}"
-                    )
-                    chats.append(chat)
-        vote_buttons = []
-        if compares:
-            with gr.Row():
-                for text, better in (("A is better", 0), ("Tie", None), ("B is better", 1)):
-                    vote_buttons.append((gr.Button(text, interactive=False), better))
+            chats = [_chat_column(gr, side, label) for side, label in zip(SIDES, labels, strict=False)]
+        with gr.Row(visible=compares):
+            vote_buttons = [gr.Button(text, interactive=False) for text in votes]
         status = gr.Markdown("", elem_id="status")
         with gr.Row():
             hint = "Write a message; Enter sends it"
             message = gr.Textbox(placeholder=hint, show_label=False, container=False, scale=8, autofocus=True)
             send = gr.Button("Send", variant="primary", scale=1, min_width=90)
-            halt = gr.Button("Stop", scale=1, min_width=90)
-            clear_button = gr.Button("New", scale=1, min_width=90)
+            stop = gr.Button("Stop", scale=1, min_width=90)
+            clear = gr.Button("New", scale=1, min_width=90)
 
-        state = [session, *chats, *(button for button, _ in vote_buttons)]
-        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        state = [session, *chats, *vote_buttons]
         # Private: a page, not an API. transformers serve is one.
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
-        gr.on([message.submit, send.click], ask, [message, session], [message, status, *state], **hidden)
-        for button, better in vote_buttons:
-            button.click(lambda session, better=better: vote(better, session), session, [status, *state], **hidden)
-        halt.click(stop, session, None, **hidden)
-        clear_button.click(clear, session, [status, *state], **hidden)
+        gr.on([message.submit, send.click], events.ask, [message, session], [message, status, *state], **hidden)
+        for button, better in zip(vote_buttons, votes.values(), strict=True):
+            button.click(partial(events.vote, better), session, [status, *state], **hidden)
+        stop.click(events.stop, session, None, **hidden)
+        clear.click(events.clear, session, [status, *state], **hidden)
     # One question at a time: the others wait for their turn.
     return page.queue(default_concurrency_limit=1, max_size=64)
+
+
+def _chat_column(gr, side: str, label: str):
+    """One side's conversation under its label."""
+    with gr.Column():
+        gr.Markdown(f"**{label}**")
+        return gr.Chatbot(show_label=False, height=410, render_markdown=False, buttons=[], elem_id=f"side-{side}")
 
 
 def check_port(host: str, port: int) -> None:
@@ -341,11 +358,10 @@ def import_gradio():
 def make_host(args) -> Host:
     """The models of the flags, loaded, and the votes file."""
     settings = answer_settings(args)
-    for path in args.path:
-        check_model_folder(path, allow_hub_name=False, allow_soft_prompt=True)
+    check_model_folders(args.path)
     votes = VotesFile(args.votes) if len(args.path) == len(SIDES) else None
-    lms = load_models(args.path, args)
-    limits = [input_limit(lm, args.max_input_tokens, args.max_new_tokens) for lm in lms]
+    lms = load_models(args)
+    limits = [input_limit(lm, args) for lm in lms]
     return Host(lms, settings, args.prompt_style, limits, votes, not args.show_names, args.allow_special_tokens)
 
 
@@ -358,7 +374,7 @@ def main(argv=None):
         print(describe(lm, host.settings))
     if host.votes:
         print(f"votes go to {host.votes.path}, which has {host.votes.count} rows")
-    page = build_page(host, "Compare two models" if host.votes else "Talk to the model")
+    page = build_page(gr, host, "Compare two models" if host.votes else "Talk to the model")
     print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends", flush=True)
     page.launch(
         server_name=args.host,

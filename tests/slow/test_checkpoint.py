@@ -27,12 +27,8 @@ from helpers import (
 )
 
 from utils.process.errors import EndOfRun, UserError
-<<<<<<< HEAD:tests/slow/test_checkpoint.py
-from utils.run import checkpoint, checkpoint_files
-from utils.run.checkpoint import Checkpoints
-=======
 from utils.run import checkpoint, checkpoint_files, same_run
->>>>>>> run:tests/test_checkpoint.py
+from utils.run.checkpoint import Checkpoints
 from utils.run.checkpoint_files import newest_checkpoint, read_checkpoint
 
 STAGES = range(4)

@@ -1,14 +1,14 @@
 """Two ways of choosing tokens that transformers no longer has: diverse beam search and contrastive search.
 
-Both take left-padded batches and give ids up to and with the first stop id, as generation.generate_ids does.
+Both take left-padded batches and give ids up to and with the first stop id, as ``saved_model.generate_ids`` does.
 """
 
 import torch
 from torch.nn.functional import normalize
 from transformers import DynamicCache
 
+from utils.generation.sampling import CachedRows
 from utils.generation.saved_model import LanguageModel, left_padded, up_to_stop
-from utils.model.inputs import forward_accepts, position_ids_from_mask
 from utils.model.soft_prompt import SoftPromptModel
 from utils.process.errors import UserError
 
@@ -52,42 +52,18 @@ def contrastive_scores(
     return (1 - alpha) * probs - alpha * similarity.max(dim=-1).values
 
 
-# ---------------------------------------------------------------- the model, token by token
-
-
-class _Rows:
-    """Rows that share a cache: a forward pass over new tokens, and a choice of the rows that go on."""
-
-    def __init__(self, lm: LanguageModel, prompts: list[list[int]]):
-        if isinstance(lm.model, SoftPromptModel):
-            raise UserError(f"{lm.name} is a soft prompt: it can be asked by greedy, sampling and beam search only")
-        self.model = lm.model
-        self.tokens, self.mask = left_padded(lm, prompts)
-        self.cache = DynamicCache(config=lm.model.config)
-
-    def forward(self, **options):
-        """The model's output for the tokens that are not in the cache yet."""
-        if forward_accepts(self.model, "position_ids"):
-            options["position_ids"] = position_ids_from_mask(self.mask)[:, -self.tokens.shape[1] :]
-        return self.model(
-            input_ids=self.tokens, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options
-        )
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Go on with these rows, of which any may come several times."""
-        self.cache.batch_select_indices(rows)
-        self.mask = self.mask[rows]
-
-    def append(self, tokens: torch.Tensor) -> None:
-        """A token [rows] for each row, which the next forward pass reads."""
-        self.tokens = tokens.unsqueeze(1)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+def _cached_rows(lm: LanguageModel, prompts: list[list[int]], max_new_tokens: int) -> CachedRows:
+    if isinstance(lm.model, SoftPromptModel):
+        raise UserError(f"{lm.name} is a soft prompt: it can be asked by greedy, sampling and beam search only")
+    ids, mask = left_padded(lm, prompts)
+    cache = DynamicCache(config=lm.model.config)
+    return CachedRows(lm.model, ids, mask, cache, ids.shape[1] + max_new_tokens)
 
 
 # ---------------------------------------------------------------- diverse beam search
 
 
-class _Group:
+class _BeamGroup:
     """The beams of one group for one prompt.
 
     Attributes:
@@ -101,27 +77,64 @@ class _Group:
         self.finished: list[tuple[float, list[int]]] = []
         self.done = False
 
-    def take(self, candidates: list[tuple[int, int, float]], stop_ids: list[int], is_last: bool) -> list[int]:
+    def advance(self, candidates: list[tuple[int, int, float]], stop_ids: list[int], is_last: bool) -> list[int]:
         """Go on with the best of (beam, token, summed log-prob), ordered by it; the beams that were continued."""
         if self.done:
             return []
-        going_on, parents = [], []
+        running, parents = [], []
         for rank, (beam, token, total) in enumerate(candidates):
             ids = [*self.running[beam][0], token]
             if token not in stop_ids and not is_last:
-                going_on.append((ids, total))
+                running.append((ids, total))
                 parents.append(beam)
             elif rank < self.width:
                 self.finished.append((total / len(ids), ids))
-        self.finished = sorted(self.finished, key=lambda one: -one[0])[: self.width]
+        self.finished = sorted(self.finished, key=lambda answer: -answer[0])[: self.width]
         if is_last:
             self.done = True
             return []
-        self.running, parents = going_on[: self.width], parents[: self.width]
+        self.running, parents = running[: self.width], parents[: self.width]
         # What runs now can end no better than as if it ended here.
         ids, total = self.running[0]
         self.done = len(self.finished) == self.width and total / len(ids) <= self.finished[-1][0]
         return parents
+
+
+def _choose_in_groups(
+    groups: list[list[_BeamGroup]],
+    log_probs: torch.Tensor,
+    diversity_penalty: float,
+    stop_ids: list[int],
+    is_last: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let the groups of each prompt choose their next tokens, one group after another.
+
+    Args:
+        groups: of each prompt; log_probs: [batch, groups, width, vocabulary].
+
+    Returns:
+        tokens [batch, groups * width], -1 in a group that is done; and the beam of its prompt that each of them
+        continues, in the same shape.
+    """
+    _, num_groups, width, vocabulary = log_probs.shape
+    num_candidates = min(max(2, 1 + len(stop_ids)) * width, width * vocabulary)
+    tokens, parents = [], []  # of each group: [batch, width]
+    for number in range(num_groups):
+        members = [groups_of_prompt[number] for groups_of_prompt in groups]
+        totals = log_probs.new_tensor([[total for _, total in group.running] for group in members])
+        totals = log_probs[:, number] + totals.unsqueeze(-1)
+        if tokens:
+            totals = totals - diversity_penalty * hamming_penalty(tokens, vocabulary).unsqueeze(1)
+        best, places = totals.flatten(1).topk(num_candidates)
+        beams_and_tokens = (places // vocabulary).tolist(), (places % vocabulary).tolist()
+        group_tokens, group_parents = [], []
+        for group, *candidates in zip(members, *beams_and_tokens, best.tolist(), strict=True):
+            continued = group.advance(list(zip(*candidates, strict=True)), stop_ids, is_last)
+            group_tokens.append([ids[-1] for ids, _ in group.running] if continued else [-1] * width)
+            group_parents.append(continued or list(range(width)))
+        tokens.append(torch.tensor(group_tokens, device=log_probs.device))
+        parents.append(torch.tensor(group_parents, device=log_probs.device) + number * width)
+    return torch.cat(tokens, dim=1), torch.cat(parents, dim=1)
 
 
 @torch.no_grad()
@@ -143,53 +156,29 @@ def diverse_beam_ids(
         num_return_sequences rows for each prompt, the best of all groups first.
     """
     width, batch = num_beams // num_beam_groups, len(prompts)
-    groups = [[_Group(width) for _ in range(num_beam_groups)] for _ in prompts]
-    rows = _Rows(lm, prompts)
-    logits = rows.forward(**_last_logit(lm.model)).logits[:, -1]
-    first = torch.arange(batch, device=logits.device).repeat_interleave(num_beams)
-    logits = logits[first]
-    rows.select(first)
-    num_candidates = max(2, 1 + len(lm.stop_ids)) * width
+    groups = [[_BeamGroup(width) for _ in range(num_beam_groups)] for _ in prompts]
+    rows = _cached_rows(lm, prompts, max_new_tokens)
+    logits = rows.forward().logits[:, -1]
+    copies = torch.arange(batch, device=logits.device).repeat_interleave(num_beams)
+    logits = logits[copies]
+    rows.select(copies)
+    offsets = torch.arange(batch, device=logits.device).unsqueeze(1) * num_beams
     for step in range(max_new_tokens):
         log_probs = logits.float().log_softmax(dim=-1).view(batch, num_beam_groups, width, -1)
-        vocabulary = log_probs.shape[-1]
-        chosen, parents = [], []  # of each group: [batch, width]
-        for number in range(num_beam_groups):
-            of_group = [groups_of_prompt[number] for groups_of_prompt in groups]
-            totals = log_probs[:, number] + _tensor([[total for _, total in g.running] for g in of_group], logits)
-            if chosen:
-                totals = totals - diversity_penalty * hamming_penalty(chosen, vocabulary).unsqueeze(1)
-            best, places = totals.flatten(1).topk(min(num_candidates, width * vocabulary))
-            beams, tokens = places // vocabulary, places % vocabulary
-            tokens_now, parents_now = [], []
-            for group, *candidates in zip(of_group, beams.tolist(), tokens.tolist(), best.tolist(), strict=True):
-                is_last = step == max_new_tokens - 1
-                parents_of_group = group.take(list(zip(*candidates, strict=True)), lm.stop_ids, is_last)
-                tokens_now.append([ids[-1] for ids, _ in group.running] if parents_of_group else [-1] * width)
-                parents_now.append(parents_of_group or list(range(width)))
-            chosen.append(torch.tensor(tokens_now, device=logits.device))
-            parents.append(torch.tensor(parents_now, device=logits.device) + number * width)
+        is_last = step == max_new_tokens - 1
+        tokens, parents = _choose_in_groups(groups, log_probs, diversity_penalty, lm.stop_ids, is_last)
         if all(group.done for groups_of_prompt in groups for group in groups_of_prompt):
             break
-        offsets = torch.arange(batch, device=logits.device).unsqueeze(1) * num_beams
-        rows.select((torch.cat(parents, dim=1) + offsets).flatten())
-        rows.append(torch.cat(chosen, dim=1).flatten().clamp(min=0))  # a done group's rows are filled with anything
+        rows.select((parents + offsets).flatten())
+        rows.append(tokens.flatten().clamp(min=0))  # any token does in the rows of a group that is done
         logits = rows.forward().logits[:, -1]
 
     answers = []
     for groups_of_prompt in groups:
-        finished = sorted((one for group in groups_of_prompt for one in group.finished), key=lambda one: -one[0])
+        finished = [answer for group in groups_of_prompt for answer in group.finished]
+        finished.sort(key=lambda answer: -answer[0])
         answers += [up_to_stop(ids, lm.stop_ids) for _, ids in finished[:num_return_sequences]]
     return answers
-
-
-def _tensor(totals: list[list[float]], like: torch.Tensor) -> torch.Tensor:
-    """[batch, width, 1]."""
-    return torch.tensor(totals, device=like.device, dtype=torch.float32).unsqueeze(-1)
-
-
-def _last_logit(model) -> dict:
-    return {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
 
 
 # ---------------------------------------------------------------- contrastive search
@@ -204,28 +193,28 @@ def contrastive_ids(
     Alpha 0 or k 1 is greedy. Hidden states are those of the last layer.
     """
     batch = len(prompts)
-    rows = _Rows(lm, prompts)
-    output = rows.forward(output_hidden_states=True, **_last_logit(lm.model))
+    rows = _cached_rows(lm, prompts, max_new_tokens)
+    output = rows.forward(output_hidden_states=True)
     logits, context = output.logits[:, -1], output.hidden_states[-1]
     answers = torch.zeros(batch, 0, dtype=torch.long, device=logits.device)
     stop_ids = torch.tensor(lm.stop_ids, device=logits.device)
-    over = torch.zeros(batch, dtype=torch.bool, device=logits.device)
-    first = torch.arange(batch, device=logits.device)
+    finished = torch.zeros(batch, dtype=torch.bool, device=logits.device)
+    numbers = torch.arange(batch, device=logits.device)
     for _ in range(max_new_tokens):
         probs, candidates = logits.float().softmax(dim=-1).topk(min(top_k, logits.shape[-1]))
         k = probs.shape[1]
         mask = rows.mask
-        rows.select(first.repeat_interleave(k))
+        rows.select(numbers.repeat_interleave(k))
         rows.append(candidates.flatten())
         output = rows.forward(output_hidden_states=True)
         hidden = output.hidden_states[-1].view(batch, k, -1)
         best = contrastive_scores(probs, hidden, context, mask, penalty_alpha).argmax(dim=1)
-        chosen = first * k + best
+        chosen = numbers * k + best
         rows.select(chosen)
-        logits, context = output.logits[chosen, -1], torch.cat([context, hidden[first, best].unsqueeze(1)], dim=1)
-        token = candidates[first, best]
+        logits, context = output.logits[chosen, -1], torch.cat([context, hidden[numbers, best].unsqueeze(1)], dim=1)
+        token = candidates[numbers, best]
         answers = torch.cat([answers, token.unsqueeze(1)], dim=1)
-        over = over | torch.isin(token, stop_ids)
-        if over.all():
+        finished = finished | torch.isin(token, stop_ids)
+        if finished.all():
             break
     return [up_to_stop(row, lm.stop_ids) for row in answers.tolist()]

@@ -2,7 +2,7 @@
 
 Under ZeRO-3 a forward pass gathers and releases every layer's weights; generating A tokens does that A times. Here the
 weights are gathered once for the whole generation phase, with the hooks that gather and release taken off, and LoRA
-updates are folded into their matrices, so that a token costs plain matrix products. Then everything is put back
+updates are folded into their matrices, so that a token costs plain matrix products. Then everything is restored
 exactly: shards were never written to, and a folded matrix's original was only set aside.
 
 Answers come from the loop in sampling.py, once a check at the start has shown that its greedy tokens are those of
@@ -28,9 +28,8 @@ from utils.process.ranks import all_gather_objects, all_reduce_sum
 from utils.process.world import get_world_size
 
 
-def _rows_left(here: int) -> int:
-    """Rows without an EOS, over all ranks."""
-    return int(all_reduce_sum(torch.tensor(here, device=get_accelerator().current_device_name())))
+def _sum_over_ranks(count: int) -> int:
+    return int(all_reduce_sum(torch.tensor(count, device=get_accelerator().current_device_name())))
 
 
 def first_difference(rollout: Rollout, plain, logits, eos_token_id: int, tolerance: float) -> str | None:
@@ -99,7 +98,7 @@ class HybridEngine:
         self.needs_lockstep = bool(self._sharded) and not self.gathers
         self._groups: list[list[str]] | None = None  # linear layers that can run as one, once they are known
         self._compiled = None if compiled_length is None else CompiledStep(engine.module, compiled_length)
-        self.backend = self._checked(backend) if enabled else "transformers"
+        self.backend = self._choose_backend(backend) if enabled else "transformers"
 
     @contextmanager
     def generation(self):
@@ -141,13 +140,13 @@ class HybridEngine:
             if self.backend == "transformers":
                 return generate_by_transformers(model, prompts, mask, decoding, ranks_wait, rewrite_logits)
             return sample_answers(
-                model, prompts, mask, decoding, _rows_left if ranks_wait else None, rewrite_logits, self._compiled
+                model, prompts, mask, decoding, _sum_over_ranks if ranks_wait else None, rewrite_logits, self._compiled
             )
 
     # ------------------------------------------------------------ the check at the start
 
-    def _checked(self, wanted: str) -> str:
-        """The backend to use, after generating a few tokens with it; printed."""
+    def _choose_backend(self, wanted: str) -> str:
+        """The backend to use, printed, after a check batch has been generated with it."""
         if wanted == "transformers":
             return wanted
         self.backend = "own" if wanted == "auto" else wanted

@@ -1,8 +1,8 @@
 """Sampling answers for a batch of left-padded prompts, with a KV cache, from any causal language model of transformers.
 
-What ``generate()`` does for every use there is, this loop does for one: each row stops at its EOS, finished rows leave
-the batch, pads that no remaining row needs leave the cache, and each token's log-prob is kept. A row's tokens depend on
-its own prompt and random numbers alone, not on when its neighbours end.
+``generate()`` serves every use there is, this loop one: each row stops at its EOS, finished rows leave the batch, pads
+that no remaining row needs leave the cache, and each token's log-prob is recorded. A row's tokens depend on its own
+prompt and random numbers alone, not on when its neighbours end.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """
     cumulative = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     tokens = torch.searchsorted(cumulative, uniforms.unsqueeze(1) * cumulative[:, -1:], right=True).squeeze(1)
-    return tokens.clamp(max=scores.shape[-1] - 1)  # only scores that are not numbers lead past the end
+    return tokens.clamp(max=scores.shape[-1] - 1)  # only NaN scores lead past the end
 
 
 def choose(logits: torch.Tensor, decoding: Decoding, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +94,7 @@ def choose(logits: torch.Tensor, decoding: Decoding, uniforms: torch.Tensor) -> 
     return tokens, chosen - logits.logsumexp(dim=-1)
 
 
-# ---------------------------------------------------------------- the cache
+# ---------------------------------------------------------------- rows and their cache
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -181,6 +181,65 @@ class CompiledStep:
         return self._forward(**inputs)
 
 
+class CachedRows:
+    """Rows of a batch that share a cache: forward passes over the tokens that are not in it yet.
+
+    Args:
+        prompts, mask: [b, P], left-padded: what the first pass reads.
+        cache: an empty one; capacity: how many positions prompt and answer may take.
+        compiled: makes the passes after the first; it always reads the whole cache.
+
+    Attributes:
+        width: columns of the cache after the next forward pass.
+    """
+
+    def __init__(self, model, prompts, mask, cache, capacity: int, compiled: CompiledStep | None = None):
+        self.cache, self.width = cache, prompts.shape[1]
+        self.tokens, self.positions = prompts, position_ids_from_mask(mask)
+        self._mask = torch.cat([mask, mask.new_ones(len(mask), capacity - self.width)], dim=1)
+        self._forward, self._compiled = model, compiled
+        self._takes_positions = forward_accepts(model, "position_ids")
+        self._options = {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """[b, width]: 0 at the prompts' pads."""
+        return self._mask[:, : self.width]
+
+    def forward(self, **options):
+        """The model's output for the new tokens; of logits perhaps the last alone."""
+        if self._takes_positions:
+            options["position_ids"] = self.positions
+        mask = self.mask if self._compiled is None else self._mask  # causality hides what is yet to come
+        return self._forward(
+            input_ids=self.tokens,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **self._options,
+            **options,
+        )
+
+    def append(self, tokens: torch.Tensor) -> None:
+        """A token [b] for each row, which the next forward pass reads."""
+        self.tokens, self.positions, self.width = tokens.unsqueeze(1), self.positions[:, -1:] + 1, self.width + 1
+        self._forward = self._compiled or self._forward
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Go on with these rows, of which any may come several times."""
+        self.tokens, self.positions, self._mask = self.tokens[rows], self.positions[rows], self._mask[rows]
+        self.cache.batch_select_indices(rows)
+
+    def drop_shared_pads(self) -> None:
+        """Take the left pads that all rows share out of the cache, where its layers can do that."""
+        if not all(type(layer) is PreallocatedLayer for layer in self.cache.layers):
+            return
+        shared = int(self._mask.argmax(dim=1).min())  # a row's first real token
+        for layer in self.cache.layers if shared else ():
+            layer.drop_columns(shared)
+        self._mask, self.width = self._mask[:, shared:], self.width - shared
+
+
 # ---------------------------------------------------------------- the loops
 
 
@@ -190,7 +249,7 @@ def sample_answers(
     prompts: torch.Tensor,
     mask: torch.Tensor,
     decoding: Decoding,
-    rows_left_anywhere: Callable[[int], int] | None = None,
+    sum_over_ranks: Callable[[int], int] | None = None,
     rewrite_logits: Callable | None = None,
     compiled: CompiledStep | None = None,
 ) -> Rollout:
@@ -201,7 +260,7 @@ def sample_answers(
 
     Args:
         prompts, mask: [B, P], left-padded.
-        rows_left_anywhere: given where a forward pass is a collective (ZeRO-3 weights gathered layer by layer): turns
+        sum_over_ranks: given where a forward pass is a collective (ZeRO-3 weights gathered layer by layer): turns
             this rank's count of unfinished rows into that of all ranks. A rank that is done goes along until all are.
         rewrite_logits: called as (logits [b, V], rows [b], position in the answer) -> logits [b, V], before choosing.
         compiled: makes the passes after the prompt's.
@@ -212,73 +271,54 @@ def sample_answers(
     """
     batch, prompt_width = prompts.shape
     limit, device = decoding.max_new_tokens, prompts.device
+    capacity = prompt_width + limit if compiled is None else compiled.capacity
+    if prompt_width + limit > capacity:
+        raise ValueError(f"{prompt_width} prompt and {limit} answer tokens do not fit a cache of {capacity}")
     answers = torch.full((batch, limit), decoding.pad_token_id, dtype=prompts.dtype, device=device)
     log_probs = torch.zeros(batch, limit, device=device)
     lengths = torch.zeros(batch, dtype=torch.long, device=device)
     uniforms = torch.rand(batch, limit, dtype=torch.float64, device=device)
 
-    # What follows is about the rows still in the batch: which rows they are, which of them still run.
-    rows = torch.arange(batch, device=device)
-    runs = torch.ones(batch, dtype=torch.bool, device=device)
-    capacity = prompt_width + limit if compiled is None else compiled.capacity
-    if prompt_width + limit > capacity:
-        raise ValueError(f"{prompt_width} prompt and {limit} answer tokens do not fit a cache of {capacity}")
-    mask = torch.cat([mask, mask.new_ones(batch, capacity - prompt_width)], dim=1)
     cache = make_cache(model, capacity) if compiled is None else compiled.cache(batch)
-    options = {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
-    takes_positions = forward_accepts(model, "position_ids")
-    tokens, positions = prompts, position_ids_from_mask(mask[:, :prompt_width])
-    width = prompt_width  # columns in the cache after the next forward pass
+    cached = CachedRows(model, prompts, mask, cache, capacity, compiled)
+    rows = torch.arange(batch, device=device)  # that are still in the batch
+    unfinished = torch.ones(batch, dtype=torch.bool, device=device)  # of these
     for step in range(limit):
-        if takes_positions:
-            options["position_ids"] = positions
-        forward = model if step == 0 or compiled is None else compiled
-        seen = mask[:, :width] if compiled is None else mask  # causality hides what is yet to come
-        output = forward(input_ids=tokens, attention_mask=seen, past_key_values=cache, use_cache=True, **options)
-        logits = output.logits[:, -1, : decoding.vocabulary]
+        logits = cached.forward().logits[:, -1, : decoding.vocabulary]
         if rewrite_logits is not None:
             logits = rewrite_logits(logits, rows, step)
         chosen, chosen_log_probs = choose(logits, decoding, uniforms[rows, step])
-        answers[rows, step] = torch.where(runs, chosen, decoding.pad_token_id)
-        log_probs[rows, step] = torch.where(runs, chosen_log_probs, 0.0)
-        lengths[rows] += runs
-        runs = runs & (chosen != decoding.eos_token_id)
-        left = int(runs.sum())
-        if (rows_left_anywhere(left) if rows_left_anywhere else left) == 0:
+        answers[rows, step] = torch.where(unfinished, chosen, decoding.pad_token_id)
+        log_probs[rows, step] = torch.where(unfinished, chosen_log_probs, 0.0)
+        lengths[rows] += unfinished
+        unfinished = unfinished & (chosen != decoding.eos_token_id)
+        left = int(unfinished.sum())
+        if (sum_over_ranks(left) if sum_over_ranks else left) == 0:
             break
-        tokens, positions, width = chosen.unsqueeze(1), positions[:, -1:] + 1, width + 1
+        cached.append(chosen)
         if compiled is None and left and left <= (1 - LEAVE_SHARE) * len(rows):
-            stay = runs.nonzero().squeeze(1)
-            rows, runs, mask, tokens, positions = (x[stay] for x in (rows, runs, mask, tokens, positions))
-            cache.batch_select_indices(stay)
-            mask, dropped = _drop_pads(cache, mask)
-            width -= dropped
+            stay = unfinished.nonzero().squeeze(1)
+            rows, unfinished = rows[stay], unfinished[stay]
+            cached.select(stay)
+            cached.drop_shared_pads()
 
     width = int(lengths.max())
     answers, log_probs = answers[:, :width], log_probs[:, :width]
-    _refuse_rows(~torch.isfinite(log_probs).all(dim=1))
+    _refuse_nonfinite(~torch.isfinite(log_probs).all(dim=1))
     return Rollout(torch.cat([prompts, answers], dim=1), log_probs, width)
 
 
-def _refuse_rows(broken: torch.Tensor) -> None:
-    if broken.any():
-        raise FloatingPointError(f"logits of rows {broken.nonzero().flatten().tolist()} of the batch are not finite")
-
-
-def _drop_pads(cache: DynamicCache, mask: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Take the left pads that all rows share out of the cache and the mask: the mask, and how many columns went."""
-    if not all(type(layer) is PreallocatedLayer for layer in cache.layers):
-        return mask, 0
-    shared = int(mask.argmax(dim=1).min())  # a row's first real token
-    for layer in cache.layers if shared else ():
-        layer.drop_columns(shared)
-    return mask[:, shared:], shared
+def _refuse_nonfinite(nonfinite: torch.Tensor) -> None:
+    """FloatingPointError with the rows where ``nonfinite`` [batch] is true."""
+    if nonfinite.any():
+        rows = nonfinite.nonzero().flatten().tolist()
+        raise FloatingPointError(f"logits of rows {rows} of the batch are not finite")
 
 
 def generate_by_transformers(
     model, prompts, mask, decoding: Decoding, synced_gpus: bool = False, rewrite_logits: Callable | None = None
 ) -> Rollout:
-    """The same by ``generate()``; without log-probs, and with random numbers drawn in another order.
+    """As ``sample_answers``, by ``generate()``: without log-probs, and with random numbers drawn in another order.
 
     Args:
         model: a model of transformers, or DeepSpeed's engine with kernels around one.
@@ -299,19 +339,19 @@ def generate_by_transformers(
         suppress_tokens=list(range(decoding.vocabulary, embedding_rows(unwrap(model)))) or None,
         **sampling,
     )
-    # What the model came with (a repetition penalty, say) must not shape rollouts that PPO scores without it.
     rows = torch.arange(len(prompts), device=prompts.device)
-    broken = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
+    nonfinite = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
 
-    def watch(_ids, logits):
-        here = ~(logits.amax(dim=1).isfinite())  # a NaN is the largest of numbers
-        broken.logical_or_(here)
-        return logits.masked_fill(here.unsqueeze(1), 0.0)
+    def note_nonfinite(_ids, logits):
+        now = ~(logits.amax(dim=1).isfinite())  # amax of a row with a NaN is NaN
+        nonfinite.logical_or_(now)
+        return logits.masked_fill(now.unsqueeze(1), 0.0)
 
     processors = LogitsProcessorList()
     if rewrite_logits is not None:
         processors.append(lambda ids, logits: rewrite_logits(logits, rows, ids.shape[1] - prompts.shape[1]))
-    processors.append(watch)
+    processors.append(note_nonfinite)
+    # The model's own settings (a repetition penalty, say) must not shape rollouts that PPO scores without them.
     module = unwrap(model)
     own_config, module.generation_config = module.generation_config, config
     try:
@@ -324,5 +364,5 @@ def generate_by_transformers(
         )
     finally:
         module.generation_config = own_config
-    _refuse_rows(broken)
+    _refuse_nonfinite(nonfinite)
     return Rollout(sequences, None, sequences.shape[1] - prompts.shape[1])

@@ -163,7 +163,7 @@ def load_pretrained(auto_class, path: str, args, in_4bit: bool = False) -> PreTr
     Raises UserError if it cannot be read, or if weights are missing: they would be random numbers otherwise.
     """
     device = choose_device(args.device)
-    transformers_logging.set_verbosity_error()  # what matters of its loading report is told by check_model
+    transformers_logging.set_verbosity_error()  # check_model reports what matters of its loading report
     transformers_logging.disable_progress_bar()
     config, options = check_model(auto_class, path, args.trust_remote_code)
     dtype = choose_dtype(args.dtype, device)
@@ -201,7 +201,7 @@ def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_
         stop_ids = find_stop_ids(model, tokenizer)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    # Nothing of the folder's generation settings may work unseen: what the flags say is what is done.
+    # The folder's own generation settings have no effect: only flags decide.
     model.generation_config = GenerationConfig()
     max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if prompt_config is not None:

@@ -68,7 +68,7 @@ def save_lora_adapter(model, tokenizer, base_model_name_or_path: str, folder: Pa
         (scratch / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save_pretrained(scratch)
 
-    save_on_rank_0("adapter", folder, write, replaces=())
+    save_on_rank_0(folder, "adapter", write, replaces=())
 
 
 def _copied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Log-probabilities and losses of tokens, always in fp32 whatever the model's dtype.
 
-Logits are the largest tensor of training: [batch, length, vocabulary]. Here they never exist whole, in any dtype. Only
-positions with a label are looked at, chunk by chunk, and the backward pass recomputes a chunk instead of keeping it.
+Logits are the largest tensor of training: [batch, length, vocabulary]. Here they never exist whole, in any dtype: only
+positions with a label are scored, chunk by chunk, and the backward pass recomputes a chunk instead of storing it.
 """
 
 from collections.abc import Callable
@@ -34,11 +34,19 @@ def _score(hidden, labels, to_logits: Logits, temperature: float, with_entropy: 
 
 
 def score_in_chunks(hidden, labels, to_logits: Logits, vocabulary: int, temperature=1.0, with_entropy=False):
-    """As ``_score``, over chunks that are recomputed in the backward pass."""
+    """log p(label), and with ``with_entropy`` the entropy, over chunks that the backward pass recomputes.
+
+    Args:
+        hidden, labels: [positions, width] and [positions]; to_logits: what makes logits of hidden states.
+        vocabulary: entries of the logits, which the size of a chunk follows from.
+
+    Returns:
+        [positions, 1 or 2] fp32.
+    """
     positions = max(1, CHUNK_BYTES // (4 * vocabulary))
     parts = []
-    for part, wanted in zip(hidden.split(positions), labels.split(positions), strict=True):
-        arguments = part, wanted, to_logits, temperature, with_entropy
+    for part, part_labels in zip(hidden.split(positions), labels.split(positions), strict=True):
+        arguments = part, part_labels, to_logits, temperature, with_entropy
         parts.append(
             checkpoint(_score, *arguments, use_reentrant=False) if torch.is_grad_enabled() else _score(*arguments)
         )
@@ -60,7 +68,7 @@ def gather_log_probs(logits: torch.Tensor, labels: torch.Tensor, temperature: fl
 
 @contextmanager
 def _logits_replaced(model, replacement):
-    """While open, ``model(...)`` puts out ``replacement(logits)``; DeepSpeed's hooks, which come later, see that."""
+    """While open, ``model(...)`` returns ``replacement(logits)``; DeepSpeed's hooks, which come later, see that."""
 
     def replace(_model, _arguments, output):
         output.logits = replacement(output.logits)
@@ -76,8 +84,8 @@ def _logits_replaced(model, replacement):
 def _after_head(model, head) -> Logits | None:
     """What the family's forward does to the head's output: nothing, a factor (Cohere, Granite), a soft cap (Gemma 2).
 
-    Found by letting the head put out known numbers x and looking at what comes out of the model: x, s x, or
-    c tanh(s x / c). None if it is something else, or if the model does not call its head.
+    Found by letting the head return known numbers x and comparing them with the model's logits: x, s x, or
+    c tanh(s x / c). None for any other function, and for a model that does not call its head.
     """
     if head is None:
         return None
@@ -104,9 +112,9 @@ def _after_head(model, head) -> Logits | None:
 class LabelLogProbs:
     """log p(label) from a causal language model, at the positions that have a label.
 
-    The model runs as its family wrote it, inside its engine; for the time of a call its head puts out scores of labels
-    instead of logits. So ZeRO-3 gathers the head's weights once per pass as ever, and LoRA on the head counts. A family
-    that does something unknown to its logits has them computed whole, and upcast in chunks.
+    The model runs as its family wrote it, inside its engine; during a call its head returns scores of labels instead
+    of logits. So ZeRO-3 gathers the head's weights once per pass as ever, and LoRA on the head counts. A family that
+    does something unknown to its logits has them computed whole, and upcast in chunks.
 
     Args:
         engine: a DeepSpeed engine around a causal language model, or such a model. Under ZeRO-3 all ranks must make
@@ -125,7 +133,7 @@ class LabelLogProbs:
 
         Args:
             inputs: keyword arguments of the model's forward.
-            labels: in the shape of input_ids; each is predicted from the position before, -100 is none.
+            labels: in the shape of input_ids; each is predicted from the position before, -100 stands for no label.
             vocabulary: how many entries, from the first on, have a probability; None for all.
 
         Returns:
@@ -133,13 +141,13 @@ class LabelLogProbs:
             distributions that gave them, or None.
         """
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        wanted = targets != IGNORE_INDEX
+        has_label = targets != IGNORE_INDEX
 
         def scores(states, to_logits):
             states = states[:, -targets.shape[1] :]  # a soft prompt stands in front of the tokens and has no labels
             return score_in_chunks(
-                states[wanted],
-                targets[wanted],
+                states[has_label],
+                targets[has_label],
                 lambda part: to_logits(part)[..., :vocabulary],
                 self.rows,
                 temperature,
@@ -158,7 +166,7 @@ class LabelLogProbs:
             with (
                 forward_replaced(self.head, scoring_head),
                 outputs_recorded(self.head) as outputs,
-                # The family has scaled the scores as if they were logits: take them as the head put them out.
+                # The family has scaled the scores as if they were logits: take them as the head returned them.
                 _logits_replaced(self.model, lambda _: outputs.pop()),
             ):
                 output = self.engine(**inputs)

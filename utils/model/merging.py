@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from utils.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHANGED_CONFIG, KEY_PREFIX
 from utils.model.loading import Checkpoint, find_checkpoint, load_config
 from utils.model.reward_model import SCORE_SCALE
-from utils.model.saving import folder_for
+from utils.model.saving import atomic_folder
 from utils.model.shards import open_shards
 from utils.module.lora import fold
 from utils.process.errors import UserError
@@ -352,7 +352,7 @@ def save_merged_model(base_model: str, adapter: Adapter, folder: Path, max_shard
     """
     merge = Merge(base_model, adapter)
     print(f"{merge.checkpoint.name} + {adapter.folder}: {merge}", flush=True)
-    with folder_for("merged model", folder) as scratch:
+    with atomic_folder(folder, "merged model") as scratch:
         with open_shards(scratch, merge.stored, max_shard_size) as write:
             for name, value in merge.weights():
                 write(name, value)

@@ -35,8 +35,8 @@ class RewardFunction:
         """n scores, unweighted.
 
         Raises:
-            UserError: the function failed, or gave anything but n numbers. Numbers that are not finite pass: the
-                trainer leaves such answers out and counts them.
+            UserError: the function failed, or gave anything but n numbers. Non-finite numbers pass: the trainer
+                leaves such answers out and counts them.
         """
         try:
             scores = list(self.score(prompts, answers))

@@ -65,7 +65,7 @@ def gathered_layers(module, names) -> Iterator[dict[str, torch.Tensor]]:
     for name in names:
         layers.setdefault(_layer_of(name), []).append(name)
     for members in layers.values():
-        parts = {module.get_submodule(name.rpartition(".")[0]) for name in members if _folds(module, name)}
+        parts = dict.fromkeys(module.get_submodule(n.rpartition(".")[0]) for n in members if _folds(module, n))
         involved = [weights[name] for name in members]
         involved += [factor for part in parts for factor in (part.lora_right_weight, part.lora_left_weight)]
         sharded = [weight for weight in involved if hasattr(weight, "ds_id")]
@@ -76,17 +76,6 @@ def gathered_layers(module, names) -> Iterator[dict[str, torch.Tensor]]:
                     part = module.get_submodule(name.rpartition(".")[0])
                     layer[name] = part.folded_weight() if _folds(module, name) else weights[name].detach()
             yield layer
-
-
-def gather_state_dict(module) -> dict[str, torch.Tensor]:
-    """The whole state dict in host memory, on rank 0; every rank must call this, the others get an empty dict.
-
-    LoRA layers come out as the plain weight with the update folded in.
-    """
-    collected = {}
-    for layer in gathered_layers(module, _weights(module)):
-        collected |= {name: value.to("cpu", copy=True).contiguous() for name, value in layer.items()}
-    return collected
 
 
 @dataclass
@@ -102,7 +91,7 @@ class SavingPlan:
         """Weights of the target, some layers of it, under the names and in the shapes that files have."""
         if not isinstance(self.target, PreTrainedModel):
             return weights
-        # What loading remembered of an old checkpoint's names is left out: all stages write the family's own names.
+        # Without the names that an old checkpoint was loaded from: at every ZeRO stage files have the family's own.
         fresh = copy.copy(self.target)
         fresh.__dict__.pop("_weight_conversions", None)
         return revert_weight_conversion(fresh, weights)
@@ -116,8 +105,8 @@ def plan_saving(module) -> SavingPlan:
     weights, holders = _weights(module), {}
     for name, weight in weights.items():
         holders.setdefault(id(weight), []).append(name)
-    kept = {next((name for name in names if name not in tied), names[-1]) for names in holders.values()}
-    renamed = {name: rename(name) for name in weights if name in kept and rename(name) not in ignored}
+    saved = {next((name for name in names if name not in tied), names[-1]) for names in holders.values()}
+    renamed = {name: rename(name) for name in weights if name in saved and rename(name) not in ignored}
     shape_of = {name: getattr(weights[name], "ds_shape", weights[name].shape) for name in renamed}
     plan = SavingPlan(target, renamed, {}, 0)
     plan.stored = plan.convert(
@@ -135,55 +124,52 @@ def _umask() -> int:
 
 
 @contextmanager
-def atomic_folder(folder: Path, replaces=EARLIER_MODEL):
+def atomic_folder(folder: Path, what: str = "model", replaces=EARLIER_MODEL):
     """A scratch folder whose files move into ``folder`` one by one when the block ends well, and vanish otherwise.
 
     Within one file system a move replaces a file in one step. The weights' index moves last; then files of an earlier
     save that match ``replaces`` and are not of this one go. So do scratch folders that killed processes left.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".saving-*"):
-        remove_left_over(left / SCRATCH_LOCK, partial(shutil.rmtree, left, ignore_errors=True))
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        with locked_file(scratch / SCRATCH_LOCK):
-            yield scratch
-            files = [file for file in scratch.rglob("*") if file.is_file() and file.name != SCRATCH_LOCK]
-            for file in sorted(files, key=lambda file: file.name.endswith(".index.json")):
-                file.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
-                flush_to_disk(file)
-                target = folder / file.relative_to(scratch)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
-            kept = {file.name for file in files}
-            for pattern in replaces:  # a loader would prefer a whole file to shards, or an old index to new ones
-                for stale in folder.glob(pattern):
-                    if stale.name not in kept:
-                        stale.unlink()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def folder_for(what: str, folder: Path, replaces=EARLIER_MODEL):
-    """``atomic_folder``; what the disk refuses is a UserError that says what could not be saved."""
-    try:
-        with atomic_folder(folder, replaces) as scratch:
-            yield scratch
-    except OSError as error:
-        raise UserError(f"could not save the {what} to {folder}: {error}") from error
-
-
-def save_on_rank_0(what: str, folder: Path, write: Callable[[Path], None], replaces=EARLIER_MODEL) -> None:
-    """Let rank 0 write files to ``folder``, by way of a scratch folder; every rank must call this.
 
     Raises:
-        UserError: what the disk refuses, on all ranks.
+        UserError: what the disk refuses, in the block too; it says that ``what`` could not be saved.
     """
+    scratch = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".saving-*"):
+            remove_left_over(left / SCRATCH_LOCK, partial(shutil.rmtree, left, ignore_errors=True))
+        scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        with locked_file(scratch / SCRATCH_LOCK):
+            yield scratch
+            _move_files(scratch, folder, replaces)
+    except OSError as error:
+        raise UserError(f"could not save the {what} to {folder}: {error}") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move_files(scratch: Path, folder: Path, replaces) -> None:
+    files = [file for file in scratch.rglob("*") if file.is_file() and file.name != SCRATCH_LOCK]
+    for file in sorted(files, key=lambda file: file.name.endswith(".index.json")):
+        file.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
+        flush_to_disk(file)
+        target = folder / file.relative_to(scratch)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    moved = {file.name for file in files}
+    for pattern in replaces:  # a loader would prefer a whole file to shards, or an old index to new ones
+        for stale in folder.glob(pattern):
+            if stale.name not in moved:
+                stale.unlink()
+
+
+def save_on_rank_0(folder: Path, what: str, write: Callable[[Path], None], replaces=EARLIER_MODEL) -> None:
+    """Let rank 0 write files to an ``atomic_folder``; its UserError reaches all ranks. Every rank must call this."""
 
     def write_on_rank_0() -> None:
         if get_rank() == 0:
-            with folder_for(what, folder, replaces) as scratch:
+            with atomic_folder(folder, what, replaces) as scratch:
                 write(scratch)
 
     agree(write_on_rank_0)
@@ -198,7 +184,7 @@ def _save(module, folder: Path, max_shard_size, write_rest=lambda target, scratc
 
     def write() -> None:
         if get_rank() == 0:
-            with folder_for("model", folder) as scratch:
+            with atomic_folder(folder) as scratch:
                 with open_shards(scratch, *shards, total_parameters=plan.num_parameters) as write_weight:
                     for layer in layers:
                         weights = plan.convert({plan.renamed[name]: value for name, value in layer.items()})
@@ -244,7 +230,7 @@ def save_pretrained_model(model, tokenizer, folder: Path, max_shard_size: int | 
         _align_special_tokens(target.config, tokenizer)
         if target.can_generate():
             _align_special_tokens(target.generation_config, tokenizer)
-        with tempfile.TemporaryDirectory(dir=scratch) as aside:  # all that goes with weights, around none
+        with tempfile.TemporaryDirectory(dir=scratch) as aside:  # the files that go with weights, without weights
             target.save_pretrained(aside, state_dict={})
             for file in Path(aside).iterdir():
                 if not file.name.endswith(".safetensors"):

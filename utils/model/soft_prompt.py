@@ -171,7 +171,7 @@ def save_soft_prompt(model: SoftPromptModel, tokenizer, folder: Path) -> None:
         model.prompt_config.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
 
-    save_on_rank_0("soft prompt", folder, write, replaces=WHOLE_MODEL_FILES)
+    save_on_rank_0(folder, "soft prompt", write, replaces=WHOLE_MODEL_FILES)
 
 
 def soft_prompt_config(path) -> dict | None:
@@ -191,7 +191,7 @@ def soft_prompt_config(path) -> dict | None:
 
 
 def check_whole_model(path, flag: str) -> None:
-    """UserError unless training can start from a path: adapters without their model are none."""
+    """UserError for a path that training cannot start from because it holds an adapter without its model."""
     if soft_prompt_config(path) is not None:
         raise UserError(
             f"{flag} {path} holds a soft prompt, which cannot be folded into a model's weights: "
@@ -220,7 +220,9 @@ def load_soft_prompt(base_model, path) -> SoftPromptModel:
         raise UserError(f"{file} holds no soft prompt: there is no prompt_embeddings in it") from None
     width = embedding_width(base_model)
     if not vectors.is_floating_point() or not len(vectors) or not vectors.isfinite().all():
-        raise UserError(f"{file} holds no soft prompt: its prompt_embeddings are no finite numbers, or none at all")
+        raise UserError(
+            f"{file} holds no soft prompt: its prompt_embeddings are empty, non-finite or not floating-point"
+        )
     if vectors.ndim != 2 or vectors.shape[1] != width:
         raise UserError(f"{file} holds vectors of {tuple(vectors.shape)}; the base model's embedding is {width} wide")
     encoder = nn.Embedding.from_pretrained(vectors).to(base_model.device)
