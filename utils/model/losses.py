@@ -32,7 +32,7 @@ def _score(hidden, labels, to_logits: Logits, temperature: float, with_entropy: 
     return torch.stack([log_probs, entropy], dim=1)
 
 
-def _score_in_chunks(hidden, labels, to_logits: Logits, vocabulary: int, temperature=1.0, with_entropy=False):
+def score_in_chunks(hidden, labels, to_logits: Logits, vocabulary: int, temperature=1.0, with_entropy=False):
     """As ``_score``, over chunks that are recomputed in the backward pass."""
     positions = max(1, CHUNK_BYTES // (4 * vocabulary))
     parts = []
@@ -53,12 +53,12 @@ def gather_log_probs(logits: torch.Tensor, labels: torch.Tensor, temperature: fl
     Returns:
         [B, A] fp32. Logits are upcast chunk by chunk, so no whole fp32 copy ever exists.
     """
-    scores = _score_in_chunks(logits.flatten(0, 1), labels.flatten(), nn.Identity(), logits.shape[-1], temperature)
+    scores = score_in_chunks(logits.flatten(0, 1), labels.flatten(), nn.Identity(), logits.shape[-1], temperature)
     return scores.view(labels.shape)
 
 
 @contextmanager
-def _forward_replaced(module, forward):
+def forward_replaced(module, forward):
     """While open, ``module(...)`` runs ``forward``, between the same hooks (ZeRO-3's, say) as ever."""
     own = module.__dict__.get("forward")
     module.forward = forward
@@ -110,7 +110,7 @@ def _after_head(model, head) -> Logits | None:
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     was_training = model.training
     model.eval()
-    with _forward_replaced(head, lambda hidden: probe.expand(*hidden.shape[:-1], -1).clone()):
+    with forward_replaced(head, lambda hidden: probe.expand(*hidden.shape[:-1], -1).clone()):
         logits = model(**model_inputs(model, ids, torch.ones_like(ids))).logits[0, -1].float()
     model.train(was_training)
     if logits.shape != probe.shape:
@@ -161,7 +161,7 @@ class LabelLogProbs:
 
         def scores(states, to_logits):
             states = states[:, -targets.shape[1] :]  # a soft prompt stands in front of the tokens and has no labels
-            return _score_in_chunks(
+            return score_in_chunks(
                 states[wanted],
                 targets[wanted],
                 lambda part: to_logits(part)[..., :vocabulary],
@@ -180,7 +180,7 @@ class LabelLogProbs:
                 return scores(states, lambda part: after_head(head_forward(part).float()))
 
             with (
-                _forward_replaced(self.head, scoring_head),
+                forward_replaced(self.head, scoring_head),
                 _outputs_kept(self.head) as kept,
                 # The family has scaled the scores as if they were logits: take them as the head put them out.
                 _logits_replaced(self.model, lambda _: kept.pop()),
