@@ -17,9 +17,13 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.arguments import SCRIPTS
+from utils.demo.tiny_model import train_demo_tokenizer
 
 LENGTH = 256  # tokens of a row; step 3: half of it prompt
 SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
@@ -67,11 +71,6 @@ CASES = {  # step -> (size, ranks, ZeRO stage, dtype, rows of a micro-batch, mor
 
 def make_models(folder: Path, size: str) -> tuple[Path, Path]:
     """A language model and a reward model with random weights and the quickstart's tokenizer; made once."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-
-    from utils.demo.tiny_model import train_demo_tokenizer
-
     policy, reward = folder / f"{size}-policy", folder / f"{size}-reward"
     if (reward / "tokenizer.json").exists():
         return policy, reward

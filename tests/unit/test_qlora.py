@@ -68,6 +68,16 @@ def test_int8_is_that_of_bitsandbytes():
     assert torch.equal(packed.scales.squeeze(1), scales)
 
 
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_size_of_a_packed_matrix_is_that_of_its_tensors(kind, double):
+    packed = PackedWeight(torch.randn(31, 601), packing(kind, double))
+    tensors = [packed.codes, packed.scales] if kind == "int8" else [packed.codes, packed.scales.absmax]
+    if kind == "nf4" and double:
+        tensors.append(packed.scales.state2.absmax)
+    assert packed.nbytes == sum(tensor.nbytes for tensor in tensors)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_packed_layer_and_its_gradients_are_those_of_a_plain_one_with_the_unpacked_weight(kind, transposed):

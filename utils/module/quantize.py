@@ -7,6 +7,7 @@ Packing to nf4 is that of the package ``bitsandbytes``. The product is a plain o
 training, evaluation and every device compute alike (its own int8 product also rounds the activations in evaluation).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,19 @@ class Packing:
     kind: str
     double: bool
     compute_dtype: torch.dtype
+
+
+def packed_size(packing: Packing, rows: int, columns: int) -> int:
+    """Bytes of a packed matrix [rows, columns], codes and scales.
+
+    nf4: half a byte each and an fp32 scale per 64, or with ``double`` a byte per 64 and an fp32 scale per 256 of those
+    (QLoRA, https://arxiv.org/abs/2305.14314, section 3). int8: a byte each and an fp32 scale per row.
+    """
+    weights = rows * columns
+    if packing.kind == "int8":
+        return weights + 4 * rows
+    blocks = math.ceil(weights / 64)
+    return math.ceil(weights / 2) + (blocks + 4 * math.ceil(blocks / 256) if packing.double else 4 * blocks)
 
 
 class PackedWeight(nn.Module):
@@ -73,11 +87,8 @@ class PackedWeight(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        if self.packing.kind == "int8":
-            return self.codes.nbytes + self.scales.nbytes
-        nested = self.scales.state2.absmax.nbytes if self.packing.double else 0
-        return self.codes.nbytes + self.scales.absmax.nbytes + nested
+        """Of codes and scales."""
+        return packed_size(self.packing, self.out_features, self.in_features)
 
     def unpacked(self) -> torch.Tensor:
         """[out, in] in the compute dtype."""

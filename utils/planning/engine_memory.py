@@ -1,13 +1,16 @@
-"""What an engine keeps in memory all the time, by DeepSpeed's rules for its ZeRO stage."""
+"""What an engine keeps in memory beside the passes over its model, by DeepSpeed's rules for its ZeRO stage.
+
+Model states are those of ZeRO (Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054, section 3: 16-bit Adam keeps
+2 + 2 + 12 bytes per parameter); buffers and copies are what the code of DeepSpeed 0.19.8 allocates, named at each rule.
+All sizes are bytes on one rank.
+"""
 
 import math
 from dataclasses import dataclass, field
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from utils.ds_utils import offloads_optimizer
-from utils.planning.meta_model import MetaModel, Sizes
-from utils.process.host_memory import HEAP_BLOCK
+from utils.planning.meta_model import MetaModel
 
 GIB = 2**30
 
@@ -25,6 +28,9 @@ class Bytes:
 
     def __add__(self, other: "Bytes") -> "Bytes":
         return Bytes(self.device + other.device, self.host + other.host)
+
+    def __sub__(self, other: "Bytes") -> "Bytes":
+        return Bytes(self.device - other.device, self.host - other.host)
 
 
 @dataclass(frozen=True)
@@ -47,162 +53,252 @@ class Machine:
     baseline: Bytes
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """ZeRO-3's whole weights beside the shards: in a training pass, in one without gradients, and all at once."""
+
+    training: int = 0
+    scoring: int = 0
+    whole: int = 0
+
+
 @dataclass
 class EngineMemory:
     """One engine's share of a rank's memory, in bytes.
 
     Attributes:
         resident: what is there all the time, by name.
-        arriving: beside activations in a backward pass, where gradients are collected.
-        waiting: gradients of earlier micro-batches, during the passes of the others.
-        reduced: at most, when the backward pass has ended and gradients go to the ranks they belong to.
+        keeps_gradients: whole gradients stay as the backward pass makes them; else they go into ``buckets``.
+        buckets: beside activations in a backward pass, where gradients are collected.
+        accumulated: gradients of earlier micro-batches, during the passes of the others.
+        reduction: at most, when the backward pass has ended and gradients go to the ranks they belong to.
         gradients: what is left of them until the optimizer step. step: at most in that step, with them.
-        gather_training, gather_looking, gather_whole: ZeRO-3's whole weights, in a training pass, in one without
-            gradients, and all of them at once.
-        collects: whole gradients stay as the backward pass makes them (else they go into ``arriving``).
+        loading: on the host, while the first rank of a node reads the files.
     """
 
     name: str
     model: MetaModel
     resident: dict[str, Bytes] = field(default_factory=dict)
-    arriving: int = 0
-    waiting: int = 0
-    reduced: Bytes = Bytes()
+    keeps_gradients: bool = False
+    buckets: int = 0
+    accumulated: int = 0
+    reduction: Bytes = Bytes()
     gradients: Bytes = Bytes()
     step: Bytes = Bytes()
-    gather_training: int = 0
-    gather_looking: int = 0
-    gather_whole: int = 0
-    collects: bool = False
-    small_states: list[int] = field(default_factory=list)  # Adam's moments in blocks of their own below HEAP_BLOCK
-    loading: Bytes = Bytes()
+    gathered: Gathered = Gathered()
+    loading: int = 0
 
     @property
-    def always(self) -> Bytes:
+    def states(self) -> Bytes:
         return sum(self.resident.values(), Bytes())
 
 
-def _gathers(sizes: Sizes, itemsize: int, zero: DeepSpeedZeroConfig, sharded: bool) -> dict[str, int]:
-    """ZeRO-3's whole weights at a time. With one rank and nothing on the host a shard is the weight itself.
-
-    A weight is released after use unless it is used again within stage3_max_reuse_distance (1e9) elements
+def _gathered(model: MetaModel, zero: DeepSpeedZeroConfig) -> Gathered:
+    """A weight is released after use unless it is used again within stage3_max_reuse_distance (1e9) elements
     (PartitionedParameterCoordinator.__params_to_release). In a training pass the last layers are used again soonest:
     half of that distance lies before them, so that smaller models are kept whole from forward to backward pass.
     """
-    if not sharded:
-        return {}
-    ahead = zero.prefetch_bucket_size + sizes.largest_layer
-    return dict(
-        gather_training=min(sizes.whole, zero.max_reuse_distance // 2 + ahead) * itemsize,
-        gather_looking=min(sizes.whole, ahead) * itemsize,
-        gather_whole=sizes.whole * itemsize,
-    )
+    whole, ahead = model.sizes.whole, zero.prefetch_bucket_size + model.sizes.largest_layer
+    elements = min(whole, zero.max_reuse_distance // 2 + ahead), min(whole, ahead), whole
+    return Gathered(*(count * model.itemsize for count in elements))
+
+
+def _is_offloaded(part) -> bool:
+    return part is not None and part.device != "none"
+
+
+def _place(size: int, on_host: bool) -> Bytes:
+    return Bytes(host=size) if on_host else Bytes(device=size)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """An engine to be built with AdamW around a model in 16 or 32 bits; sizes that the rules of all stages name.
+
+    Attributes:
+        share: trained elements of one rank. bucket: elements that are reduced at a time. norm: bytes of the norm of
+            gradients, which is taken in fp64, tensor by tensor.
+    """
+
+    name: str
+    model: MetaModel
+    zero: DeepSpeedZeroConfig
+    machine: Machine
+    accumulates: bool
+
+    @property
+    def offload(self) -> bool:
+        return _is_offloaded(self.zero.offload_optimizer)
+
+    @property
+    def many(self) -> bool:
+        return self.machine.ranks > 1
+
+    @property
+    def item(self) -> int:
+        return self.model.itemsize
+
+    @property
+    def trained(self) -> int:
+        return self.model.sizes.trained
+
+    @property
+    def share(self) -> int:
+        return math.ceil(self.trained / self.machine.ranks)
+
+    @property
+    def bucket(self) -> int:
+        return min(self.trained, self.zero.reduce_bucket_size)
+
+    @property
+    def norm(self) -> int:
+        return 8 * self.model.sizes.largest_trained
+
+    @property
+    def fp32_share(self) -> int:
+        """Bytes of the fp32 copy of a 16-bit share of gradients that Adam is given."""
+        return 4 * self.share if self.item == 2 else 0
+
+    @property
+    def parameters(self) -> Bytes:
+        """Whole weights."""
+        return Bytes(self.model.sizes.whole * self.item + self.model.sizes.packed_bytes)
+
+    def states(self) -> dict[str, Bytes]:
+        """The fp32 copy of a rank's share, which is made of fp32 weights too, and Adam's two moments."""
+        return {
+            "fp32 weights": _place(4 * self.share, self.offload),
+            "optimizer states": _place(8 * self.share, self.offload),
+        }
 
 
 def trained_engine(name: str, model: MetaModel, ds_config: dict, machine: Machine, accumulation: int) -> EngineMemory:
-    """An engine with AdamW, as DeepSpeed 0.19.8 builds it around a model in 16 or 32 bits.
+    """An engine with AdamW, as DeepSpeed builds it around a model in 16 or 32 bits.
 
-    Stage 0 (fp32 only): gradients whole; their reduction copies them, up to 5e8 elements at a time
-    (engine.buffered_allreduce_fallback).
-    Stage 1 and 2 (stage_1_and_2.py): an fp32 copy of a rank's share also of fp32 weights; gradients are copied into
-    buckets of reduce_bucket_size elements (two with overlap_comm), flattened again where there are several ranks
-    (allreduce_bucket), copied out of them (copy_grads_in_partition), flattened and cast to fp32 for the step; gloo's
-    all_gather has a whole copy of the weights, for a moment.
-    Stage 3 (stage3.py): the same of shards; one bucket that stays; a flat buffer of the shards of gradients that stays;
-    reduce_scatter_coalesced rearranges a bucket into a copy, gloo's reduce_scatter makes another.
-    The norm of gradients is taken in fp64, tensor by tensor.
     On a CPU memory counts from its first use, so that a bucket takes what was written to it.
     """
     zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
-    sizes, item, ranks, on_cpu = model.sizes, model.itemsize, machine.ranks, machine.on_cpu
-    trained, offload, stage = sizes.trained, offloads_optimizer(ds_config), int(zero.stage)
-    offload_weights = stage == 3 and zero.offload_param is not None and zero.offload_param.device != "none"
-    share = math.ceil(trained / ranks)
-    bucket = min(trained, zero.reduce_bucket_size)
-    norm, is_16_bit, many = 8 * sizes.largest_trained, item == 2, ranks > 1
-    engine = EngineMemory(name, model)
-
-    def place(size: int, on_host: bool) -> Bytes:
-        return Bytes(host=size) if on_host else Bytes(device=size)
-
-    if stage == 0:
-        engine.resident = {
-            "parameters": Bytes(sizes.whole * item + sizes.packed_bytes),
-            "optimizer states": Bytes(8 * trained),
-        }
-        engine.gradients = Bytes(trained * item)
-        engine.waiting = trained * item if accumulation > 1 else 0
-        engine.reduced = Bytes(trained * item + min(trained, 500_000_000 + sizes.largest_trained) * item)
-        engine.step = engine.gradients
-        engine.collects = accumulation == 1
-        moments = [4 * p.numel() for p in model.model.parameters() if p.requires_grad for _ in range(2)]
-        engine.small_states = [size for size in moments if size < HEAP_BLOCK]
-        return engine
-
-    if stage < 3:
-        states = place(4 * share, offload), place(8 * share, offload)
-        engine.resident = {
-            "parameters": Bytes(sizes.whole * item + sizes.packed_bytes),
-            "fp32 weights": states[0],
-            "optimizer states": states[1],
-        }
-        room = (2 if zero.overlap_comm else 1) * zero.reduce_bucket_size
-        engine.arriving = (min(trained, room) if on_cpu else room) * item
-        engine.collects = on_cpu and accumulation == 1
-        at_end = engine.arriving + (bucket * item if many else 0)
-        if offload:
-            engine.resident["gradients"] = Bytes(host=4 * share)
-            engine.resident["buffers"] = Bytes(
-                sizes.largest_trained * item, share * item + sizes.largest_trained * item
-            )
-            accumulated = share * item if accumulation > 1 else 0
-            engine.resident["gradients"] += Bytes(host=accumulated)
-            engine.reduced = Bytes(at_end + norm)
-            engine.step = Bytes(trained * item if on_cpu and many else 0)
-            return engine
-        if accumulation > 1:
-            engine.waiting = (trained if stage == 1 else share) * item
-        left = share * item
-        if trained > zero.reduce_bucket_size:  # reduced, and shared out, while the backward pass goes on
-            engine.arriving += left + (bucket * item if many else 0)
-        engine.reduced = Bytes(at_end + left + (left if accumulation > 1 and stage == 2 else 0))
-        engine.gradients = Bytes(left)
-        cast = left + share * item + (4 * share if is_16_bit else 0)
-        engine.step = Bytes(max(cast, left + norm, trained * item if on_cpu and many else 0))
-        return engine
-
-    engine.resident = {
-        "parameters": place(math.ceil(sizes.whole / ranks) * item, offload_weights),
-        "fp32 weights": place(4 * share, offload),
-        "optimizer states": place(8 * share, offload),
-        "gradients": place(share * item, offload),
-        "buffers": Bytes((bucket if on_cpu else zero.reduce_bucket_size) * item),
-    }
-    if offload:
-        engine.resident["gradients"] += Bytes(host=4 * share)
-    for key, value in _gathers(sizes, item, zero, many or (offload_weights and not on_cpu)).items():
-        setattr(engine, key, value)
-    engine.reduced = Bytes(bucket * item * (2 if on_cpu else 1))
-    if trained > zero.reduce_bucket_size:  # reduced while the backward pass goes on
-        engine.arriving = engine.reduced.device
-    engine.step = Bytes(0 if offload else max(share * item + (4 * share if is_16_bit else 0), norm // ranks))
-    engine.loading = _loading(model, ranks)
-    return engine
+    training = _Training(name, model, zero, machine, accumulation > 1)
+    if zero.stage == 0:
+        return _stage_0(training)
+    if zero.stage == 3:
+        return _stage_3(training)
+    return _stage_1_or_2_offloaded(training) if training.offload else _stage_1_or_2(training)
 
 
-def _loading(model: MetaModel, ranks: int) -> Bytes:
-    """ZeRO-3: transformers reads all weight files on rank 0 before it hands out the shards."""
-    return Bytes(host=model.sizes.total * model.itemsize)
+def _stage_0(training: _Training) -> EngineMemory:
+    """fp32 only. Gradients whole; their reduction copies them, up to 5e8 elements at a time
+    (engine.buffered_allreduce_fallback)."""
+    whole = training.trained * training.item
+    copied = min(training.trained, 500_000_000 + training.model.sizes.largest_trained) * training.item
+    return EngineMemory(
+        training.name,
+        training.model,
+        {"parameters": training.parameters, "optimizer states": Bytes(8 * training.trained)},
+        keeps_gradients=not training.accumulates,
+        accumulated=whole if training.accumulates else 0,
+        reduction=Bytes(whole + copied),
+        gradients=Bytes(whole),
+        step=Bytes(whole),
+    )
+
+
+def _collecting(training: _Training) -> tuple[int, int, int]:
+    """Stages 1 and 2 (stage_1_and_2.py): gradients are copied into buckets of reduce_bucket_size elements (two with
+    overlap_comm), and flattened again where there are several ranks (allreduce_bucket).
+
+    Returns:
+        bytes of the buckets, of the flat copy, and of whole weights that gloo's all_gather has for a moment.
+    """
+    room = (2 if training.zero.overlap_comm else 1) * training.zero.reduce_bucket_size
+    on_cpu, many = training.machine.on_cpu, training.many
+    buckets = (min(training.trained, room) if on_cpu else room) * training.item
+    return buckets, training.bucket * training.item * many, training.trained * training.item * (on_cpu and many)
+
+
+def _stage_1_or_2(training: _Training) -> EngineMemory:
+    """Reduced gradients are copied out of the buckets (copy_grads_in_partition), flattened and cast to fp32 for the
+    step."""
+    buckets, flat, gathered = _collecting(training)
+    left = training.share * training.item
+    accumulated = training.trained * training.item if training.zero.stage == 1 else left
+    during = buckets
+    if training.trained > training.zero.reduce_bucket_size:  # reduced, and shared out, while the backward pass goes on
+        during += left + flat
+    added = left if training.accumulates and training.zero.stage == 2 else 0
+    return EngineMemory(
+        training.name,
+        training.model,
+        {"parameters": training.parameters, **training.states()},
+        keeps_gradients=training.machine.on_cpu and not training.accumulates,
+        buckets=during,
+        accumulated=accumulated if training.accumulates else 0,
+        reduction=Bytes(buckets + flat + left + added),
+        gradients=Bytes(left),
+        step=Bytes(max(2 * left + training.fp32_share, left + training.norm, gathered)),
+    )
+
+
+def _stage_1_or_2_offloaded(training: _Training) -> EngineMemory:
+    """fp32 gradients of a share stay on the host; the largest weight has a buffer on both sides."""
+    buckets, flat, gathered = _collecting(training)
+    left, largest = training.share * training.item, training.model.sizes.largest_trained * training.item
+    return EngineMemory(
+        training.name,
+        training.model,
+        {
+            "parameters": training.parameters,
+            **training.states(),
+            "gradients": Bytes(host=4 * training.share + (left if training.accumulates else 0)),
+            "buffers": Bytes(largest, left + largest),
+        },
+        keeps_gradients=training.machine.on_cpu and not training.accumulates,
+        buckets=buckets,
+        reduction=Bytes(buckets + flat + training.norm),
+        step=Bytes(gathered),
+    )
+
+
+def _stage_3(training: _Training) -> EngineMemory:
+    """As stage 2, of shards (stage3.py): one bucket and a flat buffer of the shards of gradients, which both stay;
+    reduce_scatter_coalesced rearranges a bucket into a copy, gloo's reduce_scatter makes another.
+
+    With one rank and nothing on the host a shard is the weight itself.
+    """
+    model, zero, machine, item = training.model, training.zero, training.machine, training.item
+    offload_weights = _is_offloaded(zero.offload_param)
+    shard = training.share * item
+    reduction = training.bucket * item * (2 if machine.on_cpu else 1)
+    reduced_early = training.trained > zero.reduce_bucket_size  # while the backward pass goes on
+    sharded = training.many or (offload_weights and not machine.on_cpu)
+    return EngineMemory(
+        training.name,
+        model,
+        {
+            "parameters": _place(math.ceil(model.sizes.whole / machine.ranks) * item, offload_weights),
+            **training.states(),
+            "gradients": Bytes(host=shard + 4 * training.share) if training.offload else Bytes(shard),
+            "buffers": Bytes((training.bucket if machine.on_cpu else zero.reduce_bucket_size) * item),
+        },
+        buckets=reduction if reduced_early else 0,
+        reduction=Bytes(reduction),
+        step=Bytes(0 if training.offload else max(shard + training.fp32_share, training.norm // machine.ranks)),
+        gathered=_gathered(model, zero) if sharded else Gathered(),
+        loading=model.saved_bytes,  # transformers reads all files before it hands out the shards
+    )
 
 
 def frozen_engine(name: str, model: MetaModel, ds_config: dict, machine: Machine) -> EngineMemory:
     """An engine without an optimizer: weights alone, whole or (stage 3) sharded, perhaps on the host."""
     zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
-    size, item = model.sizes.whole, model.itemsize
-    on_host = zero.offload_param is not None and zero.offload_param.device != "none"
-    if int(zero.stage) < 3:
-        return EngineMemory(name, model, {"parameters": Bytes(size * item)})
-    shard = math.ceil(size / machine.ranks) * item
-    gathers = _gathers(model.sizes, item, zero, machine.ranks > 1 or (on_host and not machine.on_cpu))
-    resident = {"parameters": Bytes(host=shard) if on_host else Bytes(shard)}
-    return EngineMemory(name, model, resident, loading=_loading(model, machine.ranks), **gathers)
+    size, on_host = model.sizes.whole, _is_offloaded(zero.offload_param)
+    if zero.stage < 3:
+        return EngineMemory(name, model, {"parameters": Bytes(size * model.itemsize)})
+    sharded = machine.ranks > 1 or (on_host and not machine.on_cpu)
+    return EngineMemory(
+        name,
+        model,
+        {"parameters": _place(math.ceil(size / machine.ranks) * model.itemsize, on_host)},
+        gathered=_gathered(model, zero) if sharded else Gathered(),
+        loading=model.saved_bytes,
+    )

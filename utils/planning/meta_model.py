@@ -1,15 +1,22 @@
-import ctypes
-import itertools
+"""What a pass over a model keeps alive, counted on the meta device: tensors there have shapes, but no numbers.
+
+A forward and backward pass runs as in training, operation by operation; ``LiveBytes`` adds up the bytes of each result
+while it lives. So activations, logits and KV caches of any family are counted without a weight being read.
+"""
+
+import copy
+import functools
 import math
 import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, AutoModelForCausalLM
@@ -28,7 +35,7 @@ from utils.module.lora import (
     make_model_gradient_checkpointing_compatible,
     only_optimize_lora_parameters,
 )
-from utils.process.host_memory import HEAP_BLOCK, memory_given_back
+from utils.module.quantize import Packing, packed_size
 
 
 class LiveBytes(TorchDispatchMode):
@@ -38,18 +45,14 @@ class LiveBytes(TorchDispatchMode):
         known: tensors that are counted elsewhere (weights); their views cost nothing.
 
     Attributes:
-        live, peak: bytes. heap_peak, mapped_peak: of storages below HEAP_BLOCK and of the others, each for itself.
-        events: (number, bytes) of each storage below HEAP_BLOCK when it is made, (number, None) when it is freed.
+        live, peak: bytes now, and at most so far.
     """
 
     def __init__(self, known=()):
         super().__init__()
-        self._live = {True: 0, False: 0}  # is on the heap -> bytes
-        self.peak = self.heap_peak = self.mapped_peak = 0
-        self.events: list[tuple[int, int | None]] = []
-        self._numbers = itertools.count()
+        self.live = self.peak = 0
         self._storages: dict[int, weakref.ref] = {}
-        self._known = [tensor.untyped_storage() for tensor in known]
+        self._known = [tensor.untyped_storage() for tensor in known]  # held, so that no other storage gets their ids
         self._known_ids = {id(storage) for storage in self._known}
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
@@ -58,42 +61,21 @@ class LiveBytes(TorchDispatchMode):
         result = function(*arguments, **(options or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._note(leaf.untyped_storage())
+                self._count(leaf.untyped_storage())
         return result
 
-    def _note(self, storage) -> None:
-        key = id(storage)
+    def _count(self, storage) -> None:
+        key, size = id(storage), storage.nbytes()
         if key in self._storages or key in self._known_ids:
             return
-        size = storage.nbytes()
-
-        on_heap, number = size < HEAP_BLOCK, next(self._numbers)
-
-        def note(change: int | None) -> None:
-            if on_heap:
-                self.events.append((number, change))
 
         def freed(_):
             del self._storages[key]
-            self._live[on_heap] -= size
-            note(None)
+            self.live -= size
 
         self._storages[key] = weakref.ref(storage, freed)
-        self._live[on_heap] += size
-        note(size)
+        self.live += size
         self.peak = max(self.peak, self.live)
-        self.heap_peak = max(self.heap_peak, self._live[True])
-        self.mapped_peak = max(self.mapped_peak, self._live[False])
-
-    @property
-    def live(self) -> int:
-        return sum(self._live.values())
-
-    def memory(self, kept: int, unpacked: int = 0) -> "PassMemory":
-        """``unpacked``: bytes of a matrix that comes and goes unseen."""
-        on_heap = unpacked if unpacked < HEAP_BLOCK else 0
-        mapped = self.mapped_peak + unpacked - on_heap
-        return PassMemory(kept, self.peak + unpacked, self.heap_peak + on_heap, mapped, self.events)
 
 
 class _Attention(torch.autograd.Function):
@@ -129,69 +111,80 @@ def _fused_attention():
 
 @dataclass(frozen=True)
 class PassMemory:
-    """Bytes beside weights: ``kept`` from a forward pass for its backward pass, ``peak`` of both.
-
-    ``heap`` and ``mapped`` are the peaks of small and of large blocks, which need not come at the same time: on a CPU
-    the C library keeps what was freed of the first and gives the second back. ``events``: see ``LiveBytes``.
-    """
+    """Bytes beside weights: ``kept`` from a forward pass for its backward pass, ``peak`` of both."""
 
     kept: int
     peak: int
-    heap: int
-    mapped: int
-    events: list = field(default_factory=list, compare=False, repr=False)
 
 
-def heap_footprint(passes: list[list], states: list[int], repeats: int = 3) -> int | None:
-    """How far glibc's heap grows when it serves the small blocks of a step, over and over; None without glibc.
+@dataclass(frozen=True)
+class LoRASpec:
+    """LoRA as ``convert_linear_layer_to_lora`` takes it; ``freezes_rest``: but for a value head, only it trains."""
 
-    Blocks of one size do not fill the holes that blocks of another have left, so that a heap is larger than what lives
-    in it. How much larger is asked of the C library itself: it is given the very requests, in their order, aligned as
-    torch asks for them. Nothing is written into the blocks, so that they cost no memory here.
+    module_name: str
+    dim: int
+    scaling: float
+    dropout: float
+    freezes_rest: bool
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model of a step, as the flags of the step describe it.
 
     Args:
-        passes: ``events`` of the passes of a step, in their order.
-        states: bytes of blocks that appear after the first step and stay (Adam's moments of single tensors).
-
-    Returns:
-        bytes, ``states`` not counted.
+        config: of transformers; it is not changed.
+        kind: "causal" or "reward".
+        dtype: "fp16", "bf16" or "fp32".
+        packing: of the frozen weights under LoRA (QLoRA); None: they are not packed.
+        dropout: every dropout probability of the model; None for its own.
+        tokenizer_size: entries; the embedding grows to hold them.
+        trains: else all of it is frozen.
+        wrap: makes the model that trains of the bare one (a soft prompt).
     """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return None
-    libc.sbrk.restype = ctypes.c_size_t  # where the heap ends
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
 
-    def take(size: int) -> ctypes.c_void_p:
-        block = ctypes.c_void_p()
-        if libc.posix_memalign(ctypes.byref(block), 64, size):
-            raise MemoryError(size)
-        return block
+    config: object
+    kind: str
+    dtype: str
+    lora: LoRASpec | None = None
+    packing: Packing | None = None
+    dropout: float | None = None
+    attn_implementation: str | None = None
+    tokenizer_size: int = 0
+    trains: bool = True
+    trust_remote_code: bool = False
+    wrap: Callable[[nn.Module], nn.Module] | None = None
 
-    with memory_given_back():
-        pass  # leaves glibc as it is in training, its free memory given back
-    start = peak = libc.sbrk(0)
-    stay = []
-    for repeat in range(repeats):
-        for events in passes:
-            alive = {}
-            for number, size in events:
-                if size is None:
-                    block = alive.pop(number, None)
-                    if block is not None:
-                        libc.free(block)
-                elif size:
-                    alive[number] = take(size)
-                    peak = max(peak, libc.sbrk(0))
-            for block in alive.values():
-                libc.free(block)
-        if repeat == 0:
-            stay = [take(size) for size in states]
-    for block in stay:
-        libc.free(block)
-    libc.malloc_trim(0)
-    return max(0, peak - start - sum(states))
+
+def build_on_meta(spec: ModelSpec) -> nn.Module:
+    """The model as it trains, without numbers.
+
+    Raises:
+        UserError: a LoRA scope that matches nothing.
+    """
+    config = copy.deepcopy(spec.config)
+    text = config.get_text_config()
+    if spec.tokenizer_size > text.vocab_size:
+        text.vocab_size = 8 * math.ceil(spec.tokenizer_size / 8)
+    configure_dropout(config, spec.dropout)
+    options = {"dtype": TORCH_DTYPES[spec.dtype], "trust_remote_code": spec.trust_remote_code}
+    if spec.attn_implementation is not None:
+        # What FlashAttention keeps is what SDPA keeps, but it needs a GPU to be chosen.
+        is_flash = spec.attn_implementation == "flash_attention_2"
+        options["attn_implementation"] = "sdpa" if is_flash else spec.attn_implementation
+    auto_class = AutoModelForCausalLM if spec.kind == "causal" else AutoModel
+    with torch.device("meta"):
+        model = auto_class.from_config(config, **options)
+        if spec.kind == "reward":
+            model = RewardModel(model, SimpleNamespace(pad_token_id=0))
+        if spec.wrap is not None:
+            model = spec.wrap(model)
+        if spec.lora is not None:
+            lora = spec.lora
+            convert_linear_layer_to_lora(model, lora.module_name, lora.dim, lora.scaling, lora.dropout)
+            if lora.freezes_rest:
+                only_optimize_lora_parameters(model, ("v_head.weight",) if spec.kind == "reward" else ())
+    return model if spec.trains else model.requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -203,7 +196,7 @@ class Sizes:
     packed: int  # weights of QLoRA
     packed_bytes: int
     largest_trained: int  # one tensor
-    largest_layer: int  # the weights of one module of ZeRO-3's gathering
+    largest_layer: int  # the weights of one module, which ZeRO-3 gathers at once
 
     @property
     def whole(self) -> int:
@@ -214,90 +207,52 @@ class Sizes:
         return self.whole + self.packed
 
 
+def _once(run_pass):
+    """A pass of the same shape is counted once per model: a plan asks for it over and over."""
+
+    @functools.wraps(run_pass)
+    def remembered(self, *shape, **options):
+        key = (run_pass.__name__, shape, tuple(sorted(options.items())))
+        if key not in self._passes:
+            self._passes[key] = run_pass(self, *shape, **options)
+        return self._passes[key]
+
+    return remembered
+
+
 class MetaModel:
-    """A model of a step as it will train, on the meta device.
+    """A model of a step on the meta device, its sizes, and what its passes take.
 
-    Args:
-        config: of transformers; it is not changed.
-        kind: "causal" or "reward".
-        dtype: "fp16", "bf16" or "fp32".
-        lora: {module_name, dim, scaling, dropout}, or None; only_lora: freeze the rest.
-        keep_trainable: as in ``only_optimize_lora_parameters``.
-        quantize: None, "nf4" or "int8"; double: nf4's scales packed too.
-        tokenizer_size: entries; the embedding grows to hold them.
-        wrap: makes the model that trains of the bare one (a soft prompt).
-
-    Raises:
-        UserError: a LoRA scope that matches nothing.
+    Attributes:
+        model: see ``build_on_meta``. adapted: its LoRA layers. sizes: of its weights.
     """
 
-    def __init__(
-        self,
-        config,
-        kind: str,
-        dtype: str,
-        *,
-        lora: dict | None = None,
-        only_lora: bool = False,
-        keep_trainable=(),
-        quantize: str | None = None,
-        double: bool = True,
-        dropout: float | None = None,
-        attn_implementation: str | None = None,
-        tokenizer_size: int = 0,
-        trains: bool = True,
-        trust_remote_code: bool = False,
-        wrap: Callable | None = None,
-    ):
-        self.kind, self.dtype, self.trains = kind, TORCH_DTYPES[dtype], trains
-        config = type(config).from_dict(config.to_dict()) if not trust_remote_code else config
-        text = config.get_text_config()
-        if tokenizer_size > text.vocab_size:
-            text.vocab_size = 8 * math.ceil(tokenizer_size / 8)
-        configure_dropout(config, dropout)
-        # What FlashAttention keeps is what SDPA keeps, but it needs a GPU to be chosen.
-        attention = "sdpa" if attn_implementation == "flash_attention_2" else attn_implementation
-        options = {"dtype": self.dtype, "trust_remote_code": trust_remote_code}
-        options |= {} if attention is None else {"attn_implementation": attention}
-        auto_class = AutoModelForCausalLM if kind == "causal" else AutoModel
-        with torch.device("meta"):
-            model = auto_class.from_config(config, **options)
-            if kind == "reward":
-                model = RewardModel(model, SimpleNamespace(pad_token_id=0))
-            if wrap is not None:
-                model = wrap(model)
-            if lora is not None:
-                convert_linear_layer_to_lora(model, lora["module_name"], lora["dim"], lora["scaling"], lora["dropout"])
-                if only_lora:
-                    only_optimize_lora_parameters(model, keep_trainable)
-        if not trains:
-            model.requires_grad_(False)
-        self.model, self.adapts = model, lora is not None
-        self.adapted = [layer for _, layer in lora_layers(model)]
-        self.quantize, self.double = quantize, double
+    def __init__(self, spec: ModelSpec):
+        self.spec, self.model = spec, build_on_meta(spec)
+        self.adapted = [layer for _, layer in lora_layers(self.model)]
         self.sizes = self._sizes()
         self._passes: dict[tuple, PassMemory] = {}
 
     @property
     def itemsize(self) -> int:
-        return self.dtype.itemsize
+        return TORCH_DTYPES[self.spec.dtype].itemsize
+
+    @property
+    def saved_bytes(self) -> int:
+        """Of all weights in the model's dtype, as its files hold them."""
+        return self.sizes.total * self.itemsize
 
     def _sizes(self) -> Sizes:
-        packed, packed_bytes = 0, 0
-        packed_ids = set()
-        for layer in self.adapted if self.quantize else ():
-            size = layer.weight.numel()
-            rows = layer.weight.shape[1 if layer.transposed else 0]
-            packed, packed_bytes = packed + size, packed_bytes + packed_size(self.quantize, self.double, size, rows)
-            packed_ids.add(id(layer.weight))
-        parameters = [p for p in self.model.parameters() if id(p) not in packed_ids]
+        packed = {id(layer.weight): layer for layer in self.adapted if self.spec.packing}
+        shapes = [(layer.weight.T if layer.transposed else layer.weight).shape for layer in packed.values()]
+        parameters = [p for p in self.model.parameters() if id(p) not in packed]
         trained = [p.numel() for p in parameters if p.requires_grad]
         layers = [sum(p.numel() for p in module.parameters(recurse=False)) for module in self.model.modules()]
         return Sizes(
             trained=sum(trained),
             frozen=sum(p.numel() for p in parameters) - sum(trained),
-            packed=packed,
-            packed_bytes=packed_bytes,
+            packed=sum(rows * columns for rows, columns in shapes),
+            packed_bytes=sum(packed_size(self.spec.packing, rows, columns) for rows, columns in shapes),
             largest_trained=max(trained, default=0),
             largest_layer=max(layers),
         )
@@ -305,8 +260,11 @@ class MetaModel:
     @property
     def unpacked_bytes(self) -> int:
         """Of the one matrix that a product with packed weights unpacks (int8: by way of an fp32 one)."""
-        largest = max((layer.weight.numel() for layer in self.adapted), default=0) if self.quantize else 0
-        return largest * (self.itemsize + (4 if self.quantize == "int8" else 0))
+        packing = self.spec.packing
+        if packing is None:
+            return 0
+        item = packing.compute_dtype.itemsize + (4 if packing.kind == "int8" else 0)
+        return max(layer.weight.numel() for layer in self.adapted) * item
 
     @property
     def folded_bytes(self) -> int:
@@ -317,18 +275,17 @@ class MetaModel:
         """Copies that fused_linear.py makes on a CPU: of layers that share an input, in 16 bits of all layers."""
         with LiveBytes(), _fused_attention():
             for layer in self.adapted:
-                layer._base_weight = layer.weight.data  # marks it as folded
+                layer.fuse_lora_weight()
             try:
                 groups = find_shared_inputs(self.model)
             finally:
                 for layer in self.adapted:
-                    layer._base_weight = None
+                    layer.unfuse_lora_weight()
         modules = dict(self.model.named_modules())
         names = [name for group in groups if len(group) > 1 or self.itemsize == 2 for name in group]
         return sum(modules[name].weight.numel() for name in names) * self.itemsize
 
-    # ------------------------------------------------------------ passes
-
+    @_once
     def training(
         self,
         rows: int,
@@ -345,31 +302,78 @@ class MetaModel:
             labels: tokens of a row that are scored, with their entropy; None for all, without.
             packed: rows hold several segments.
         """
-        key = ("train", rows, length, checkpointing, keep_gradients, labels, packed)
-        return self._cached(key, lambda: self._train(rows, length, checkpointing, keep_gradients, labels, packed))
+        model = self.model.train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        handles = []
+        if not keep_gradients:
+            handles = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
+        try:
+            with self._checkpointing() if checkpointing else nullcontext(), self._counting() as counted:
+                result = self._forward(self._inputs(rows, length, packed), labels)
+                kept = counted.live
+                result.sum().backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+            for p in trained:
+                p.grad = None
+        return PassMemory(kept, counted.peak + self.unpacked_bytes)
 
-    def looking(self, rows: int, length: int, labels: int | None = None, packed: bool = False) -> PassMemory:
-        """A forward pass without gradients, over [rows, length] tokens; arguments as in ``training``."""
-        return self._cached(("look", rows, length, labels, packed), lambda: self._look(rows, length, labels, packed))
+    @_once
+    @torch.no_grad()
+    def scoring(self, rows: int, length: int, labels: int | None = None) -> PassMemory:
+        """A forward pass without gradients over [rows, length] tokens: log-probs of labels, or values."""
+        self.model.eval()
+        with self._counting() as counted:
+            self._forward(self._inputs(rows, length), labels)
+        return PassMemory(0, counted.peak + self.unpacked_bytes)
 
+    @_once
+    @torch.no_grad()
     def generating(self, rows: int, prompt: int, answer: int) -> PassMemory:
         """Reading [rows, prompt] tokens into a KV cache for ``answer`` more; ``kept`` is the cache."""
-        return self._cached(("generate", rows, prompt, answer), lambda: self._generate(rows, prompt, answer))
+        model = self.model.eval()
+        rows_of_embedding = embedding_rows(model)
+        with self._counting() as counted:
+            cache = make_cache(model, prompt + answer)
+            inputs = self._inputs(rows, prompt) | {"past_key_values": cache, "use_cache": True}
+            inputs |= {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
+            logits = model(**inputs).logits[:, -1]
+            decoding = Decoding(answer, 0, 0, rows_of_embedding)
+            choose(logits, decoding, torch.zeros(rows, dtype=torch.float64, device="meta"))
+            del logits, inputs
+            kept = counted.live
+        return PassMemory(kept, counted.peak)
 
-    def _cached(self, key: tuple, run: Callable) -> PassMemory:
-        if key not in self._passes:
-            self._passes[key] = run()
-        return self._passes[key]
+    @contextmanager
+    def _counting(self):
+        with _fused_attention(), LiveBytes([*self.model.parameters(), *self.model.buffers()]) as counted:
+            yield counted
 
-    def _inputs(self, rows: int, length: int, packed: bool) -> dict:
+    @contextmanager
+    def _checkpointing(self):
+        model = self.model.rwtransformer if self.spec.kind == "reward" else self.model.base_model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers is about to rename these methods
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if self.adapted:
+                make_model_gradient_checkpointing_compatible(model)
+            try:
+                yield
+            finally:
+                model.gradient_checkpointing_disable()
+                if self.adapted:
+                    model.disable_input_require_grads()
+
+    def _inputs(self, rows: int, length: int, packed: bool = False) -> dict:
         ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
         if packed:
             return packed_inputs(self.model, {"input_ids": ids, "segment_ids": ids, "position_ids": ids})
-        bare = self.model.rwtransformer if self.kind == "reward" else self.model
+        bare = self.model.rwtransformer if self.spec.kind == "reward" else self.model
         return model_inputs(bare, ids, torch.ones_like(ids))
 
     def _forward(self, inputs: dict, labels: int | None) -> torch.Tensor:
-        if self.kind == "reward":
+        if self.spec.kind == "reward":
             return self.model.v_head(self.model.rwtransformer(**inputs).last_hidden_state)
         head, rows = self.model.get_output_embeddings(), embedding_rows(self.model)
         own = head.forward
@@ -382,79 +386,3 @@ class MetaModel:
 
         with forward_replaced(head, scoring_head):
             return self.model(**inputs).logits
-
-    def _weights(self) -> list[torch.Tensor]:
-        return [*self.model.parameters(), *self.model.buffers()]
-
-    @contextmanager
-    def _checkpointing(self):
-        model = self.model.rwtransformer if self.kind == "reward" else getattr(self.model, "base_model", self.model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers is about to rename these methods
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if self.adapts:
-            make_model_gradient_checkpointing_compatible(model)
-        try:
-            yield
-        finally:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                model.gradient_checkpointing_disable()
-            if self.adapts:
-                model.disable_input_require_grads()
-
-    def _train(self, rows, length, checkpointing, keep_gradients, labels, packed) -> PassMemory:
-        model = self.model.train()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        handles = []
-        if not keep_gradients:
-            handles = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
-        try:
-            with (
-                self._checkpointing() if checkpointing else nullcontext(),
-                _fused_attention(),
-                LiveBytes(self._weights()) as bytes_,
-            ):
-                result = self._forward(self._inputs(rows, length, packed), labels)
-                kept = bytes_.live
-                result.sum().backward()
-        finally:
-            for handle in handles:
-                handle.remove()
-            for p in trained:
-                p.grad = None
-        return bytes_.memory(kept, self.unpacked_bytes)
-
-    @torch.no_grad()
-    def _look(self, rows, length, labels, packed) -> PassMemory:
-        self.model.eval()
-        with _fused_attention(), LiveBytes(self._weights()) as bytes_:
-            self._forward(self._inputs(rows, length, packed), labels)
-        return bytes_.memory(0, self.unpacked_bytes)
-
-    @torch.no_grad()
-    def _generate(self, rows, prompt, answer) -> PassMemory:
-        model = self.model.eval()
-        rows_of_embedding = embedding_rows(model)
-        with _fused_attention(), LiveBytes(self._weights()) as bytes_:
-            cache = make_cache(model, prompt + answer)
-            inputs = self._inputs(rows, prompt, packed=False) | {"past_key_values": cache, "use_cache": True}
-            inputs |= {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
-            logits = model(**inputs).logits[:, -1]
-            decoding = Decoding(answer, 0, 0, rows_of_embedding)
-            choose(logits, decoding, torch.zeros(rows, dtype=torch.float64, device="meta"))
-            del logits, inputs
-            kept = bytes_.live
-        return bytes_.memory(kept)
-
-
-def packed_size(kind: str, double: bool, weights: int, rows: int) -> int:
-    """Bytes of a packed matrix, as module/quantize.py keeps it.
-
-    nf4: half a byte each and an fp32 scale per 64, or with ``double`` a byte per 64 and an fp32 scale per 256 of those
-    (QLoRA, https://arxiv.org/abs/2305.14314, section 3). int8: a byte each and an fp32 scale per row.
-    """
-    if kind == "int8":
-        return weights + 4 * rows
-    blocks = math.ceil(weights / 64)
-    return math.ceil(weights / 2) + (blocks + 4 * math.ceil(blocks / 256) if double else 4 * blocks)

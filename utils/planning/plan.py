@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Which settings of a step fit a machine: estimated from a model's configuration, without its weights or a GPU.
 
     python -m utils.plan --model Qwen/Qwen3-8B --gpus 8 --gpu_memory 80
@@ -25,8 +24,8 @@ from utils.planning.engine_memory import CUDA_BASELINE, CUDA_HOST_BASELINE, GIB,
 from utils.planning.estimate import Estimate, engines_of_step, estimate, models_of_step, states_alone
 from utils.process.errors import UserError
 
-# Flags that change the models themselves, not only how they are trained.
-OF_MODELS = ("dtype", "lora_dim", "actor_lora_dim", "critic_lora_dim", "only_optimize_lora", "separate_ref")
+# Settings that change the models themselves, not only how they are trained.
+OF_MODELS = {"dtype", "lora_dim", "actor_lora_dim", "critic_lora_dim", "only_optimize_lora"}
 
 Settings = dict[str, object]  # flag -> value
 
@@ -52,16 +51,16 @@ class Plan:
     configs: dict
     tokenizer: object
     machine: Machine
-    _models: dict = field(default_factory=dict)
+    _models: dict = field(default_factory=dict)  # settings of OF_MODELS -> models
 
-    def with_settings(self, settings: Settings) -> Estimate | None:
+    def estimate_with(self, settings: Settings) -> Estimate | None:
         """The estimate with other settings (of the states alone, if they do not fit); None for a combination that the
         step refuses."""
         args = argparse.Namespace(**vars(self.args) | settings)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 arguments.check_step(args, self.step)
-                key = tuple(str(getattr(args, name, None)) for name in OF_MODELS)
+                key = frozenset((name, value) for name, value in settings.items() if name in OF_MODELS)
                 if key not in self._models:
                     self._models[key] = models_of_step(args, self.step, self.configs, self.tokenizer)
         except UserError:
@@ -95,29 +94,34 @@ def _batches(args, step: int) -> Iterator[Settings]:
         }
 
 
-def ladder(args, step: int, machine: Machine) -> list[list[Settings]]:
+def _prefixes(args, step: int) -> tuple[str, ...]:
+    """What the flags of the models that train begin with."""
+    if step < 3:
+        return ("",)
+    return ("actor_", "critic_") if args.advantage_estimator == "gae" else ("actor_",)
+
+
+def smaller_settings(args, step: int, machine: Machine) -> list[list[Settings]]:
     """What makes a run smaller: groups of settings of growing effect, what costs the run least first."""
-    roles = ("",) if step < 3 else ("actor_", "critic_") if args.advantage_estimator == "gae" else ("actor_",)
-    stages = [getattr(args, f"{role}zero_stage") for role in roles]
-    trains_lora = getattr(args, f"{roles[0]}lora_dim") > 0 or getattr(args, "soft_prompt", None) is not None
+    prefixes = _prefixes(args, step)
+    stages = [getattr(args, f"{prefix}zero_stage") for prefix in prefixes]
+    trains_lora = getattr(args, f"{prefixes[0]}lora_dim") > 0 or (step == 1 and args.soft_prompt is not None)
     groups = []
     if args.dtype == "fp32" and get_accelerator().is_bf16_supported():
         groups.append([{"dtype": "bf16"}])
-    groups.append([{f"{role}gradient_checkpointing": True for role in roles}])
+    groups.append([{f"{prefix}gradient_checkpointing": True for prefix in prefixes}])
     if machine.ranks > 1:
-        groups.append([{f"{role}zero_stage": stage for role in roles} for stage in (2, 3) if stage > min(stages)])
+        groups.append(
+            [{f"{prefix}zero_stage": stage for prefix in prefixes} for stage in (2, 3) if stage > min(stages)]
+        )
     groups.append(list(_batches(args, step)))
     if not machine.on_cpu:
         if step == 3:
             groups.append([{"offload_reference_model": True, "offload_reward_model": True}])
-        groups.append(
-            [
-                {"offload": True}
-                | {f"{role}zero_stage": max(stage, 1) for role, stage in zip(roles, stages, strict=True)}
-            ]
-        )
+        managed = {f"{prefix}zero_stage": max(stage, 1) for prefix, stage in zip(prefixes, stages, strict=True)}
+        groups.append([{"offload": True} | managed])
     if not trains_lora:
-        groups.append([{f"{role}lora_dim": 16 for role in roles} | {"only_optimize_lora": True}])
+        groups.append([{f"{prefix}lora_dim": 16 for prefix in prefixes} | {"only_optimize_lora": True}])
     length = "max_seq_len" if step < 3 else "max_answer_seq_len"
     groups.append([{length: getattr(args, length) // 2}, {length: getattr(args, length) // 4}])
     return groups
@@ -128,32 +132,28 @@ def suggest(plan: Plan) -> tuple[str, Estimate] | None:
 
     Group by group until it fits, then back again where it fits without.
     """
-    groups = ladder(plan.args, plan.step, plan.machine)
+    groups = smaller_settings(plan.args, plan.step, plan.machine)
     levels = [0] * len(groups)
 
     def settings() -> Settings:
         chosen: Settings = {}
         for group, level in zip(groups, levels, strict=True):
             if level:
-                later = group[level - 1]
                 # Two groups may set a stage; the higher one holds.
-                chosen |= {k: max(v, chosen.get(k, v)) if k.endswith("zero_stage") else v for k, v in later.items()}
+                for name, value in group[level - 1].items():
+                    chosen[name] = max(value, chosen.get(name, value)) if name.endswith("zero_stage") else value
         return chosen
 
     def fitting() -> Estimate | None:
-        result = plan.with_settings(settings())
+        result = plan.estimate_with(settings())
         return result if result is not None and result.fits else None
 
-    result = None
-    for index, group in enumerate(groups):
-        for level in range(1, len(group) + 1):
-            levels[index] = level
-            result = fitting()
-            if result:
-                break
-        if result:
+    steps = ((index, level) for index, group in enumerate(groups) for level in range(1, len(group) + 1))
+    for index, level in steps:
+        levels[index] = level
+        if result := fitting():
             break
-    if not result:
+    else:
         return None
     for index, level in enumerate(list(levels)):
         for fewer in range(level):
@@ -166,11 +166,18 @@ def suggest(plan: Plan) -> tuple[str, Estimate] | None:
     return " ".join(as_flags(changed)), result
 
 
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- the command: python -m utils.plan
 
 
 @dataclass
 class Candidate:
+    """One way to train: its settings as flags, and what they say whatever the step calls its flags."""
+
+    stage: int
+    offload: bool
+    checkpointing: bool
+    micro: int  # rows of a micro-batch
+    accumulation: int  # micro-batches per optimizer step
     settings: Settings
     result: Estimate
     recommended: bool = False
@@ -210,59 +217,52 @@ def base_command(options, rest: list[str]) -> list[str]:
     return words + (["--only_optimize_lora"] if options.lora_dim else []) + rest
 
 
-def _batch_settings(step: int, micro: int, per_device: int) -> Settings:
+def _settings(args, step: int, stage: int, offload: bool, checkpointing: bool, micro: int, rounds: int) -> Settings:
+    settings: Settings = {}
+    for prefix in _prefixes(args, step):
+        settings[f"{prefix}zero_stage"] = stage
+    for prefix in _prefixes(args, step) if checkpointing else ():
+        settings[f"{prefix}gradient_checkpointing"] = True
+    if offload:
+        settings["offload"] = True
     if step < 3:
-        return {
-            "per_device_train_batch_size": micro,
-            "per_device_eval_batch_size": micro,
-            "gradient_accumulation_steps": per_device // micro,
-        }
-    return {
-        "per_device_generation_batch_size": micro,
-        "generation_batches": per_device // micro,
-        "per_device_training_batch_size": micro,
-        "gradient_accumulation_steps": per_device // micro,
-    }
+        rows = {"per_device_train_batch_size": micro, "per_device_eval_batch_size": micro}
+    else:
+        rows = {"per_device_generation_batch_size": micro, "generation_batches": rounds}
+        rows["per_device_training_batch_size"] = micro
+    return settings | rows | {"gradient_accumulation_steps": rounds}
 
 
 def candidates(plan: Plan, per_device: int) -> list[Candidate]:
     """Each way of sharding, offloading and checkpointing with the largest micro-batch that fits, or with one row."""
-    step, ranks = plan.step, plan.machine.ranks
-    roles = ("",) if step < 3 else ("actor_", "critic_") if plan.args.advantage_estimator == "gae" else ("actor_",)
-    found = []
+    ranks, found = plan.machine.ranks, []
     for offload in (False, True):
         for stage in (1, 2, 3) if ranks > 1 else (1, 3) if offload else (1,):
             for checkpointing in (False, True):
-                settings: Settings = {f"{role}zero_stage": stage for role in roles}
-                settings |= {f"{role}gradient_checkpointing": True for role in roles if checkpointing}
-                settings |= {"offload": True} if offload else {}
                 best = None
                 for micro in (2**i for i in range(11) if 2**i <= per_device and per_device % 2**i == 0):
-                    tried = settings | _batch_settings(step, micro, per_device)
-                    result = plan.with_settings(tried)
+                    way = stage, offload, checkpointing, micro, per_device // micro
+                    settings = _settings(plan.args, plan.step, *way)
+                    result = plan.estimate_with(settings)
                     if result is None or (best is not None and not result.fits):
                         break
-                    best = Candidate(tried, result)
+                    best = Candidate(*way, settings, result)
                     if not result.fits:
                         break
                 found += [best] if best else []
-    _recommend(found, step)
+    _recommend(found)
     return found
 
 
-def _recommend(found: list[Candidate], step: int) -> None:
+def _recommend(found: list[Candidate]) -> None:
     """The first that fits with 4 rows or more at a time (or the whole share), in the order of what the ways cost.
 
     Recomputing activations costs a third more, ZeRO-3 gathers weights for each pass, offloading waits for the host.
     """
-    batch = "per_device_train_batch_size" if step < 3 else "per_device_training_batch_size"
 
-    def cost(candidate: Candidate) -> tuple:
-        settings = candidate.settings
-        stage = next(value for name, value in settings.items() if name.endswith("zero_stage"))
-        checkpoints = any(name.endswith("gradient_checkpointing") for name in settings)
-        micro, rows = settings[batch], settings[batch] * settings["gradient_accumulation_steps"]
-        return (micro < min(4, rows), settings.get("offload", False), stage == 3, checkpoints, -stage, -micro)
+    def cost(way: Candidate) -> tuple:
+        too_few = way.micro < min(4, way.micro * way.accumulation)
+        return too_few, way.offload, way.stage == 3, way.checkpointing, -way.stage, -way.micro
 
     fitting = [candidate for candidate in found if candidate.result.fits]
     if fitting:
@@ -311,7 +311,6 @@ def main(given=None) -> int:
 
 
 def table(options, found: list[Candidate], rows: list[dict]) -> str:
-    batch = "per_device_train_batch_size" if options.step < 3 else "per_device_training_batch_size"
     host = "not looked at" if options.host_memory is None else f"{options.host_memory:g} GiB of host memory"
     lines = [
         f"step {options.step}, {options.model}: {options.gpus} devices of {options.gpu_memory:g} GiB, {host}",
@@ -319,15 +318,12 @@ def table(options, found: list[Candidate], rows: list[dict]) -> str:
         "   ZeRO  offload  checkpointing  micro-batch  accumulation  device GiB  host GiB per machine",
     ]
     for candidate, row in zip(found, rows, strict=True):
-        settings = candidate.settings
-        stage = next(value for name, value in settings.items() if name.endswith("zero_stage"))
-        checkpoints = any(name.endswith("gradient_checkpointing") for name in settings)
         mark = "->" if candidate.recommended else "  "
         note = "" if row["fits"] else "  too large"
         lines.append(
-            f"{mark} {stage:4}  {'yes' if settings.get('offload') else 'no':>7}  {'yes' if checkpoints else 'no':>13}  "
-            f"{settings[batch]:11}  {settings['gradient_accumulation_steps']:12}  {row['device_gib']:10.1f}  "
-            f"{row['host_gib']:8.1f}{note}"
+            f"{mark} {candidate.stage:4}  {'yes' if candidate.offload else 'no':>7}  "
+            f"{'yes' if candidate.checkpointing else 'no':>13}  {candidate.micro:11}  {candidate.accumulation:12}  "
+            f"{row['device_gib']:10.1f}  {row['host_gib']:8.1f}{note}"
         )
     best = next((row for row in rows if row["recommended"]), None)
     lines += ["", best["command"] if best else "nothing fits: a smaller model, more devices, LoRA or shorter rows"]

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 from deepspeed.accelerator import get_accelerator
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoModel, AutoModelForCausalLM
+from huggingface_hub.constants import HF_HUB_CACHE
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from utils import arguments
 from utils.data.preparation import datasets_of_step
@@ -27,17 +28,13 @@ from utils.model.reward_model import reward_scale
 from utils.model.soft_prompt import check_soft_prompt_inputs
 from utils.model.tokenizer import check_same_tokenizer, load_hf_tokenizer
 from utils.planning.engine_memory import GIB, Bytes, Machine
-from utils.planning.estimate import Estimate, estimate, models_of_step
+from utils.planning.estimate import CPU_MARGIN, Estimate, estimate, models_of_step
+from utils.planning.meta_model import MetaModel
 from utils.planning.plan import Plan, suggest
+from utils.process.console import print_rank_0
 from utils.process.errors import UserError
 from utils.process.operators import load_operator
-from utils.process.world import get_rank, get_world_size, ranks_per_node
-
-# flag -> (package, name to install)
-PACKAGES = {
-    "soft_prompt": ("peft", "peft"),
-    "paged_optimizer": ("bitsandbytes", "bitsandbytes"),
-}
+from utils.process.world import get_world_size, ranks_per_node
 
 
 class Checks:
@@ -46,26 +43,26 @@ class Checks:
     def __init__(self):
         self.count = self.problems = 0
 
-    def run(self, name: str, check):
-        """Print what ``check()`` says, or its problem; returns whether it went well.
+    def find(self, name: str, check):
+        """Print the text of ``check() -> (text, what it found)``, or its problem; returns what it found, or None.
 
         Every rank must call this, since checks hold collectives.
         """
+        result = None
         noise = io.StringIO()
         try:
             with contextlib.redirect_stdout(noise):
-                found, text = "ok", check()
+                (text, result), outcome = check(), "ok"
         except (UserError, OSError) as error:
-            found, text = "problem", str(error)
+            text, outcome = str(error), "problem"
             self.problems += 1
         self.count += 1
-        say(f"{self.count:2}. {name:14}{found:9}{text}")
-        return found == "ok"
+        print_rank_0(f"{self.count:2}. {name:14}{outcome:9}{text}")
+        return result
 
-
-def say(text: str = "") -> None:
-    if get_rank() == 0:
-        print(text, flush=True)
+    def run(self, name: str, check) -> bool:
+        """As ``find``, for a check that only says something; returns whether it went well."""
+        return self.find(name, lambda: (check(), True)) is not None
 
 
 def preflight(args, step: int) -> None:
@@ -74,43 +71,39 @@ def preflight(args, step: int) -> None:
     Raises:
         UserError: it would not run.
     """
-    say(f"dry run of step {step}: {get_world_size()} rank(s), nothing is trained or saved")
+    print_rank_0(f"dry run of step {step}: {get_world_size()} rank(s), nothing is trained or saved")
     checks = Checks()
-    settled = []
-    flags_are_fine = checks.run("flags", lambda: _flags(args, step, settled))
-    args = settled[0] if settled else args
-    checks.run("packages", lambda: _packages(args))
-    configs, tokenizer, datasets = {}, None, None
+    settled = checks.find("flags", lambda: _flags(args, step))
+    args = args if settled is None else settled
+    checks.run("packages", lambda: _packages(args, step))
     paths = _paths(args, step)
-    for name in paths:
-        checks.run(name, lambda name=name: _model(args, step, name, paths[name], configs))
-    tokenizers = []
-    if checks.run("tokenizer", lambda: _tokenizer(args, step, paths, tokenizers)):
-        tokenizer = tokenizers[0]
-        checks.run("pad and EOS", lambda: _pad(tokenizer))
-    found = []
+    configs = {}
+    for name, path in paths.items():
+        checks.run(name, lambda name=name, path=path: _model(args, step, name, path, configs))
+    tokenizer = checks.find("tokenizer", lambda: _tokenizer(args, step, paths))
+    datasets = None
     if tokenizer is None:
-        say("    data          skipped: it needs the tokenizer")
-    elif checks.run("data", lambda: _data(args, step, tokenizer, found)):
-        datasets = found[0]
+        print_rank_0("    data          skipped: it needs the tokenizer")
+    else:
+        checks.run("pad and EOS", lambda: _pad(tokenizer))
+        datasets = checks.find("data", lambda: _data(args, step, tokenizer))
     checks.run("batches", lambda: _batches(args, step, datasets))
 
-    models, machine = {}, this_machine()
-    if len(configs) < len(paths) or not flags_are_fine:
-        say("    memory        not estimated: it needs the flags and the configuration of every model")
-    elif checks.run("parameters", lambda: _parameters(args, step, configs, tokenizer, models)):
-        checks.run("disk", lambda: _disk(args, step, paths, models))
+    machine = this_machine()
+    if len(configs) < len(paths) or settled is None:
+        print_rank_0("    memory        not estimated: it needs the flags and the configuration of every model")
+    elif models := checks.find("parameters", lambda: _parameters(args, step, configs, tokenizer)):
+        checks.run("disk", lambda: _disk(args, paths, models))
         longest = _longest(args, step, datasets)
-        plan = Plan(longest, step, configs, tokenizer, machine)
         result = estimate(longest, step, models, machine, both_ways=True)
-        say()
-        say(memory_table(result))
-        say()
-        checks.run("memory", lambda: _fits(result, plan, longest))
-    say()
+        print_rank_0("")
+        print_rank_0(memory_table(result))
+        print_rank_0("")
+        checks.run("memory", lambda: _fits(result, Plan(longest, step, configs, tokenizer, machine)))
+    print_rank_0("")
     if checks.problems:
         raise UserError(f"{checks.problems} of {checks.count} checks found a problem; the run would not work as it is")
-    say(f"{checks.count} checks, no problem: the run can start")
+    print_rank_0(f"{checks.count} checks, no problem: the run can start")
 
 
 def _paths(args, step: int) -> dict[str, str]:
@@ -121,16 +114,20 @@ def _paths(args, step: int) -> dict[str, str]:
     return {name: path for name, path in paths.items() if path is not None}
 
 
-def _flags(args, step: int, settled: list) -> str:
-    settled.append(arguments.settle(args, step))
+def _flags(args, step: int) -> tuple[str, arguments.Settled]:
+    settled = arguments.settle(args, step)
     if step == 3:
         load_reward_functions(args.reward_function)
-    return f"they go together; training in {settled[0].dtype}"
+    return f"they go together; training in {settled.dtype}", settled
 
 
-def _packages(args) -> str:
-    wanted = {flag: names for flag, names in PACKAGES.items() if getattr(args, flag, None)}
-    if getattr(args, "quantize", None) == "nf4":
+def _packages(args, step: int) -> str:
+    wanted = {}  # flag -> (module, package)
+    if step == 1 and args.soft_prompt is not None:
+        wanted["soft_prompt"] = ("peft", "peft")
+    if step < 3 and args.paged_optimizer:
+        wanted["paged_optimizer"] = ("bitsandbytes", "bitsandbytes")
+    if step < 3 and args.quantize == "nf4":
         wanted["quantize nf4"] = ("bitsandbytes", "bitsandbytes")
     if args.attn_implementation == "flash_attention_2":
         wanted["attn_implementation flash_attention_2"] = ("flash_attn", "flash-attn")
@@ -146,6 +143,7 @@ def _packages(args) -> str:
 
 
 def _model(args, step: int, name: str, path: str, configs: dict) -> str:
+    """Also puts the configuration into ``configs``, where it is wanted if there is a problem with the weights."""
     configs[name] = config = load_config(path, args.trust_remote_code)
     causal = name == "actor" or (name == "model" and step == 1)
     kind = f"{type(config).__name__.removesuffix('Config')}, vocabulary {config.get_text_config().vocab_size:,}"
@@ -170,13 +168,12 @@ def _weights_are_here(path: str) -> bool:
     return any(isinstance(try_to_load_from_cache(path, file), str) for file in WEIGHT_FILES)
 
 
-def _tokenizer(args, step: int, paths: dict, tokenizers: list) -> str:
+def _tokenizer(args, step: int, paths: dict) -> tuple[str, PreTrainedTokenizerBase]:
     tokenizer = load_hf_tokenizer(
         next(iter(paths.values())),
         add_special_tokens=arguments.end_token(args),
         trust_remote_code=args.trust_remote_code,
     )
-    tokenizers.append(tokenizer)
     if "critic" in paths:
         check_same_tokenizer(
             tokenizer,
@@ -185,10 +182,10 @@ def _tokenizer(args, step: int, paths: dict, tokenizers: list) -> str:
             arguments.end_token(args),
             args.trust_remote_code,
         )
-    if getattr(args, "soft_prompt", None) is not None:
+    if step == 1 and args.soft_prompt is not None:
         check_soft_prompt_inputs(args, tokenizer)
     same = ", the same for actor and critic" if "critic" in paths else ""
-    return f"{len(tokenizer):,} entries{same}"
+    return f"{len(tokenizer):,} entries{same}", tokenizer
 
 
 def _pad(tokenizer) -> str:
@@ -198,15 +195,14 @@ def _pad(tokenizer) -> str:
     return f"pad {pad!r} ({tokenizer.pad_token_id}) and EOS {eos!r} ({tokenizer.eos_token_id}) differ"
 
 
-def _data(args, step: int, tokenizer, found: list) -> str:
+def _data(args, step: int, tokenizer) -> tuple[str, tuple]:
     limit = args.max_seq_len if step < 3 else args.max_prompt_seq_len
     train, evaluation = datasets_of_step(args, tokenizer, step, limit)
-    found.append((train, evaluation))
     rows = "prompts" if step == 3 else "rows"
     text = f"{len(train):,} {rows} to train, {len(evaluation):,} to evaluate, the longest {max(train.lengths):,} tokens"
-    if getattr(args, "unsupervised_dataset_name", None):
+    if step == 3 and args.unsupervised_dataset_name:
         text += f"; {len(get_unsupervised_data(args, tokenizer)):,} blocks of plain text"
-    return text
+    return text, (train, evaluation)
 
 
 def _batches(args, step: int, datasets) -> str:
@@ -215,7 +211,7 @@ def _batches(args, step: int, datasets) -> str:
         micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         rows = micro * ranks * accumulation
         text = f"{micro} per device x {ranks} rank(s) x {accumulation} accumulated = {rows} per optimizer step"
-        if datasets is None or getattr(args, "packing", False):
+        if datasets is None or (step == 1 and args.packing):
             return text
         steps = -(-len(datasets[0]) // rows)
         return f"{text}; {steps:,} steps per epoch, {steps * args.num_train_epochs:,} in all"
@@ -232,18 +228,18 @@ def _batches(args, step: int, datasets) -> str:
     return f"{batch.explain()}; {updates * args.num_train_epochs:,} updates in all"
 
 
-def _parameters(args, step: int, configs: dict, tokenizer, models: dict) -> str:
-    models |= models_of_step(args, step, configs, tokenizer)
+def _parameters(args, step: int, configs: dict, tokenizer) -> tuple[str, dict[str, MetaModel]]:
+    models = models_of_step(args, step, configs, tokenizer)
     parts = []
     for name, model in models.items():
         sizes, layers = model.sizes, len(model.adapted)
-        if not model.trains:
+        if not model.spec.trains:
             parts.append(f"{name} {sizes.total / 1e6:,.1f} M, frozen")
             continue
         lora = f" (LoRA on {layers} layers)" if layers else ""
         share = 100 * sizes.trained / sizes.total
         parts.append(f"{name} {sizes.trained / 1e6:,.2f} of {sizes.total / 1e6:,.1f} M train, {share:.2f} %{lora}")
-    return "; ".join(parts)
+    return "; ".join(parts), models
 
 
 def _free(folder: str) -> tuple[Path, int]:
@@ -254,19 +250,16 @@ def _free(folder: str) -> tuple[Path, int]:
     return there, shutil.disk_usage(there).free
 
 
-def _disk(args, step: int, paths: dict, models: dict) -> str:
+def _disk(args, paths: dict[str, str], models: dict[str, MetaModel]) -> str:
     texts = []
     needs = {}  # folder -> bytes
     if args.output_dir is not None:
-        saved = [model for name, model in models.items() if model.trains or name == "EMA"]
-        needs[args.output_dir] = sum(model.sizes.total * model.itemsize for model in saved)
+        saved = [model for name, model in models.items() if model.spec.trains or name == "EMA"]
+        needs[args.output_dir] = sum(model.saved_bytes for model in saved)
     needs[args.data_output_path] = 100_000_000  # an indication: the cache takes 4 bytes per token
     missing = [path for path in paths.values() if not _weights_are_here(path)]
     if missing:
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        size = max(model.sizes.total * model.itemsize for model in models.values())
-        needs[HF_HUB_CACHE] = size * len(missing)
+        needs[HF_HUB_CACHE] = max(model.saved_bytes for model in models.values()) * len(missing)
     for folder, size in needs.items():
         there, free = _free(folder)
         if not os.access(there, os.W_OK):
@@ -279,7 +272,7 @@ def _disk(args, step: int, paths: dict, models: dict) -> str:
 
 def _longest(args, step: int, datasets):
     """The arguments with the lengths that the rows really have, where they are known."""
-    if datasets is None or args.pad_to_max_length or getattr(args, "packing", False):
+    if datasets is None or args.pad_to_max_length or (step == 1 and args.packing):
         return args
     longest = max(max(dataset.lengths) for dataset in datasets)
     limit = "max_seq_len" if step < 3 else "max_prompt_seq_len"
@@ -326,8 +319,8 @@ def memory_table(result: Estimate) -> str:
         for part, size in engine.resident.items():
             put(part, column, size.device)
             put(f"{part} (host)", column, size.host)
-        if engine.model.trains:
-            put("gradients, at most", column, engine.reduced.device + engine.reduced.host)
+        if engine.model.spec.trains:
+            put("gradients, at most", column, engine.reduction.device + engine.reduction.host)
             put("optimizer step", column, engine.step.device + engine.step.host)
         plain, checkpointed, checkpoints = result.activations.get(engine.name, (0, 0, False))
         put("activations kept", column, plain, "" if checkpoints else " *")
@@ -345,14 +338,12 @@ def memory_table(result: Estimate) -> str:
     for phase in result.phases:
         device, host = result.needs(phase)
         lines.append(f"  {phase.name:32}{gib(device):>{width}}{gib(host):>{width}}")
-    if kept := result.kept_by_heap:
-        lines.append(
-            f"  {'freed, but kept by the C library':32}{gib(kept):>{width}}{gib(kept * machine.ranks):>{width}}"
-        )
+    if machine.on_cpu:
+        lines.append(f"  (each with a margin of {CPU_MARGIN:.0%} for freed memory that the C library keeps)")
     return "\n".join(lines)
 
 
-def _fits(result: Estimate, plan: Plan, args) -> str:
+def _fits(result: Estimate, plan: Plan) -> str:
     machine = result.machine
     device, phase = result.device_peak
     host, host_phase = result.host_peak
