@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from utils.data.batching import IGNORE_INDEX
 from utils.model.inputs import embedding_rows, model_inputs, unwrap
 
-IGNORE_INDEX = -100
 CHUNK_BYTES = 2**27  # of fp32 logits at a time; a backward pass holds about three times that
 
 Logits = Callable[[torch.Tensor], torch.Tensor]  # [positions, hidden] -> [positions, vocabulary]
