@@ -423,6 +423,12 @@ def test_pads_are_no_tokens():
     assert mask.tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
 
 
+def test_rows_are_padded_to_the_longest_or_to_the_next_multiple():
+    ids, mask = pad_rows([[1, 2, 3], [4]], 9, "left", multiple_of=1)
+    assert (ids.tolist(), mask.tolist()) == ([[1, 2, 3], [9, 9, 4]], [[1, 1, 1], [0, 0, 1]])
+    assert [pad_rows([[1, 2, 3], []], 9, multiple_of=n)[0].shape[1] for n in (1, 2, 8)] == [3, 4, 8]
+
+
 # ---------------------------------------------------------------- where an answer begins
 
 

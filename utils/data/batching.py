@@ -119,17 +119,17 @@ def accumulation_windows(loader, accumulation: int):
 
 
 def pad_rows(
-    rows: list[list[int]], pad_token_id: int, side: str = "right", to_length: int | None = None, multiple: int = 8
-):
-    """Pad id lists to the longest, rounded up to ``multiple``, or to ``to_length``.
+    rows: list[list[int]], pad_id: int, side: str = "right", to_length: int | None = None, multiple_of: int = 8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad id lists to ``to_length``, or to the longest of them, rounded up to a multiple of ``multiple_of``.
 
     Returns:
-        input_ids [rows, length] int64, attention_mask [rows, length] int64 from the lengths
+        ids [rows, length] int64, attention mask [rows, length] int64: made from the lengths, whatever the ids are.
     """
-    longest = max(len(row) for row in rows)
-    length = to_length or -(-max(longest, 1) // multiple) * multiple
-    ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), length), dtype=torch.long)
+    longest = max(1, *map(len, rows))
+    length = to_length or -(-longest // multiple_of) * multiple_of
+    ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
         ids[i, where] = torch.tensor(row, dtype=torch.long)

@@ -1,24 +1,31 @@
-"""A look at a chat template before it is used: does it end, in time and in memory that suit a chat template?
+"""A chat template is tried before it is used: does it end, in time and memory that suit a chat template?
 
 A template is a program that comes with a model. transformers runs it in jinja2's sandbox, which keeps it from Python's
-internals, files and long range()s. The sandbox lets nested loops and strings of any length pass. So a template is first
-tried in a process of its own, which the system ends where it takes too much.
+internals, files and long range()s, but lets nested loops and strings of any length pass. So a template is first tried
+in a child process, which the system ends where it takes too much. This module is also the child's program; the child
+imports transformers' own environment for templates and nothing of torch.
 """
 
+import json
+import math
 import os
 import resource
-import select
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 CPU_SECONDS, WALL_SECONDS = 5, 60  # of all trials together; a template takes milliseconds
-MEMORY = 1 << 30  # bytes, beyond what this process has
+MEMORY = 1 << 30  # bytes, beyond what the child has once its modules are imported
 LONGEST = 1_000_000  # characters of a short conversation
 
 _TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
 _CONVERSATIONS = (_TURNS[:1], _TURNS[:2], _TURNS, [{"role": "system", "content": "s"}, *_TURNS])
-_found: dict[str, str] = {}  # template -> what is wrong with it, "" for nothing
+_PASSED = "passed"
+_verdicts: dict[str, str] = {}  # template -> _PASSED, or what is wrong with it
 
 
 def check_template_ends(template: str, special_tokens: dict[str, str]) -> None:
@@ -26,45 +33,56 @@ def check_template_ends(template: str, special_tokens: dict[str, str]) -> None:
 
     That a template refuses a conversation is no matter here: whoever renders it will hear of it.
     """
-    if template not in _found:
-        _found[template] = _try_in_child(template, special_tokens)
-    if _found[template]:
-        raise ValueError(f"the tokenizer's chat template is not used: {_found[template]}")
+    if template not in _verdicts:
+        _verdicts[template] = _verdict_of_child(template, special_tokens)
+    if _verdicts[template] != _PASSED:
+        raise ValueError(f"the tokenizer's chat template is not used: {_verdicts[template]}")
 
 
-def _try_in_child(template: str, special_tokens: dict[str, str]) -> str:
-    receiving, sending = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            _limit_this_process()
-            os.write(sending, _try(template, special_tokens).encode())
-        finally:
-            os._exit(0)
-    os.close(sending)
-    with open(receiving, "rb") as results:
-        ready, _, _ = select.select([results], [], [], WALL_SECONDS)
-        if not ready:
-            os.kill(child, signal.SIGKILL)
-        said = results.read().decode()
-    os.waitpid(child, 0)
-    if said == "ends":
-        return ""
-    return said or f"it does not come to an end within {CPU_SECONDS} s on a conversation of a few words"
+def _verdict_of_child(template: str, special_tokens: dict[str, str]) -> str:
+    trial = {"template": template, "special_tokens": special_tokens, "cpu_seconds": CPU_SECONDS}
+    too_long = f"it does not come to an end within {CPU_SECONDS} s on a conversation of a few words"
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "utils.data.chat_template_guard"],
+            cwd=Path(__file__).resolve().parents[2],
+            input=json.dumps(trial),
+            capture_output=True,
+            text=True,
+            timeout=WALL_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return too_long
+    if child.returncode in (-signal.SIGKILL, -signal.SIGXCPU):
+        return too_long
+    if child.returncode != 0:
+        return f"trying it ended with status {child.returncode}: {child.stderr.strip()[-300:]}"
+    return child.stdout
 
 
-def _limit_this_process() -> None:
+def _main() -> None:
+    """The child: a trial on stdin, the verdict on stdout."""
+    trial = json.load(sys.stdin)
+    _limit_this_process(trial["cpu_seconds"])
+    print(_verdict(trial["template"], trial["special_tokens"]), end="")
+
+
+def _limit_this_process(cpu_seconds: int) -> None:
     if os.path.exists("/proc/self/statm"):  # Linux: elsewhere memory is bounded by the time alone
         with open("/proc/self/statm") as sizes:
             address_space = int(sizes.read().split()[0]) * resource.getpagesize()
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        limit = address_space + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _limit(resource.RLIMIT_AS, address_space + MEMORY)
+    _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + cpu_seconds)
+    _limit(resource.RLIMIT_CORE, 0)
 
 
-def _try(template: str, special_tokens: dict[str, str]) -> str:
+def _limit(kind: int, most: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, most))
+
+
+def _verdict(template: str, special_tokens: dict[str, str]) -> str:
     for turns in _CONVERSATIONS:
         try:
             [text], _ = render_jinja_template(
@@ -76,4 +94,8 @@ def _try(template: str, special_tokens: dict[str, str]) -> str:
             continue
         if len(text) > LONGEST:
             return f"it makes {len(text):,} characters of a conversation of a few words"
-    return "ends"
+    return _PASSED
+
+
+if __name__ == "__main__":
+    _main()

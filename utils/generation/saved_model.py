@@ -258,7 +258,7 @@ def room_for_prompt(lm: LanguageModel, max_new_tokens: int) -> int | None:
 
 def left_padded(lm: LanguageModel, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask of the prompts, both [prompts, longest prompt], on the model's device."""
-    return to_device(pad_rows(prompts, lm.pad_id, side="left", multiple=1), lm.model.device)
+    return to_device(pad_rows(prompts, lm.pad_id, side="left", multiple_of=1), lm.model.device)
 
 
 @torch.no_grad()
