@@ -1,6 +1,6 @@
 """The tables of flags in the steps' READMEs, made from their parsers so that they cannot differ.
 
-python -m utils.flag_table            writes them; a test says when that was forgotten
+python -m utils.arguments.table       writes them; a test says when that was forgotten
 """
 
 import argparse
@@ -15,7 +15,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 STEPS = sorted((PROJECT / "training").glob("step*/main.py"))
 
 
-BEGIN, END = "<!-- flags: written by python -m utils.flag_table -->", "<!-- end of flags -->"
+BEGIN, END = "<!-- flags: written by python -m utils.arguments.table -->", "<!-- end of flags -->"
 
 
 def parser_of(script: Path) -> argparse.ArgumentParser:
