@@ -1,4 +1,4 @@
-"""Every command that a README prints is run, on models and data of the smallest size."""
+"""Every command that a page prints is run, on models and data of the smallest size."""
 
 import importlib.util
 import io
@@ -12,19 +12,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PROJECT, STEPS, make_model, run_command, write_pairs
+from helpers import PAGES, PROJECT, STEPS, make_model, run_command, write_pairs
 
 from utils.model.model_utils import create_critic_model
 from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.errors import EndOfRun
 from utils.run.results import save_hf_format
 
-PAGES = [PROJECT / "README.md", *sorted(PROJECT.glob("*/README.md")), *sorted(PROJECT.glob("training/*/README.md"))]
-COMMAND = r"(?:[A-Z_]+=\S+ )*(?:python|bash|deepspeed|torchrun|transformers) "
+PROGRAMS = ("python", "bash", "deepspeed", "torchrun", "transformers")
+VARIABLE = r"[A-Z_]+=(?:\"[^\"]*\"|\S+) "
+COMMAND = rf"(?:{VARIABLE})*(?:{'|'.join(PROGRAMS)}) "
+# What else a block of bash may hold: it sets something up.
+SET_UP = ("source .venv/bin/activate", "pip install ", "pre-commit install", "#")
 
 # Commands, by how they begin, that are not run here, and why.
 ELSEWHERE = {
     "bash training_scripts/quickstart.sh": "run below, at a small size",
     "bash tests/run.sh": "what runs this",
+    "UPDATE_REFERENCE=1 bash tests/run.sh": "would write the reference curves",
     "bash training_scripts/study.sh": "hours; run by hand for the figures",
     "bash training_scripts/real_model.sh": "needs a model of 135 M parameters from a package; run by hand",
     "python tests/slow/soak.py": "half an hour, run by hand; test_soak.py is a short one",
@@ -33,12 +38,14 @@ ELSEWHERE = {
     "python inference/serve.py": "test_web_page.py opens it in a browser",
     "transformers serve": "needs a server's packages; test_openai_endpoint.py runs it where they are",
     "python -m pytest tests/launch/test_openai_endpoint.py": "a test of its own",
+    "python -m utils.arguments.table": "test_documentation.py compares the tables that it writes",
 }
 # What stands for a name in the pages.
 NAMES = {
     "Dahoas/rm-static": "pairs",
     "SFT_FOLDER": "output/sft",
     "REWARD_FOLDER": "output/reward",
+    "FILE_OR_FOLDER": "pairs",
     "FOLDER": "output/sft",
     "BASELINE": "output/sft",
     "FINETUNED": "output/quickstart/step3/actor",
@@ -59,11 +66,18 @@ LEFT_OUT = {
 LORA = "--model_name_or_path output/sft --output_dir output/lora --lora_dim 2 --only_optimize_lora --save_lora_adapters"
 
 
+def lines_of_bash(page: Path) -> list[str]:
+    """The lines of a page's blocks of bash, without comments; a command that is continued or fed by a pipe is one."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```$", page.read_text(), re.M | re.S)
+    lines = "".join(re.sub(r" \\\n\s*", " ", block) for block in blocks).splitlines()
+    return [re.sub(r"\s+# .*", "", line).strip().rpartition(" | ")[2] for line in lines if line.strip()]
+
+
 def commands_of(page: Path) -> list[str]:
-    """Those in indented blocks, with their continuation lines, and those in the running text."""
-    text = re.sub(r" \\\n\s*", " ", page.read_text())
-    found = re.findall(rf"^ {{4}}({COMMAND}.*)$", text, re.M) + re.findall(rf"`({COMMAND}[^`]*)`", text)
-    return [re.sub(r"\s+#.*", "", command.replace("\n", " ")).strip() for command in found]
+    """Those in blocks of bash, and those in the running text."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)
+    inline = [command.replace("\n", " ") for command in re.findall(rf"`({COMMAND}[^`]*)`", text)]
+    return inline + [line for line in lines_of_bash(page) if re.match(COMMAND, line)]
 
 
 COMMANDS = sorted({(page.parent.relative_to(PROJECT), command) for page in PAGES for command in commands_of(page)})
@@ -113,6 +127,8 @@ def _run_python(script: Path, arguments: list[str], monkeypatch) -> None:
         spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", [str(script), *arguments])
         module.main()
+    except EndOfRun:
+        pass  # a command before this one has finished the run that this one resumes
     except SystemExit as ended:
         assert ended.code in (None, 0), ended.code
     finally:
@@ -126,8 +142,14 @@ def test_a_command_of_the_pages_works_as_printed(page, command, sandbox, cache_f
             pytest.skip(reason)
     monkeypatch.chdir(sandbox)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))  # a chat ends at once
-    environment = dict(re.findall(r"([A-Z_]+)=(\S+) ", command[: re.search("python|bash|deepspeed", command).start()]))
-    program, script, *arguments = _words(re.sub(r"^(?:[A-Z_]+=\S+ )*", "", command))
+    words = _words(command)
+    environment = {}
+    while re.match(VARIABLE, f"{words[0]} "):
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    if words[0] == "torchrun":  # its own flags end where the script is named
+        del words[1 : next(place for place, word in enumerate(words) if word.endswith(".py"))]
+    program, script, *arguments = words
     if program == "bash":
         script = str(next(PROJECT.glob(script.replace("...", "training_scripts/step1_*/*")), script))
         binaries = Path(sys.executable).parent
@@ -150,6 +172,11 @@ def test_a_command_of_the_pages_works_as_printed(page, command, sandbox, cache_f
     if step and "--help" not in arguments:  # of a flag that is given twice the last one counts
         arguments = [*data.split(), *arguments, *SMALL[int(step)].split()]
     _run_python(script, arguments, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_a_block_of_bash_holds_commands_that_are_run_here_and_little_else(page):
+    assert [line for line in lines_of_bash(page) if not re.match(COMMAND, line) and not line.startswith(SET_UP)] == []
 
 
 def test_the_quickstart_runs_whole_at_a_small_size(tmp_path):

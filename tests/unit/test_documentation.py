@@ -1,9 +1,31 @@
-"""What the READMEs say against what the scripts do."""
+"""What the pages say against what is there."""
+
+import importlib
+import re
+from pathlib import Path
 
 import pytest
+from helpers import PAGES, PARTS, PROJECT
 
 from utils.arguments import SCRIPTS, build_parser
 from utils.arguments.table import with_table
+
+TESTS = sorted((PROJECT / "tests").rglob("test_*.py"))
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(PROJECT))
+
+
+def text_of(page: Path) -> str:
+    """A page without its code blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them: lower case, without punctuation, blanks as hyphens."""
+    headings = re.findall(r"^#+ (.*)$", text_of(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("step", SCRIPTS)
@@ -23,3 +45,51 @@ def test_help_fits_a_hundred_columns_and_is_grouped(step):
     ungrouped = [a for a in parser._action_groups[1]._group_actions if a.dest != "help"]
     assert not ungrouped, "every flag belongs to a named group"
     assert all(action.help for action in parser._actions)
+
+
+def test_the_first_page_is_short():
+    assert len((PROJECT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_relative_links_lead_to_files_and_headings_that_exist(page):
+    wrong = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        exists = re.match(r"https?:", target) or file.exists()
+        if not exists or (anchor and file.suffix == ".md" and anchor not in anchors_of(file)):
+            wrong.append(target)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_and_tests_that_a_page_names_exist(page):
+    text = page.read_text()
+    paths = set(re.findall(rf"(?<![\w./])(?:{'|'.join(PARTS)})/[\w./-]+\.(?:py|sh|md|png)\b", text))
+    wrong = [path for path in paths if not (PROJECT / path).exists() and not re.search(r"\b[A-Z]{2,}", path)]
+    known = {file.name for file in TESTS}
+    known |= {name for file in TESTS for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
+    wrong += [name for name in re.findall(r"`(test_\w+(?:\.py)?)`", text) if name not in known]
+    assert wrong == []
+
+
+def test_the_map_of_utils_has_a_line_for_every_module():
+    lines = (PROJECT / "utils/README.md").read_text().partition("## At the top")[2]
+    room, named = "utils", set()
+    for line in lines.splitlines():
+        if heading := re.match(r"## `(\w+)/` \(floor \d\)", line):
+            room = f"utils/{heading[1]}"
+        elif row := re.match(r"\| `(\w+\.py)` \|", line):
+            named.add(f"{room}/{row[1]}")
+    assert named == {name_of(file) for file in (PROJECT / "utils").rglob("*.py") if file.name != "__init__.py"}
+
+
+def test_the_table_of_published_names_says_where_they_are_defined():
+    table = (PROJECT / "training/UPGRADING.md").read_text().partition("## Names that other code imports")[2]
+    published = None
+    for place, names, defined in re.findall(r"^\| (.*?) ?\| (.*) \| (.*) \|$", table, re.M)[1:]:
+        published = place.strip("`") or published
+        for name in re.findall(r"`(\w+)`", names):
+            value = getattr(importlib.import_module(published), name)
+            assert value.__module__ == (defined.strip("`") if defined.startswith("`") else published), name
