@@ -27,7 +27,6 @@ from utils.model import soft_prompt
 from utils.model.inputs import forward_accepts, sft_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.model_utils import check_model, create_hf_model
-from utils.model.tokenizer import load_hf_tokenizer
 from utils.planning.preflight import preflight
 from utils.process.console import now, print_rank_0, progress
 from utils.process.errors import UserError
@@ -37,6 +36,32 @@ from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
+
+
+def load_data(args, tokenizer):
+    """(training rows, their sampler, their batches, the evaluation's batches)."""
+    train_dataset, eval_dataset = preparation.datasets_of_step(args, tokenizer, encoding.SFT, args.max_seq_len)
+    collator = batching.DataCollatorSFT(
+        tokenizer.pad_token_id, args.max_seq_len, args.mask_prompt, args.pad_to_max_length
+    )
+    eval_loader = batching.make_eval_loader(eval_dataset, collator, args.per_device_eval_batch_size)
+    if args.packing:
+        train_dataset = batching.PackedDataset(train_dataset, args.max_seq_len, args.seed)
+        collator = batching.DataCollatorPacked(tokenizer.pad_token_id, args.mask_prompt)
+        print_rank_0(f"packing: {len(train_dataset)} blocks, {100 * train_dataset.fill:.1f} % of their tokens are real")
+    sampler, train_loader = batching.make_train_loader(train_dataset, collator, args)
+    return train_dataset, sampler, train_loader, eval_loader
+
+
+def load_model(args, tokenizer, ds_config):
+    """The language model to train, behind a soft prompt where the flags ask for one."""
+    options = build.model_options(args, args.dropout)
+    model = create_hf_model(AutoModelForCausalLM, args.model_name_or_path, tokenizer, ds_config, **options)
+    if args.packing and not forward_accepts(model, "position_ids"):
+        raise UserError(
+            f"--packing: {type(model).__name__} takes no positions, so rows of a block cannot be kept apart"
+        )
+    return model if args.soft_prompt is None else soft_prompt.make_soft_prompt_model(model, tokenizer, args)
 
 
 @torch.no_grad()
@@ -68,46 +93,17 @@ def main():
     virtual = {} if args.soft_prompt is None else {"--num_virtual_tokens": args.num_virtual_tokens}
     lengths = virtual | {"--max_seq_len": args.max_seq_len}
     check_model(AutoModelForCausalLM, args.model_name_or_path, args.trust_remote_code, lengths=lengths)
-    tokenizer = load_hf_tokenizer(
-        args.model_name_or_path,
-        add_special_tokens=arguments.end_token(args),
-        trust_remote_code=args.trust_remote_code,
-    )
+    tokenizer = build.load_tokenizer(args, args.model_name_or_path)
     if args.soft_prompt is not None:
         soft_prompt.check_soft_prompt_inputs(args, tokenizer)
-    train_dataset, eval_dataset = preparation.datasets_of_step(args, tokenizer, encoding.SFT, args.max_seq_len)
-    collator = batching.DataCollatorSFT(
-        tokenizer.pad_token_id, args.max_seq_len, args.mask_prompt, args.pad_to_max_length
-    )
-    eval_loader = batching.make_eval_loader(eval_dataset, collator, args.per_device_eval_batch_size)
-    if args.packing:
-        train_dataset = batching.PackedDataset(train_dataset, args.max_seq_len, args.seed)
-        collator = batching.DataCollatorPacked(tokenizer.pad_token_id, args.mask_prompt)
-        print_rank_0(f"packing: {len(train_dataset)} blocks, {100 * train_dataset.fill:.1f} % of their tokens are real")
-    sampler = batching.StepBatchSampler(
-        train_dataset.lengths,
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-        seed=args.seed,
-        group_by_length=args.group_by_length,
-    )
-    train_loader = batching.make_loader(train_dataset, sampler, collator)
-    steps_per_epoch = sampler.steps()
+    train_dataset, sampler, train_loader, eval_loader = load_data(args, tokenizer)
+    steps_per_epoch, total_steps = sampler.steps(), args.num_train_epochs * sampler.steps()
 
     # 3. Model, optimizer, engine
     writer = metrics.make_writer(args, checkpoints.resumed)
     ds_config = build.train_config(args)
-    options = build.model_options(args, args.dropout)
-    model = create_hf_model(AutoModelForCausalLM, args.model_name_or_path, tokenizer, ds_config, **options)
-    if args.packing and not forward_accepts(model, "position_ids"):
-        raise UserError(
-            f"--packing: {type(model).__name__} takes no positions, so rows of a block cannot be kept apart"
-        )
-    learning_rate = args.learning_rate
-    if args.soft_prompt is not None:
-        model = soft_prompt.make_soft_prompt_model(model, tokenizer, args)
-        learning_rate = args.soft_prompt_learning_rate
-    total_steps = args.num_train_epochs * steps_per_epoch
+    model = load_model(args, tokenizer, ds_config)
+    learning_rate = args.learning_rate if args.soft_prompt is None else args.soft_prompt_learning_rate
     engine = build.trained_engine(model, args, ds_config, total_steps, learning_rate=learning_rate)
     label_log_probs, update = LabelLogProbs(engine), Update({"model": engine})
     nonfinite = NonFiniteSteps(args.skip_nonfinite, sampler, checkpoints.save_before_step)

@@ -27,7 +27,6 @@ from utils.engine.nonfinite import NonFiniteSteps
 from utils.engine.update import Update
 from utils.model.model_utils import check_model, create_critic_model
 from utils.model.reward_model import pair_accuracy
-from utils.model.tokenizer import load_hf_tokenizer
 from utils.planning.preflight import preflight
 from utils.process.console import print_rank_0, progress
 from utils.process.launch import init_distributed, run_main
@@ -35,6 +34,22 @@ from utils.process.ranks import all_reduce_sum
 from utils.process.seeds import set_random_seed
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
+
+
+def load_data(args, tokenizer):
+    """(training pairs, their sampler, their batches, the evaluation's batches)."""
+    train_dataset, eval_dataset = preparation.datasets_of_step(args, tokenizer, encoding.REWARD, args.max_seq_len)
+    collator = batching.DataCollatorReward(tokenizer.pad_token_id, args.max_seq_len, args.pad_to_max_length)
+    sampler, train_loader = batching.make_train_loader(train_dataset, collator, args)
+    eval_loader = batching.make_eval_loader(eval_dataset, collator, args.per_device_eval_batch_size)
+    return train_dataset, sampler, train_loader, eval_loader
+
+
+def load_model(args, tokenizer, ds_config):
+    """The model to train, with a fresh value head and the loss that the flags ask for."""
+    losses = dict(rm_loss=args.rm_loss, rm_margin=args.rm_margin, rm_center_coef=args.rm_center_coef)
+    options = build.model_options(args, args.dropout)
+    return create_critic_model(args.model_name_or_path, tokenizer, ds_config, **options, **losses)
 
 
 @torch.no_grad()
@@ -69,6 +84,14 @@ def evaluate(engine, loader, device, iterations: int) -> dict[str, float]:
     }
 
 
+def print_scores(figures: dict[str, float]) -> None:
+    print_rank_0(
+        f"chosen_last_scores (higher is better) : {figures['chosen_score']}, "
+        f"rejected_last_scores (lower is better) : {figures['rejected_score']}, "
+        f"acc (higher is better) : {figures['accuracy']}"
+    )
+
+
 def main():
     # 1. Arguments, processes, seeds
     args = arguments.build_parser(step=2).parse_args()
@@ -80,33 +103,15 @@ def main():
     set_random_seed(args.seed)
 
     # 2. Tokenizer and data, after a look whether the model's files are all there and fit
-    lengths = {"--max_seq_len": args.max_seq_len}
-    check_model(AutoModel, args.model_name_or_path, args.trust_remote_code, lengths=lengths)
-    tokenizer = load_hf_tokenizer(
-        args.model_name_or_path,
-        add_special_tokens=arguments.end_token(args),
-        trust_remote_code=args.trust_remote_code,
-    )
-    train_dataset, eval_dataset = preparation.datasets_of_step(args, tokenizer, encoding.REWARD, args.max_seq_len)
-    collator = batching.DataCollatorReward(tokenizer.pad_token_id, args.max_seq_len, args.pad_to_max_length)
-    sampler = batching.StepBatchSampler(
-        train_dataset.lengths,
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-        seed=args.seed,
-        group_by_length=args.group_by_length,
-    )
-    train_loader = batching.make_loader(train_dataset, sampler, collator)
-    eval_loader = batching.make_eval_loader(eval_dataset, collator, args.per_device_eval_batch_size)
-    steps_per_epoch = sampler.steps()
+    check_model(AutoModel, args.model_name_or_path, args.trust_remote_code, lengths={"--max_seq_len": args.max_seq_len})
+    tokenizer = build.load_tokenizer(args, args.model_name_or_path)
+    train_dataset, sampler, train_loader, eval_loader = load_data(args, tokenizer)
+    steps_per_epoch, total_steps = sampler.steps(), args.num_train_epochs * sampler.steps()
 
     # 3. Model, optimizer, engine
     writer = metrics.make_writer(args, checkpoints.resumed)
     ds_config = build.train_config(args)
-    losses = dict(rm_loss=args.rm_loss, rm_margin=args.rm_margin, rm_center_coef=args.rm_center_coef)
-    options = build.model_options(args, args.dropout)
-    model = create_critic_model(args.model_name_or_path, tokenizer, ds_config, **options, **losses)
-    total_steps = args.num_train_epochs * steps_per_epoch
+    model = load_model(args, tokenizer, ds_config)
     engine = build.trained_engine(model, args, ds_config, total_steps, keep_trainable=["v_head.weight"])
     update, epoch_loss = Update({"model": engine}), MovingAverage()
     nonfinite = NonFiniteSteps(args.skip_nonfinite, sampler, checkpoints.save_before_step)
@@ -115,11 +120,7 @@ def main():
     def evaluate_and_report(epoch: int, iterations: int, steps: int) -> dict[str, float]:
         print_rank_0(f"***** Evaluating reward, Epoch {epoch}/{args.num_train_epochs} *****")
         figures = evaluate(engine, eval_loader, device, iterations)
-        print_rank_0(
-            f"chosen_last_scores (higher is better) : {figures['chosen_score']}, "
-            f"rejected_last_scores (lower is better) : {figures['rejected_score']}, "
-            f"acc (higher is better) : {figures['accuracy']}"
-        )
+        print_scores(figures)
         writer.write(steps, figures, "eval")
         return figures
 

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from utils.arguments import RLHFBatchSizes
+
 
 @dataclass
 class Experience:
@@ -79,20 +81,18 @@ class MicroBatch:
 
 def micro_batch_windows(
     experience: Experience,
-    micro_batch: int,
-    accumulation: int,
+    batch: RLHFBatchSizes,
     generator: np.random.Generator,
     unsupervised: Iterator[dict] | None = None,
 ) -> Iterator[list[MicroBatch]]:
     """One pass over the experience in a fresh order: lists of the micro-batches of one optimizer step.
 
     Args:
-        micro_batch: answers of a forward pass; accumulation: forward passes of an optimizer step.
         unsupervised: endless batches of text, one for each micro-batch.
     """
     order = torch.from_numpy(generator.permutation(len(experience))).to(experience.input_ids.device)
-    for window in order.split(micro_batch * accumulation):
+    for window in order.split(batch.micro_batch * batch.accumulation):
         yield [
             MicroBatch(experience[rows], next(unsupervised) if unsupervised else None)
-            for rows in window.split(micro_batch)
+            for rows in window.split(batch.micro_batch)
         ]

@@ -27,13 +27,14 @@ from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
 from utils import arguments, perf
 from utils.data import batching, encoding, preparation
 from utils.data.unsupervised import UnsupervisedBatches
+from utils.engine import build
 from utils.engine.nonfinite import NonFiniteSteps
 from utils.engine.steps import moving_average
 from utils.model.loading import load_config
 from utils.model.model_utils import check_model
 from utils.model.reward_functions import load_reward_functions
 from utils.model.reward_model import reward_scale
-from utils.model.tokenizer import check_same_tokenizer, load_hf_tokenizer
+from utils.model.tokenizer import check_same_tokenizer
 from utils.planning.preflight import preflight
 from utils.process.console import print_rank_0, progress
 from utils.process.errors import UserError
@@ -42,6 +43,73 @@ from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
+
+
+def check_models(args, tokenizer) -> None:
+    """Whether the files of both models are all there and fit, and both read ids alike; no weight is read."""
+    actor, critic, code = args.actor_model_name_or_path, args.critic_model_name_or_path, args.trust_remote_code
+    lengths = {"--max_prompt_seq_len": args.max_prompt_seq_len, "--max_answer_seq_len": args.max_answer_seq_len}
+    if critic is not None:
+        check_same_tokenizer(tokenizer, actor, critic, arguments.end_token(args), code)
+        check_model(AutoModel, critic, code, trained_head=True, lengths=lengths)
+        if args.normalize_reward:
+            reward_scale(load_config(critic, code))
+    check_model(AutoModelForCausalLM, actor, code, lengths=lengths)
+
+
+def load_prompts(args, tokenizer, batch: arguments.RLHFBatchSizes):
+    """(prompts, their sampler, batches of a round of generation, updates in an epoch)."""
+    print_rank_0(batch.explain())
+    prompts, _ = preparation.datasets_of_step(args, tokenizer, encoding.RLHF, args.max_prompt_seq_len)
+    sampler = batching.StepBatchSampler(
+        prompts.lengths, batch.prompts_per_round, batch.rounds, seed=args.seed, drop_last=True
+    )
+    collator = batching.DataCollatorRLHF(tokenizer.pad_token_id, args.max_prompt_seq_len, args.pad_to_max_length)
+    loader = batching.make_loader(prompts, sampler, collator)
+    updates = len(loader) // batch.rounds  # rounds of generation that fill no update are dropped
+    if updates == 0:
+        raise UserError(
+            f"{len(prompts)} prompts do not fill one update of {batch.rounds} x {sampler.rows_per_pass} prompts; "
+            "lower --per_device_generation_batch_size or --gradient_accumulation_steps, or give more data"
+        )
+    return prompts, sampler, loader, updates
+
+
+def make_trainer(args, tokenizer, reward_functions, optimizer_steps: int) -> DeepSpeedPPOTrainer:
+    """The trainer around the engines of all models, whose schedules run over ``optimizer_steps``."""
+    paths = args.actor_model_name_or_path, args.critic_model_name_or_path
+    rlhf_engine = DeepSpeedRLHFEngine(*paths, tokenizer, args, optimizer_steps)
+    trainer_class = DeepSpeedPPOTrainerUnsupervised if args.unsupervised_dataset_name else DeepSpeedPPOTrainer
+    return trainer_class(rlhf_engine, args, reward_functions)
+
+
+def generate(trainer, prompt_batches, args, step: int, times: StepTimes, refuse) -> Experience:
+    """Rounds of generation: answers of the current policy, seen by all four models."""
+    rounds = []
+    for prompt_batch in prompt_batches:
+        prompt, mask = (
+            prompt_batch[name].repeat_interleave(args.num_generations_per_prompt, dim=0)
+            for name in ("prompt", "prompt_att_mask")
+        )
+        rounds.append(trainer.generate_experience(prompt, mask, step, refuse))
+        times.generate += trainer.generate_time
+        times.generated_positions += trainer.generated_steps
+    return Experience.concat(rounds, trainer.tokenizer.pad_token_id)
+
+
+def save(args, rlhf_engine, tokenizer) -> None:
+    """Each trained model, and the average of the actor, to its folder under --output_dir."""
+    if args.output_dir is None:
+        return
+    print_rank_0("saving model ...")
+    actor_path, critic_path = args.actor_model_name_or_path, args.critic_model_name_or_path
+    for name, engine, start in (
+        ("actor", rlhf_engine.actor, actor_path),
+        ("critic", rlhf_engine.critic, critic_path),
+        ("actor_ema", rlhf_engine.actor_ema, actor_path),
+    ):
+        if engine is not None:
+            results.save_trained_model(engine, tokenizer, args, start, sub_folder=name)
 
 
 def main():
@@ -55,51 +123,18 @@ def main():
     reward_functions = load_reward_functions(args.reward_function)
     checkpoints = Checkpoints(args, "actor_model_name_or_path", "critic_model_name_or_path")
     set_random_seed(args.seed)
-    print_rank_0(batch.explain())
 
     # 2. Tokenizer and prompts, after a look whether both models' files are all there and fit
-    tokenizer = load_hf_tokenizer(
-        args.actor_model_name_or_path,
-        add_special_tokens=arguments.end_token(args),
-        trust_remote_code=args.trust_remote_code,
-    )
-    lengths = {"--max_prompt_seq_len": args.max_prompt_seq_len, "--max_answer_seq_len": args.max_answer_seq_len}
-    if args.critic_model_name_or_path is not None:
-        check_same_tokenizer(
-            tokenizer,
-            args.actor_model_name_or_path,
-            args.critic_model_name_or_path,
-            arguments.end_token(args),
-            args.trust_remote_code,
-        )
-        check_model(
-            AutoModel, args.critic_model_name_or_path, args.trust_remote_code, trained_head=True, lengths=lengths
-        )
-        if args.normalize_reward:
-            reward_scale(load_config(args.critic_model_name_or_path, args.trust_remote_code))
-    check_model(AutoModelForCausalLM, args.actor_model_name_or_path, args.trust_remote_code, lengths=lengths)
-    prompts, _ = preparation.datasets_of_step(args, tokenizer, encoding.RLHF, args.max_prompt_seq_len)
-    sampler = batching.StepBatchSampler(
-        prompts.lengths, batch.prompts_per_round, batch.rounds, seed=args.seed, drop_last=True
-    )
-    collator = batching.DataCollatorRLHF(tokenizer.pad_token_id, args.max_prompt_seq_len, args.pad_to_max_length)
-    loader = batching.make_loader(prompts, sampler, collator)
-    updates = len(loader) // batch.rounds  # rounds of generation that fill no update are dropped
-    if updates == 0:
-        raise UserError(
-            f"{len(prompts)} prompts do not fill one update of {batch.rounds} x {sampler.rows_per_pass} prompts; "
-            "lower --per_device_generation_batch_size or --gradient_accumulation_steps, or give more data"
-        )
+    tokenizer = build.load_tokenizer(args, args.actor_model_name_or_path)
+    check_models(args, tokenizer)
+    prompts, sampler, loader, updates = load_prompts(args, tokenizer, batch)
     unsupervised = UnsupervisedBatches(args, tokenizer) if args.unsupervised_dataset_name else None
 
     # 3. The engines and the trainer
     writer = metrics.make_writer(args, checkpoints.resumed)
     optimizer_steps = args.num_train_epochs * updates * args.ppo_epochs * batch.steps_per_pass
-    rlhf_engine = DeepSpeedRLHFEngine(
-        args.actor_model_name_or_path, args.critic_model_name_or_path, tokenizer, args, optimizer_steps
-    )
-    trainer_class = DeepSpeedPPOTrainerUnsupervised if unsupervised else DeepSpeedPPOTrainer
-    trainer = trainer_class(rlhf_engine, args, reward_functions)
+    trainer = make_trainer(args, tokenizer, reward_functions, optimizer_steps)
+    rlhf_engine = trainer.rlhf_engine
     set_random_seed(args.seed + 1000 * get_rank())  # from here on ranks sample different answers
     shuffler = np.random.default_rng([args.seed, get_rank()])
     reporter = Reporter(args, rlhf_engine, trainer, writer)
@@ -111,29 +146,19 @@ def main():
 
     # 4. Train
     print_rank_0(f"***** Running training (total iterations = {args.num_train_epochs * updates}) *****")
-    step, stop_after = checkpoints.steps, args.test_stop_step if args.enable_test_mode else math.inf
+    stop_after = args.test_stop_step if args.enable_test_mode else math.inf
     for epoch, first_update in checkpoints.epochs(args.num_train_epochs):
         print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Generation Batches {len(loader)}")
         sampler.set_epoch(epoch, first_update)
         batches = iter(loader)
         bar = progress(range(first_update, updates), f"epoch {epoch + 1}/{args.num_train_epochs}")
         for update in bar:
-            if step >= stop_after:
+            if (step := checkpoints.steps) >= stop_after:
                 break
             # 4a. Experience: answers of the current policy, seen by all four models
-            watch, times, rounds = perf.Stopwatch(), StepTimes(), []
-            for _ in range(batch.rounds):
-                prompt_batch = batching.to_device(next(batches), device)
-                prompt, prompt_mask = (
-                    prompt_batch[name].repeat_interleave(args.num_generations_per_prompt, dim=0)
-                    for name in ("prompt", "prompt_att_mask")
-                )
-                refuse = partial(nonfinite.refuse, step=update)
-                experience = trainer.generate_experience(prompt, prompt_mask, step, refuse)
-                rounds.append(experience)
-                times.generate += trainer.generate_time
-                times.generated_positions += trainer.generated_steps
-            experience = Experience.concat(rounds, tokenizer.pad_token_id)
+            watch, times = perf.Stopwatch(), StepTimes()
+            prompt_batches = (batching.to_device(next(batches), device) for _ in range(batch.rounds))
+            experience = generate(trainer, prompt_batches, args, step, times, partial(nonfinite.refuse, step=update))
 
             # 4b. Rewards and advantages, once; the KL weight for the next step
             trainer.compute_rewards(experience)
@@ -145,43 +170,26 @@ def main():
             # 4c. Updates: several passes, each in a fresh order
             losses = []
             for _ in range(args.ppo_epochs):
-                for window in micro_batch_windows(
-                    experience, batch.micro_batch, batch.accumulation, shuffler, unsupervised
-                ):
+                for window in micro_batch_windows(experience, batch, shuffler, unsupervised):
                     loss = trainer.train_rlhf(window, partial(nonfinite.skip, step=update))
                     if loss is not None:
                         losses.append(loss)
                         if args.enable_ema and loss["actor_step_applied"]:
-                            moving_average(
-                                rlhf_engine.actor,
-                                rlhf_engine.actor_ema,
-                                args.ema_decay,
-                                zero_stage=args.actor_zero_stage,
-                            )
+                            moving_average(rlhf_engine.actor, rlhf_engine.actor_ema, args.ema_decay)
             times.training = watch.lap()
 
             # 4d. Report
             figures["skipped_steps"] = nonfinite.skipped
             answer_tokens = reporter.report(epoch, step, experience, figures, losses, times)
             bar.note(perf.pace(answer_tokens, times.total))
-            step += 1
             checkpoints.end_step(epoch, update + 1)
-        if step >= stop_after:
-            print_rank_0(f"test mode: stopping after {step} steps (--test_stop_step)")
+        if checkpoints.steps >= stop_after:
+            print_rank_0(f"test mode: stopping after {checkpoints.steps} steps (--test_stop_step)")
             break
 
     # 5. Save
-    if args.output_dir is not None:
-        print_rank_0("saving model ...")
-        actor_path, critic_path = args.actor_model_name_or_path, args.critic_model_name_or_path
-        for name, engine, start in (
-            ("actor", rlhf_engine.actor, actor_path),
-            ("critic", rlhf_engine.critic, critic_path),
-            ("actor_ema", rlhf_engine.actor_ema, actor_path),
-        ):
-            if engine is not None:
-                results.save_trained_model(engine, tokenizer, args, start, sub_folder=name)
-    if step < stop_after:  # a test is not the whole run
+    save(args, rlhf_engine, tokenizer)
+    if checkpoints.steps < stop_after:  # a test is not the whole run
         checkpoints.finish()
     writer.close()
 

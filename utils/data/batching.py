@@ -93,6 +93,18 @@ def make_loader(dataset, sampler: StepBatchSampler, collator) -> DataLoader:
     return DataLoader(_WithFillers(dataset), batch_sampler=sampler, collate_fn=collator, generator=generator)
 
 
+def make_train_loader(dataset, collator, args) -> tuple[StepBatchSampler, DataLoader]:
+    """The order of the rows of step 1 or 2, by its flags, and their batches."""
+    sampler = StepBatchSampler(
+        dataset.lengths,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        seed=args.seed,
+        group_by_length=args.group_by_length,
+    )
+    return sampler, make_loader(dataset, sampler, collator)
+
+
 def make_eval_loader(dataset, collator, batch_size: int) -> DataLoader:
     """Batches of this rank's rows in the dataset's own order."""
     return make_loader(dataset, StepBatchSampler(dataset.lengths, batch_size, shuffle=False), collator)

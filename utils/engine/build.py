@@ -9,6 +9,7 @@ Steps 1 and 2 train one engine and their flags name no role; step 3 trains "acto
 from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import get_scheduler
 
+from utils.arguments import end_token
 from utils.ds_utils import (
     TORCH_DTYPES,
     get_eval_ds_config,
@@ -20,11 +21,19 @@ from utils.ds_utils import (
 )
 from utils.engine.optimizer import get_optimizer_grouped_parameters, make_optimizer
 from utils.model.model_utils import adapt_model, packing_of
+from utils.model.tokenizer import load_hf_tokenizer
 
 
 def flag_of(args, role: str, name: str):
     """The value of a flag that each trained model has; that of role "actor" is called ``actor_NAME``."""
     return getattr(args, f"{role}_{name}" if role else name)
+
+
+def load_tokenizer(args, model_name_or_path):
+    """A model's tokenizer, with the end token that the run's flags ask for."""
+    return load_hf_tokenizer(
+        model_name_or_path, add_special_tokens=end_token(args), trust_remote_code=args.trust_remote_code
+    )
 
 
 def train_config(args, role: str = "", **options) -> dict:
