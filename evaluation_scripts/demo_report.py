@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import transformers
@@ -27,9 +29,11 @@ from utils.demo.world import held_out_prompts
 from utils.model.inputs import model_inputs
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.process.console import progress
+from utils.process.errors import run_script
 from utils.process.seeds import set_random_seed
 from utils.run.metrics_file import read_rows
 
+matplotlib.use("Agg")  # no display is needed
 RATES = ("manner", "right", "ended")
 
 
@@ -72,7 +76,7 @@ def kl_per_answer(model, reference, tokenizer, batches) -> float:
     return total / rows
 
 
-def judged(tokenizer, prompts, batches) -> tuple[dict[str, float], np.ndarray]:
+def judge_answers(tokenizer, prompts, batches) -> tuple[dict[str, float], np.ndarray]:
     """Rates over all answers, and which answers are right: [answers] 0 or 1."""
     answers, ended = [], []
     for ids, _, sequences in batches:
@@ -84,11 +88,11 @@ def judged(tokenizer, prompts, batches) -> tuple[dict[str, float], np.ndarray]:
 
 
 def draw(curve: list[dict], models: dict[str, dict], file: Path) -> None:
-    import matplotlib
+    """One picture: the rates of every model, and the curves of step 3.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    Args:
+        curve: rows of step 3's metrics. models: name -> rates, each 0 to 1.
+    """
     figure, (rates, reward, kl) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     colors = {"manner": "#4c78a8", "right": "#f58518", "ended": "#54a24b"}
     for i, rate in enumerate(RATES):
@@ -110,7 +114,7 @@ def draw(curve: list[dict], models: dict[str, dict], file: Path) -> None:
     plt.close(figure)
 
 
-def main():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--output_dir", required=True, help="the quickstart's folder, with base, step1, step2 and step3 in it"
@@ -123,11 +127,11 @@ def main():
     parser.add_argument("--batch_size", type=int, default=100, help="prompts answered at a time")
     parser.add_argument("--seed", type=int, default=1234, help="of the sampled answers")
     parser.add_argument("--seconds", type=float, default=None, help="what the run took, for the summary")
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    torch.set_num_threads(1)  # products this small are slower on several threads
-    transformers.utils.logging.disable_progress_bar()
-    output = Path(args.output_dir)
+
+def judge_models(output: Path, args) -> dict[str, dict]:
+    """Name -> rates of the judge, KL to the SFT model, interval of the change in right answers from SFT."""
     folders = {
         "base": output / "base",
         "SFT": output / "step1",
@@ -142,22 +146,41 @@ def main():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         set_random_seed(args.seed)
         batches = sample_answers(model, tokenizer, prompts, args.max_new_tokens, args.batch_size)
-        models[name], right[name] = judged(tokenizer, prompts, batches)
+        models[name], right[name] = judge_answers(tokenizer, prompts, batches)
         models[name]["kl"] = kl_per_answer(model, reference, tokenizer, batches)
-
     for name in models:  # each prompt counts once, whatever the number of answers to it
         change = (right[name] - right["SFT"]).reshape(args.answers_per_prompt, args.prompts).mean(axis=0)
         models[name]["right_change"] = bootstrap_interval(change.tolist())
+    return models
 
+
+def print_summary(summary: dict) -> None:
+    before, after = summary["perplexity_before_sft"], summary["perplexity_after_sft"]
+    answers = f"{summary['answers_per_prompt']} sampled answers to each"
+    print(f"\nperplexity on held-out answers   {before:8.1f} before SFT, {after:.2f} after")
+    print(f"reward model, held-out pairs     {100 * summary['reward_accuracy']:8.1f} % right\n")
+    print(f"{summary['held_out_prompts']} held-out prompts, {answers}, judged exactly:\n")
+    print(f"{'model':8}" + "".join(f"{rate:>10}" for rate in RATES) + f"{'KL to SFT, nats per answer':>30}")
+    for name, row in summary["models"].items():
+        print(f"{name:8}" + "".join(f"{100 * row[rate]:8.1f} %" for rate in RATES) + f"{row['kl']:>30.2f}")
+    low, high = summary["models"]["RLHF"]["right_change"]
+    print(f"\nright, RLHF less SFT: {100 * low:+.1f} to {100 * high:+.1f} points (95 % interval over prompts)")
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(1)  # products this small are slower on several threads
+    transformers.utils.logging.disable_progress_bar()
+    output = Path(args.output_dir)
+    models = judge_models(output, args)
     perplexities = [row["perplexity"] for row in read_rows(output / "step1", "eval")]
-    accuracy = read_rows(output / "step2", "eval")[-1]["accuracy"]
     curve = read_rows(output / "step3", "train")
     picture = output / "quickstart.png"
     draw(curve, models, picture)
     summary = {
         "perplexity_before_sft": perplexities[0],
         "perplexity_after_sft": perplexities[-1],
-        "reward_accuracy": accuracy,
+        "reward_accuracy": read_rows(output / "step2", "eval")[-1]["accuracy"],
         "models": models,
         "ppo": {name: [row[name] for row in curve] for name in ("step", "score", "kl")},
         "held_out_prompts": args.prompts,
@@ -165,17 +188,9 @@ def main():
         "seconds": args.seconds,
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-    print(f"\nperplexity on held-out answers   {perplexities[0]:8.1f} before SFT, {perplexities[-1]:.2f} after")
-    print(f"reward model, held-out pairs     {100 * accuracy:8.1f} % right\n")
-    print(f"{args.prompts} held-out prompts, {args.answers_per_prompt} sampled answers to each, judged exactly:\n")
-    print(f"{'model':8}" + "".join(f"{rate:>10}" for rate in RATES) + f"{'KL to SFT, nats per answer':>30}")
-    for name, row in models.items():
-        print(f"{name:8}" + "".join(f"{100 * row[rate]:8.1f} %" for rate in RATES) + f"{row['kl']:>30.2f}")
-    low, high = models["RLHF"]["right_change"]
-    print(f"\nright, RLHF less SFT: {100 * low:+.1f} to {100 * high:+.1f} points (95 % interval over prompts)")
+    print_summary(summary)
     print(f"\npicture: {picture}\nfigures: {output / 'summary.json'}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,13 @@ def add_scores(records: list[dict], name: str, scores: list[float]) -> None:
         record.setdefault("scores", {})[name] = [next(scores) for _ in record["answers"]]
 
 
+def free_memory() -> None:
+    """Give back what a model took that nobody holds any more: the next one needs the room."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
 def judge_by_reward_model(records: list[dict], path: str, args) -> None:
     """Score every answer with a reward model, which is loaded here and let go again."""
     judge = load_judge(path, args)
@@ -30,14 +37,12 @@ def judge_by_reward_model(records: list[dict], path: str, args) -> None:
     # Each text once: models that say the same must tie, which rounding in different batches would not let them.
     distinct = list(dict.fromkeys(pairs))
     asked = [{"prompt": prompt, "answer": answer} for prompt, answer in distinct]
-    limit = getattr(judge.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
-    scores = score_answers(judge, asked, args.prompt_style, limit, args.batch_size, args.allow_special_tokens)
+    longest = judge.max_positions or 1 << 20
+    scores = score_answers(judge, asked, args.prompt_style, longest, args.batch_size, args.allow_special_tokens)
     score_of = {pair: score for pair, (score,) in zip(distinct, scores, strict=True)}
     add_scores(records, REWARD_MODEL, [score_of[pair] for pair in pairs])
     del judge
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    free_memory()
 
 
 def judge_by_function(records: list[dict], function: RewardFunction) -> None:

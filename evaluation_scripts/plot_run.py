@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.process.errors import UserError, run_script
+from utils.run.metrics_file import METRICS_FILE
 
 # What a reader wants first, in this order, of whichever step the runs are of.
 FIRST_LOOK = (
@@ -48,7 +49,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
     Raises:
         UserError: no such file, or a line that is no row of metrics.
     """
-    file = run if run.suffix == ".jsonl" else run / "metrics.jsonl"
+    file = run if run.suffix == ".jsonl" else run / METRICS_FILE
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

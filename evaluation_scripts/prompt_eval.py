@@ -8,15 +8,18 @@ Departs from the reference: a file of prompts, several finetuned models, batches
 """
 
 import argparse
-import gc
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation_scripts.judging import comparison_table, comparisons, judge_by_function, judge_by_reward_model
+from evaluation_scripts.judging import (
+    comparison_table,
+    comparisons,
+    free_memory,
+    judge_by_function,
+    judge_by_reward_model,
+)
 from evaluation_scripts.prompts import PROMPTS, read_prompts
 from evaluation_scripts.report import html_report, markdown_report, shown_answer
 from utils.data.prompt_format import cut_at_next_human, encode_prompt, prompt_from_text
@@ -33,16 +36,24 @@ from utils.generation.saved_model import (
     warn,
 )
 from utils.model.reward_functions import load_reward_functions
-from utils.process.errors import UserError
+from utils.process.errors import UserError, run_script
 from utils.process.files import check_writable, write_jsonl, write_text
-from utils.process.launch import run_main
 from utils.process.seeds import set_random_seed
 
 PROMPT_END = "====================prompt end============================="
 
 
-def parse_args(argv=None):
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Compare the answers of a baseline with those of finetuned models.")
+    add_published_arguments(parser)
+    add_own_arguments(parser.add_argument_group("beyond the reference"))
+    add_base_model_argument(parser)
+    add_loading_arguments(parser)
+    add_load_in_4bit_argument(parser)
+    return parser
+
+
+def add_published_arguments(parser) -> None:
     parser.add_argument("--model_name_or_path_baseline", required=True, help="model before the training to judge")
     parser.add_argument(
         "--model_name_or_path_finetune", required=True, nargs="+", help="one or several models after it"
@@ -82,19 +93,20 @@ def parse_args(argv=None):
         "--add_eot_token", action="store_true", help="answers end at <|endoftext|>, as training with this flag taught"
     )
 
-    ours = parser.add_argument_group("beyond the reference")
-    ours.add_argument(
+
+def add_own_arguments(group) -> None:
+    group.add_argument(
         "--prompts_file",
         help="own prompts: .txt, one a line, or .jsonl with the field 'prompt'; '... Assistant:' stays as it is",
     )
-    ours.add_argument("--output", help="write a side-by-side report to this .md or .html file (default: none)")
-    ours.add_argument(
+    group.add_argument("--output", help="write a side-by-side report to this .md or .html file (default: none)")
+    group.add_argument(
         "--jsonl", help="write every answer, its length, scores and whether it ended to this file (default: none)"
     )
-    ours.add_argument(
+    group.add_argument(
         "--judge_reward_model", metavar="FOLDER", help="score every answer with this reward model (default: none)"
     )
-    ours.add_argument(
+    group.add_argument(
         "--judge_function",
         metavar="FILE.py:NAME",
         nargs="+",
@@ -102,34 +114,35 @@ def parse_args(argv=None):
         help="score every answer with functions (prompts, answers) -> scores, as step 3's --reward_function does "
         "(default: none)",
     )
-    ours.add_argument("--batch_size", type=int, default=8, help="prompts per batch (8)")
-    ours.add_argument(
+    group.add_argument("--batch_size", type=int, default=8, help="prompts per batch (8)")
+    group.add_argument(
         "--do_sample",
         action="store_true",
         help="show sampled answers too, with --num_beams also those of a sampled beam search (off: no sampling)",
     )
-    ours.add_argument(
+    group.add_argument(
         "--contrastive_search", action="store_true", help="show the answers of contrastive search too (off: do not)"
     )
-    ours.add_argument(
+    group.add_argument(
         "--diversity_penalty",
         type=float,
         default=1.0,
         help="with --num_beam_groups: what a token costs, in nats, per beam of earlier groups that chose it (1)",
     )
-    ours.add_argument(
+    group.add_argument(
         "--temperature", type=float, default=1.0, help="with --do_sample: below 1 tamer, above wilder (1)"
     )
-    ours.add_argument("--top_p", type=float, default=1.0, help="with --do_sample: tokens of this share only (1: off)")
-    ours.add_argument("--seed", type=int, default=1234, help="of the sampling, the same for each model (1234)")
-    ours.add_argument(
+    group.add_argument("--top_p", type=float, default=1.0, help="with --do_sample: tokens of this share only (1: off)")
+    group.add_argument("--seed", type=int, default=1234, help="of the sampling, the same for each model (1234)")
+    group.add_argument(
         "--cut_at_next_human",
         action="store_true",
         help="cut an answer where the model goes on to write the human's next turn (off: show what it wrote)",
     )
-    add_base_model_argument(parser)
-    add_loading_arguments(parser)
-    add_load_in_4bit_argument(parser)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = build_parser()
     args = parser.parse_args(argv)
     check_args(args, parser)
     return args
@@ -228,9 +241,7 @@ def answer_all(title: str, path: str, prompts: list[str], modes: dict[str, dict]
                 }
             )
     del lm
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()  # the next model needs the room
+    free_memory()
     return records
 
 
@@ -293,4 +304,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_script(main)

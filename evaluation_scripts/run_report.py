@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.process.errors import UserError, run_script
-from utils.run.metrics_file import read_rows
+from utils.run.metrics_file import METRICS_FILE, read_rows
 
 # Of the rows of step 3: what is shown, and in which unit.
 PPO_FIGURES = (
@@ -26,9 +26,9 @@ def rows_of(output: Path, step: str, prefix: str) -> list[dict]:
     try:
         rows = read_rows(output / step, prefix)
     except OSError as error:
-        raise UserError(f"{output / step} holds no readable metrics.jsonl: {error.strerror}") from error
+        raise UserError(f"{output / step} holds no readable {METRICS_FILE}: {error.strerror}") from error
     if not rows:
-        raise UserError(f"{output / step / 'metrics.jsonl'} holds no {prefix} rows yet")
+        raise UserError(f"{output / step / METRICS_FILE} holds no {prefix} rows yet")
     return rows
 
 

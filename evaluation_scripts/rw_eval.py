@@ -41,9 +41,8 @@ from utils.model.model_utils import create_critic_model
 from utils.model.reward_model import RewardModel
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.process.console import progress
-from utils.process.errors import UserError
+from utils.process.errors import UserError, run_script
 from utils.process.files import check_writable, write_jsonl
-from utils.process.launch import run_main
 
 PAIR = ("chosen", "rejected")
 SINGLE = ("answer",)
@@ -58,6 +57,7 @@ class Judge:
     model: RewardModel
     tokenizer: PreTrainedTokenizerBase
     num_ids: int  # token ids that the checkpoint knows
+    max_positions: int | None  # longest prompt + answer in tokens; None: the configuration names no limit
 
 
 def parse_args(argv=None):
@@ -198,7 +198,9 @@ def load_judge(path: str, args) -> Judge:
         dtype=choose_dtype(args.dtype, device),
         trust_remote_code=args.trust_remote_code,
     )
-    return Judge(path, model.eval().to(device), tokenizer, config.get_text_config().vocab_size)
+    text_config = config.get_text_config()
+    max_positions = getattr(text_config, "max_position_embeddings", None)  # not every family has one
+    return Judge(path, model.eval().to(device), tokenizer, text_config.vocab_size, max_positions)
 
 
 @torch.no_grad()
@@ -219,7 +221,7 @@ def score_rows(model: RewardModel, rows: list[list[int]], batch_size: int) -> li
 
 def score_records(judge: Judge, records: list[Record], args) -> list[tuple[float, ...]]:
     """The scores of each record's answers, as the flags ask for them."""
-    limit = getattr(judge.model.config.get_text_config(), "max_position_embeddings", None) or args.max_seq_len
+    limit = judge.max_positions or args.max_seq_len
     if limit < args.max_seq_len:
         warn(f"--max_seq_len {args.max_seq_len}: the model holds {limit} tokens, so {limit} it is")
     style = args.prompt_style or (PLAIN if args.data_path is None else None)
@@ -365,4 +367,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_script(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.process.errors import UserError, run_script
-from utils.run.metrics_file import read_rows
+from utils.run.metrics_file import METRICS_FILE, read_rows
 
 
 def last_error(log: Path) -> str:
@@ -25,7 +25,7 @@ def last_error(log: Path) -> str:
 
 def row_of(folder: Path) -> dict:
     """What one combination did: {name, steps, seconds, tokens_per_second, result} or {name, failed}."""
-    done, file = (folder / "done").exists(), folder / "metrics.jsonl"
+    done, file = (folder / "done").exists(), folder / METRICS_FILE
     rows = [row for row in read_rows(folder, "train") if row.get("seconds")] if file.is_file() else []
     if not done or not rows:
         return {

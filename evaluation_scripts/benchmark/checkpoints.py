@@ -9,7 +9,6 @@ Both runs evaluate once on a few rows, outside of it. The fastest of each kind c
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from evaluation_scripts.benchmark.memory import SIZES, make_models
 from utils.arguments import SCRIPTS
 from utils.run.checkpoint_files import FINISHED_FILE, newest_checkpoint
+from utils.run.metrics_file import read_rows
 
 
 def parse_args():
@@ -76,8 +76,7 @@ def run(command: list[str]) -> tuple[str, float]:
 
 
 def training_seconds(output: Path) -> float:
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    times = [row["time"] for row in rows if "train/loss" in row]
+    times = [row["time"] for row in read_rows(output, "train")]
     return times[-1] - times[0]
 
 

@@ -9,8 +9,8 @@ prompt and answer at once in fp32. Models are random but for --model. Answers en
 both ways: rows of "full" never, rows of "varied" at lengths spread evenly from an eighth of the maximum up to it.
 
 Each way runs in processes of its own, so that its peak memory is its own. Smaller is faster: --answer_length 32,
---varied_batch 0, --repeats 1. With --latency, one process more: the time
-per token of a batch of one against the time it takes to read the weights once.
+--varied_batch 0, --repeats 1. With --latency, one process more: the time per token of a batch of one against the time
+it takes to read the weights once.
 """
 
 import argparse
@@ -21,9 +21,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from training.step3_rlhf_finetuning.experience import MicroBatch
+from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer
+from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
+from utils import arguments
+from utils.generation.hybrid_engine import HybridEngine
+from utils.model.inputs import model_inputs
+from utils.model.model_utils import create_critic_model
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.perf import matmul_parameters
+from utils.process.launch import COMM_TIMEOUT, init_distributed, run_main
+from utils.process.ranks import barrier
+from utils.process.seeds import set_random_seed
+from utils.process.world import get_rank
+from utils.run.results import save_hf_format
 
 MODELS = {
     "30m": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=10, num_attention_heads=6,
@@ -73,11 +93,8 @@ def build_parser():
 def main():
     args = build_parser().parse_args()
     if args.worker:
-        from utils.process.launch import run_main
-
-        return run_main(
-            lambda: {"case": measure_case, "latency": measure_latency, "make": make_models}[args.worker](args)
-        )
+        worker = {"case": measure_case, "latency": measure_latency, "make": make_models}[args.worker]
+        return run_main(partial(worker, args))
     sources = [args.model] if args.model else args.models
     with tempfile.TemporaryDirectory() as scratch:
         for source in sources:
@@ -134,8 +151,6 @@ def run_worker(args, ranks: int, **changed) -> dict:
 
 
 def write_figures(figures: dict) -> None:
-    from utils.process.world import get_rank
-
     if get_rank() == 0:
         Path(os.environ["FIGURES"]).write_text(json.dumps(figures))
 
@@ -145,16 +160,7 @@ def write_figures(figures: dict) -> None:
 
 def make_models(args) -> None:
     """FOLDER/actor and FOLDER/reward."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from utils.model.model_utils import create_critic_model
-    from utils.model.tokenizer import load_hf_tokenizer
-    from utils.process.launch import init_distributed
-    from utils.run.results import save_hf_format
-
-    init_distributed(argparse.Namespace(local_rank=-1, comm_timeout=1800))
+    init_distributed(argparse.Namespace(local_rank=-1, comm_timeout=COMM_TIMEOUT))
     folder = Path(args.folder)
     torch.manual_seed(0)
     if args.model:
@@ -180,10 +186,7 @@ def make_models(args) -> None:
 
 
 def step3_arguments(args, *more):
-    """The namespace of step 3's main.py, checked as it checks it."""
-    from utils import arguments
-    from utils.process.launch import init_distributed
-
+    """The arguments of step 3 as its main.py settles them."""
     folder, stage = Path(args.folder), str(args.stage)
     flags = [
         "--actor_model_name_or_path", folder / "actor", "--critic_model_name_or_path", folder / "reward",
@@ -196,40 +199,26 @@ def step3_arguments(args, *more):
     return arguments.settle(parsed, 3)
 
 
-def make_trainer(args, step3):
-    from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer
-    from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
-    from utils.model.tokenizer import load_hf_tokenizer
+class PlainTrainer(DeepSpeedPPOTrainer):
+    """Logits of all positions, upcast at once."""
 
+    def _answer_log_probs(self, label_log_probs, input_ids, attention_mask, width, with_entropy=False):
+        engine = label_log_probs.engine
+        logits = engine(**model_inputs(engine.module, input_ids, attention_mask)).logits[:, :-1]
+        log_probs = logits.float().log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)[:, -width:]
+        return log_probs, torch.zeros_like(log_probs) if with_entropy else None
+
+
+def make_trainer(args, step3):
     tokenizer = load_hf_tokenizer(str(Path(args.folder) / "actor"))
     engine = DeepSpeedRLHFEngine(
         step3.actor_model_name_or_path, step3.critic_model_name_or_path, tokenizer, step3, num_total_iters=100
     )
-    return (plain_trainer_class() if args.way == "plain" else DeepSpeedPPOTrainer)(engine, step3)
-
-
-def plain_trainer_class():
-    import torch
-
-    from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer
-    from utils.model.inputs import model_inputs
-
-    class PlainTrainer(DeepSpeedPPOTrainer):
-        """Logits of all positions, upcast at once."""
-
-        def _answer_log_probs(self, label_log_probs, input_ids, attention_mask, width, with_entropy=False):
-            engine = label_log_probs.engine
-            logits = engine(**model_inputs(engine.module, input_ids, attention_mask)).logits[:, :-1]
-            log_probs = logits.float().log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)[:, -width:]
-            return log_probs, torch.zeros_like(log_probs) if with_entropy else None
-
-    return PlainTrainer
+    return (PlainTrainer if args.way == "plain" else DeepSpeedPPOTrainer)(engine, step3)
 
 
 def make_prompts(args, rows: int, pad_to_max: bool, seed: int):
     """[rows, P] ids and mask; lengths spread evenly from half of the longest up to it."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.linspace(args.prompt_length // 2, args.prompt_length, rows + 1).long()[:-1]
     lengths = lengths[torch.randperm(rows, generator=generator)]
@@ -240,7 +229,6 @@ def make_prompts(args, rows: int, pad_to_max: bool, seed: int):
 
 def ends_at(lengths, eos: int):
     """Rows get their EOS at these lengths and not before; longer than the limit: never."""
-    import torch
 
     def rewrite(logits, rows, position):
         logits[:, eos] = torch.where(lengths[rows] == position + 1, 1e4, -torch.inf).to(logits.dtype)
@@ -250,8 +238,6 @@ def ends_at(lengths, eos: int):
 
 
 def schedules(args, rows: int) -> dict:
-    import torch
-
     spread = torch.linspace(args.answer_length // 8, args.answer_length, rows).long()
     return {
         "full": torch.full((rows,), args.answer_length + 1),
@@ -261,8 +247,6 @@ def schedules(args, rows: int) -> dict:
 
 def fastest(args, action) -> float:
     """Seconds, ranks starting together."""
-    from utils.process.ranks import barrier
-
     clock = time.process_time if args.cpu_time else time.perf_counter
     action()
     seconds = []
@@ -277,9 +261,6 @@ def fastest(args, action) -> float:
 
 def measure_case(args) -> None:
     """Seconds of generation and of whole PPO steps, and the peak memory, of one way at one ZeRO stage."""
-    from utils.process.seeds import set_random_seed
-    from utils.process.world import get_rank
-
     trainer = make_trainer(args, step3_arguments(args, *(["--enable_hybrid_engine"] if args.way == "ours" else [])))
     set_random_seed(1 + get_rank())
     cases = [("full", args.batch)] + [("varied", args.varied_batch)] * (args.varied_batch > 0)
@@ -299,10 +280,6 @@ def measure_generation(args, trainer, ids, mask, rewrite) -> float:
 
 
 def measure_step(args, trainer, ids, mask, rewrite) -> float:
-    from functools import partial
-
-    from training.step3_rlhf_finetuning.ppo_trainer import MicroBatch
-
     generator = trainer.rlhf_engine.generator
     generator.generate = partial(type(generator).generate, generator, rewrite_logits=rewrite)
 
@@ -318,11 +295,6 @@ def measure_step(args, trainer, ids, mask, rewrite) -> float:
 
 def measure_latency(args) -> None:
     """Time per token of one prompt, and what share of it reading every weight once would take."""
-    import torch
-
-    from utils.generation.hybrid_engine import HybridEngine
-    from utils.perf import matmul_parameters
-
     args.way, args.batch = "ours", 1
     trainer = make_trainer(args, step3_arguments(args, "--enable_hybrid_engine"))
     ids, mask = make_prompts(args, 1, False, 0)

@@ -8,6 +8,6 @@ METRICS_FILE, SAMPLES_FILE = FILES = ("metrics.jsonl", "samples.jsonl")
 
 def read_rows(folder: Path, prefix: str) -> list[dict]:
     """The rows of one kind in a metrics file, names without their prefix."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     wanted = [row for row in rows if any(name.startswith(prefix + "/") for name in row)]
     return [{name.removeprefix(prefix + "/"): value for name, value in row.items()} for row in wanted]
