@@ -19,14 +19,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PROJECT = Path(__file__).resolve().parents[1]
-PARTS = ("training", "training_scripts", "inference", "evaluation_scripts", "utils", "tests")
 STEPS = {
     1: PROJECT / "training/step1_supervised_finetuning/main.py",
     2: PROJECT / "training/step2_reward_model_finetuning/main.py",
     3: PROJECT / "training/step3_rlhf_finetuning/main.py",
 }
-PAGES = [*PROJECT.glob("*.md"), *PROJECT.glob(".github/*.md")]
-PAGES += [page for part in PARTS for page in (PROJECT / part).rglob("*.md")]
 WORDS = ["red", "green", "blue", "seven", "eight", "please", "thanks", "cat", "dog", "house"]
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere")

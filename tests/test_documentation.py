@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import PAGES, PARTS, PROJECT
+from pages import PAGES, PARTS
 
-from utils.arguments.table import STEPS, parser_of, with_table
+from utils.arguments.table import PROJECT, STEPS, parser_of, with_table
 
 TESTS = sorted((PROJECT / "tests").rglob("test_*.py"))
 
