@@ -21,7 +21,6 @@ from utils.run.checkpoint import Checkpoints
 from utils.run.results import save_hf_format
 
 PROJECT = Path(__file__).resolve().parents[1]
-PARTS = ("training", "training_scripts", "inference", "evaluation_scripts", "utils", "tests")
 STEPS = {
     1: PROJECT / "training/step1_supervised_finetuning/main.py",
     2: PROJECT / "training/step2_reward_model_finetuning/main.py",
@@ -30,8 +29,6 @@ STEPS = {
 SCRIPTS = PROJECT / "tests/launch/scripts"  # what tests start beside the steps themselves
 PYTHONPATH = f"{PROJECT}:{PROJECT / 'tests'}"  # and what these need to find the project and this module
 BINARIES = Path(sys.executable).parent
-PAGES = [*PROJECT.glob("*.md"), *PROJECT.glob(".github/*.md")]
-PAGES += [page for part in PARTS for page in (PROJECT / part).rglob("*.md")]
 WORDS = ["red", "green", "blue", "seven", "eight", "please", "thanks", "cat", "dog", "house"]
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere")

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pages
 import pytest
 import torch
-from helpers import PAGES, PROJECT, STEPS, make_model, run_command, write_pairs
+from helpers import PROJECT, STEPS, make_model, run_command, write_pairs
 
 from utils.model.model_utils import create_critic_model
 from utils.model.tokenizer import load_hf_tokenizer
@@ -35,6 +36,7 @@ ELSEWHERE = {
     "python tests/slow/soak.py": "half an hour, run by hand; test_soak.py is a short one",
     "python evaluation_scripts/benchmark/": "minutes; each is run by hand for the figures",
     "python -m utils.plan": "test_preflight.py plans each step, for a configuration it makes",
+    "python -m utils.arguments.table": "test_documentation.py compares the tables that it writes",
     "python inference/serve.py": "test_web_page.py opens it in a browser",
     "transformers serve": "needs a server's packages; test_openai_endpoint.py runs it where they are",
     "python -m pytest tests/launch/test_openai_endpoint.py": "a test of its own",
@@ -80,7 +82,9 @@ def commands_of(page: Path) -> list[str]:
     return inline + [line for line in lines_of_bash(page) if re.match(COMMAND, line)]
 
 
-COMMANDS = sorted({(page.parent.relative_to(PROJECT), command) for page in PAGES for command in commands_of(page)})
+COMMANDS = sorted(
+    {(page.parent.relative_to(PROJECT), command) for page in pages.PAGES for command in commands_of(page)}
+)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +178,7 @@ def test_a_command_of_the_pages_works_as_printed(page, command, sandbox, cache_f
     _run_python(script, arguments, monkeypatch)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
 def test_a_block_of_bash_holds_commands_that_are_run_here_and_little_else(page):
     assert [line for line in lines_of_bash(page) if not re.match(COMMAND, line) and not line.startswith(SET_UP)] == []
 

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import PAGES, PARTS, PROJECT
+from helpers import PROJECT
+from pages import PAGES, PARTS
 
 from utils.arguments import SCRIPTS, build_parser
 from utils.arguments.table import with_table
