@@ -40,7 +40,6 @@ ELSEWHERE = {
     "python inference/serve.py": "test_web_page.py opens it in a browser",
     "transformers serve": "needs a server's packages; test_openai_endpoint.py runs it where they are",
     "python -m pytest tests/launch/test_openai_endpoint.py": "a test of its own",
-    "python -m utils.arguments.table": "test_documentation.py compares the tables that it writes",
 }
 # What stands for a name in the pages.
 NAMES = {
