@@ -36,11 +36,11 @@ def _whole_weights(module) -> dict[str, torch.Tensor]:
     return {name: value.to("cpu", copy=True) for layer in layers for name, value in layer.items()}
 
 
-def _trainer(folders, more="", trainer_class=DeepSpeedPPOTrainer):
+def _trainer(folders, *more: str, trainer_class=DeepSpeedPPOTrainer):
     actor, reward = folders
     text = f"""
         --dtype fp32 --max_answer_seq_len 12 --max_prompt_seq_len 16 --per_device_generation_batch_size 4
-        --per_device_training_batch_size 4 --num_warmup_steps 0 {more}
+        --per_device_training_batch_size 4 --num_warmup_steps 0 {' '.join(more)}
     """
     args = arguments.build_parser(3).parse_args(
         flags(text, actor_model_name_or_path=actor, critic_model_name_or_path=reward)
