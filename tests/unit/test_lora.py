@@ -7,7 +7,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from utils import arguments
+from utils.arguments.kinds import new_parser
+from utils.arguments.model import add_lora_arguments
 from utils.engine.optimizer import get_optimizer_grouped_parameters, make_optimizer
 from utils.model.model_utils import adapt_model, create_critic_model
 from utils.model.tokenizer import load_hf_tokenizer
@@ -145,9 +146,9 @@ def test_dropout_acts_on_the_update_alone_and_only_while_training():
 
 
 def test_the_flags_reach_the_layers_of_the_model_they_name(model_folder):
-    parser = arguments.new_parser("")
-    arguments.add_lora_arguments(parser, "actor_")
-    arguments.add_lora_arguments(parser, "critic_")
+    parser = new_parser("")
+    add_lora_arguments(parser, "actor_")
+    add_lora_arguments(parser, "critic_")
     flags = "--actor_lora_dim 4 --actor_lora_scaling 8 --actor_lora_dropout 0.25 --actor_lora_module_name q_proj"
     args = parser.parse_args([*flags.split(), "--critic_lora_dim", "2"])
     actor = adapt_model(AutoModelForCausalLM.from_pretrained(model_folder), args, "actor_")
@@ -159,8 +160,8 @@ def test_the_flags_reach_the_layers_of_the_model_they_name(model_folder):
 
 
 def test_a_scaling_of_nothing_is_refused(capsys):
-    parser = arguments.new_parser("")
-    arguments.add_lora_arguments(parser)
+    parser = new_parser("")
+    add_lora_arguments(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(["--lora_scaling", "0"])
     assert "--lora_scaling: 0 is not above 0" in capsys.readouterr().err
@@ -203,8 +204,8 @@ def test_checkpointing_under_frozen_weights_changes_no_gradient(tmp_path, family
             model = create_critic_model(folder, load_hf_tokenizer(folder))
         else:
             model = AutoModelForCausalLM.from_pretrained(folder)
-        parser = arguments.new_parser("")
-        arguments.add_lora_arguments(parser)
+        parser = new_parser("")
+        add_lora_arguments(parser)
         args = parser.parse_args(["--lora_dim", "2", "--only_optimize_lora"])
         adapt_model(model, args, "", checkpointing, keep_trainable=["v_head.weight"])
         for _, layer in lora_layers(model):
@@ -228,8 +229,8 @@ def test_checkpointing_under_frozen_weights_changes_no_gradient(tmp_path, family
 def test_without_only_optimize_lora_all_but_the_adapted_matrices_train(model_folder, capsys):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    parser = arguments.new_parser("")
-    arguments.add_lora_arguments(parser)
+    parser = new_parser("")
+    add_lora_arguments(parser)
     adapt_model(model, parser.parse_args(["--lora_dim", "2", "--lora_module_name", "q_proj"]))
     trainable, total = count_parameters(model)
     frozen = sum(value.numel() for name, value in before.items() if "q_proj" in name)
