@@ -20,6 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from utils import arguments
 from utils.arguments.kinds import new_parser
 from utils.model.loading import load_config
+from utils.model.tokenizer import load_hf_tokenizer
 from utils.planning.engine_memory import CUDA_BASELINE, CUDA_HOST_BASELINE, GIB, Bytes, Machine
 from utils.planning.estimate import Estimate, engines_of_step, estimate, models_of_step, states_alone
 from utils.process.errors import UserError
@@ -218,19 +219,18 @@ def base_command(options, rest: list[str]) -> list[str]:
 
 
 def _settings(args, step: int, stage: int, offload: bool, checkpointing: bool, micro: int, rounds: int) -> Settings:
-    settings: Settings = {}
-    for prefix in _prefixes(args, step):
-        settings[f"{prefix}zero_stage"] = stage
-    for prefix in _prefixes(args, step) if checkpointing else ():
-        settings[f"{prefix}gradient_checkpointing"] = True
+    prefixes = _prefixes(args, step)
+    settings: Settings = {f"{prefix}zero_stage": stage for prefix in prefixes}
+    if checkpointing:
+        settings |= {f"{prefix}gradient_checkpointing": True for prefix in prefixes}
     if offload:
         settings["offload"] = True
     if step < 3:
-        rows = {"per_device_train_batch_size": micro, "per_device_eval_batch_size": micro}
+        settings |= {"per_device_train_batch_size": micro, "per_device_eval_batch_size": micro}
     else:
-        rows = {"per_device_generation_batch_size": micro, "generation_batches": rounds}
-        rows["per_device_training_batch_size"] = micro
-    return settings | rows | {"gradient_accumulation_steps": rounds}
+        settings |= {"per_device_generation_batch_size": micro, "generation_batches": rounds}
+        settings["per_device_training_batch_size"] = micro
+    return settings | {"gradient_accumulation_steps": rounds}
 
 
 def candidates(plan: Plan, per_device: int) -> list[Candidate]:
@@ -283,6 +283,9 @@ def main(given=None) -> int:
     actor = load_config(options.model, args.trust_remote_code)
     critic = actor if options.critic is None else load_config(options.critic, args.trust_remote_code)
     configs = {"model": actor} if options.step < 3 else {"actor": actor, "critic": critic}
+    tokenizer = None
+    if options.step == 1 and args.soft_prompt is not None:  # its vectors start from embeddings of tokens
+        tokenizer = load_hf_tokenizer(options.model, trust_remote_code=args.trust_remote_code)
     per_node = min(options.gpus, options.gpus_per_node)
     machine = Machine(
         options.gpus,
@@ -294,7 +297,7 @@ def main(given=None) -> int:
     )
     if options.batch_size % options.gpus:
         raise UserError(f"--batch_size {options.batch_size} rows do not divide into --gpus {options.gpus}")
-    found = candidates(Plan(args, options.step, configs, None, machine), options.batch_size // options.gpus)
+    found = candidates(Plan(args, options.step, configs, tokenizer, machine), options.batch_size // options.gpus)
     rows = [
         {
             "settings": candidate.settings,
