@@ -1,4 +1,4 @@
-"""Plain text for the ptx loss: blocks of joined documents."""
+"""Plain text for the ptx loss of step 3: documents joined into blocks, blocks dealt out in micro-batches."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from utils.data.cache import PromptDataset, _arrow_file, _key_of, _print_counts
+from utils.data.batching import DataCollatorSFT
+from utils.data.cache import PromptDataset, cache_writer, content_key, print_counts
 from utils.data.encoding import SFT, PreparationCounts, block_batch
 from utils.data.preparation import ROWS_PER_CHUNK
 from utils.data.readers import ConcatRows, DataError, Rows, TextFile, content_fingerprint, file_kind
@@ -16,6 +17,7 @@ from utils.data.text_encoder import TextEncoder
 from utils.process.console import progress
 from utils.process.errors import UserError
 from utils.process.ranks import once_per_node
+from utils.process.world import get_rank, get_world_size
 
 
 def _unsupervised_rows(name: str, config_name: str | None) -> tuple[Rows, str]:
@@ -35,7 +37,7 @@ def _write_blocks(name: str, rows: Rows, encoder: TextEncoder, block: int, file:
     """Texts joined by EOS and cut into blocks; a last one that is not full is left."""
     report, counts = RowReport(name), PreparationCounts()
     stream = np.zeros(0, np.int32)
-    with _arrow_file(file, pa.schema({"input_ids": pa.list_(pa.int32())}), counts) as writer:
+    with cache_writer(file, pa.schema({"input_ids": pa.list_(pa.int32())}), counts) as writer:
         for begin in progress(range(0, len(rows), ROWS_PER_CHUNK), f"tokenising {name}"):
             texts = []
             for position in range(begin, min(begin + ROWS_PER_CHUNK, len(rows))):
@@ -66,7 +68,7 @@ def get_unsupervised_data(args, tokenizer) -> PromptDataset:
     name, block = args.unsupervised_dataset_name, args.max_prompt_seq_len + args.max_answer_seq_len
     try:
         rows, fingerprint = _unsupervised_rows(name, args.unsupervised_dataset_config_name)
-        key = _key_of(tokenizer, "unsupervised", fingerprint, block, args.allow_special_tokens)
+        key = content_key(tokenizer, "unsupervised", fingerprint, block, args.allow_special_tokens)
         label = re.sub(r"[^\w.-]+", "_", Path(name).name)
         file = Path(args.data_output_path) / "tokenised" / f"{label}_unsupervised_{key}.arrow"
 
@@ -77,5 +79,42 @@ def get_unsupervised_data(args, tokenizer) -> PromptDataset:
         once_per_node(file, build, args.rebuild_cache)
     except DataError as error:
         raise UserError(f"--unsupervised_dataset_name {error}") from error
-    _print_counts("unsupervised", file)
+    print_counts("unsupervised", file)
     return PromptDataset.from_file(file, SFT)
+
+
+class UnsupervisedBatches:
+    """Endless micro-batches of plain text, each rank reading its own share in a seeded order.
+
+    Attributes:
+        taken: batches handed out, which is the whole state: the order of each pass follows from its number.
+    """
+
+    def __init__(self, args, tokenizer):
+        self._blocks = get_unsupervised_data(args, tokenizer)
+        self._collator = DataCollatorSFT(tokenizer.pad_token_id, args.max_prompt_seq_len + args.max_answer_seq_len)
+        self._seed, self._rows = args.seed, args.per_device_training_batch_size * get_world_size()
+        self._pass, self._order, self.taken = None, None, 0
+
+    def state_dict(self) -> dict:
+        return {"taken": self.taken, "blocks": len(self._blocks)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError: the text was another one."""
+        if state.get("blocks") != len(self._blocks):
+            raise ValueError(
+                f"--unsupervised_dataset_name gives {len(self._blocks)} blocks, {state.get('blocks')} then"
+            )
+        self.taken = int(state["taken"])
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        passes, place = divmod(self.taken, -(-len(self._blocks) // self._rows))
+        if passes != self._pass:
+            order = np.random.default_rng([self._seed, 1, passes]).permutation(len(self._blocks))
+            self._pass, self._order = passes, np.resize(order, -(-len(order) // self._rows) * self._rows)
+        self.taken += 1
+        rows = self._order.reshape(-1, self._rows)[place, get_rank() :: get_world_size()]
+        return self._collator([self._blocks[i] | {"answer_spans": [], "answers_only": False} for i in rows])
