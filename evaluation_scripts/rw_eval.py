@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation_scripts.intervals import wilson_interval
 from evaluation_scripts.prompts import PAIRS
 from utils.data.batching import pad_rows
-from utils.data.encoding import REWARD, RewardRows, TokenRules
+from utils.data.encoding import REWARD, RewardRowMaker, TokenRules
 from utils.data.own_files import EVAL_SPLITS
 from utils.data.prompt_format import CHAT_TEMPLATE, PLAIN, format_answer, is_formatted, prompt_from_text
 from utils.data.readers import DataError, Rows
@@ -161,7 +161,7 @@ def record_texts(record: Record, tokenizer, style: str | None) -> tuple[str, lis
     return prompt, [prompt + answer for answer in answers]
 
 
-def encode_record(record: Record, rows: RewardRows, style: str | None) -> tuple[list[list[int]], bool]:
+def encode_record(record: Record, rows: RewardRowMaker, style: str | None) -> tuple[list[list[int]], bool]:
     """Token ids of the prompt with each of its answers, each with one EOS at its end, and whether they were cut.
 
     By the rules of training: both lose the same beginning of the prompt; what is still too long loses its end.
@@ -246,7 +246,7 @@ def score_answers(
     rules = TokenRules(
         REWARD, max_seq_len, chat_template=style == CHAT_TEMPLATE, allow_special_tokens=allow_special_tokens
     )
-    row_maker = RewardRows(None, judge.tokenizer, rules)
+    row_maker = RewardRowMaker(None, judge.tokenizer, rules)
     try:
         encoded = [encode_record(record, row_maker, style) for record in records]
     except ValueError as error:

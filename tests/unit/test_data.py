@@ -10,9 +10,10 @@ from helpers import make_model, make_tokenizer, write_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerFast
 
-from utils.data import batching, preparation
+from utils.data import batching, data_utils, preparation
 from utils.data.batching import (
     FILLER,
     DataCollatorPacked,
@@ -184,8 +185,8 @@ def test_prompts_are_padded_on_the_left_and_a_long_one_keeps_its_question(tmp_pa
 def test_the_cache_is_reused_for_equal_content_and_rebuilt_for_changed_content(tmp_path, monkeypatch):
     tokenizer = make_tokenizer(tmp_path / "t")
     calls = []
-    original = preparation.create_dataset_split
-    monkeypatch.setattr(preparation, "create_dataset_split", lambda *a: calls.append(1) or original(*a))
+    original = preparation.encode_rows
+    monkeypatch.setattr(preparation, "encode_rows", lambda *a: calls.append(1) or original(*a))
     first, _ = _dataset(tmp_path, tokenizer, SFT)
     assert len(calls) == 2
     again, _ = _dataset(tmp_path, tokenizer, SFT)
@@ -214,6 +215,21 @@ def test_a_failed_preparation_leaves_no_file_that_a_next_run_trusts(tmp_path, mo
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     monkeypatch.undo()
     assert len(_dataset(tmp_path, tokenizer, SFT)[0]) > 0
+
+
+def test_the_published_calls_take_their_arguments_by_position(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "t")
+    blended = _dataset(tmp_path, tokenizer, SFT)
+    folder, cache = str(tmp_path / "data"), tmp_path / "cache"
+    one = data_utils.create_dataset(0, folder, "1,1,1", cache, SFT, 1, tokenizer, "<|endoftext|>", 64, True)
+    raw_dataset = data_utils.get_raw_dataset(folder, cache, 1, 0)
+    rows = raw_dataset.get_train_data()
+    index = data_utils.get_raw_dataset_split_index(
+        0, cache, raw_dataset.dataset_name_clean, 1, "train", "1,1,1", 0, len(rows)
+    )
+    chosen = data_utils.create_dataset_split(Subset(rows, index), raw_dataset, SFT, tokenizer, "<|endoftext|>", 64)
+    assert list(chosen) == list(one[0]) == list(blended[0])
+    assert list(one[1]) == list(blended[1])
 
 
 # ------------------------------------------------------------------ order

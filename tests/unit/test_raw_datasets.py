@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from utils.data import raw_datasets, readers
-from utils.data.own_files import ConversationDataset, PathDataset, open_raw_dataset
+from utils.data.own_files import ConversationDataset, PathDataset, get_raw_dataset
 from utils.data.raw_datasets import KNOWN_DATASETS, PromptRawDataset, QuestionDataset, find_known_dataset
 from utils.data.readers import (
     ConcatRows,
@@ -58,7 +58,7 @@ def write_rows(path, rows):
 
 
 def open_at(path, tmp_path, **options):
-    return open_raw_dataset(str(path), str(tmp_path / "out"), SEED, 0, **options)
+    return get_raw_dataset(str(path), str(tmp_path / "out"), SEED, 0, **options)
 
 
 # The rules. Per dataset: splits, rows in its true schema, and (prompt, chosen, rejected) of each.

@@ -40,7 +40,7 @@ def _trainer(folders, *more: str, trainer_class=DeepSpeedPPOTrainer):
     actor, reward = folders
     text = f"""
         --dtype fp32 --max_answer_seq_len 12 --max_prompt_seq_len 16 --per_device_generation_batch_size 4
-        --per_device_training_batch_size 4 --num_warmup_steps 0 {' '.join(more)}
+        --per_device_training_batch_size 4 --num_warmup_steps 0 {" ".join(more)}
     """
     args = arguments.build_parser(3).parse_args(
         flags(text, actor_model_name_or_path=actor, critic_model_name_or_path=reward)

@@ -13,7 +13,7 @@ from helpers import make_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from evaluation_scripts import rw_eval
-from utils.data.encoding import REWARD, RewardRows, TokenRules
+from utils.data.encoding import REWARD, RewardRowMaker, TokenRules
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.process.errors import UserError
 
@@ -49,7 +49,7 @@ def judge(folder):
 
 def encoded(tokenizer, record, max_seq_len=512, style="plain"):
     """The rows of a record's answers."""
-    rows = RewardRows(None, tokenizer, TokenRules(REWARD, max_seq_len, chat_template=style == "chat_template"))
+    rows = RewardRowMaker(None, tokenizer, TokenRules(REWARD, max_seq_len, chat_template=style == "chat_template"))
     return rw_eval.encode_record(record, rows, style)[0]
 
 

@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from evaluation_scripts.rw_eval import encode_record
 from inference.conversation import build_prompt
 from utils.data import prompt_format
-from utils.data.encoding import REWARD, RLHF, SFT, RewardRows, TokenRules
+from utils.data.encoding import REWARD, RLHF, SFT, RewardRowMaker, TokenRules
 from utils.data.preparation import create_prompt_dataset
 from utils.data.special_tokens import CLOSE, OPEN, mark_spellings, unmarked
 from utils.data.text_encoder import TextEncoder
@@ -135,10 +135,10 @@ def test_chat_and_evaluation_read_prompts_as_text(tokenizer, as_text):
     assert templated == [*user, *as_text("\n"), *_control(tokenizer, "<|im_start|>"), *as_text("assistant\n")]
     allowed, _ = build_prompt(turns, tokenizer, "chat_template", None, allow_special_tokens=True)
     assert allowed.count(tokenizer.eos_token_id) == 2
-    rows = RewardRows(None, tokenizer, TokenRules(REWARD, 200))
+    rows = RewardRowMaker(None, tokenizer, TokenRules(REWARD, 200))
     [chosen, _], _ = encode_record(PAIR, rows, None)
     assert chosen == [bos, *as_text(PAIR["prompt"] + PAIR["chosen"]), tokenizer.eos_token_id]
-    templated_rows = RewardRows(None, tokenizer, TokenRules(REWARD, 200, chat_template=True))
+    templated_rows = RewardRowMaker(None, tokenizer, TokenRules(REWARD, 200, chat_template=True))
     [chosen, _], _ = encode_record(PAIR, templated_rows, "chat_template")
     assert chosen.count(tokenizer.eos_token_id) == 2
 

@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from utils.process.ranks import all_reduce_sum
 from utils.process.world import get_rank, get_world_size
 
-IGNORE_INDEX = -100
-
+IGNORE_INDEX = -100  # a label that is not learned
 FILLER = None  # an index that stands for no row: it keeps the ranks in step where rows run out, and weighs nothing
 
 
@@ -21,9 +20,8 @@ class StepBatchSampler(Sampler):
     An epoch is a seeded permutation, cut into the rows of one optimizer step (micro-batch x ranks x accumulation);
     rows of a step are dealt to micro-batches and ranks. With ``group_by_length`` the permutation is sorted by length
     within windows of many steps and the steps are shuffled again, so that rows of a batch need little padding. The
-    last step may be
-    short: missing rows are ``FILLER``, so that all ranks run the same number of forward passes and no row is lost or
-        repeated.
+    last step may be short: missing rows are ``FILLER``, so that all ranks run the same number of forward passes and no
+    row is lost or repeated.
     """
 
     WINDOW_STEPS = 50
@@ -45,7 +43,7 @@ class StepBatchSampler(Sampler):
         return self.rows_per_pass * self.accumulation
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Args: first_step: optimizer steps of the epoch that are left out, being done already."""
+        """``first_step``: optimizer steps of the epoch that are left out, being done already."""
         self.epoch, self.first_step = epoch, first_step
 
     def rows_of_step(self, step: int) -> list[int]:
@@ -309,7 +307,7 @@ def to_device(batch, device):
 class MiniDataset:
     """Collects generation batches until ``max_size`` of them are there, then hands them out as mini-batches.
 
-    Items may be lists, dicts of [rows, ...] tensors, or records with an ``index(rows)`` method and a static ``concat``.
+    A batch is a dict of [rows, ...] tensors, or anything else that has a length and can be sliced.
     """
 
     def __init__(self, max_size, small_batch_size):
@@ -321,9 +319,9 @@ class MiniDataset:
         if len(self.dataset) >= self.max_size:
             raise ValueError("the dataset is full: call free() after training on it")
         self.dataset.append(data)
-        return self.separate() if len(self.dataset) == self.max_size else None
+        return self.seperate() if len(self.dataset) == self.max_size else None
 
-    def separate(self):
+    def seperate(self):  # spelled as published
         """All mini-batches of what was collected, in order; the collection is emptied."""
         size, batches = self.small_batch_size, []
         for large in self.dataset:

@@ -10,10 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from utils.data.encoding import (
-    PreparationCounts,
-    TokenRules,
-)
+from utils.data.encoding import PreparationCounts
 from utils.process.console import print_rank_0
 from utils.process.files import name_if_new, scratch_beside, write_text
 
@@ -47,13 +44,8 @@ class PromptDataset(Dataset):
         return {name: self.table[name][int(index)].as_py() for name in self.table.column_names}
 
 
-def _cache_key(raw_dataset, split, tokenizer, rules: TokenRules, data_split, seed, limit) -> str:
+def content_key(tokenizer, *parts) -> str:
     """A name for exactly this content: the same key means the same file, a changed byte anywhere means another."""
-    parts = [raw_dataset.fingerprint(), raw_dataset.dataset_name, split, vars(rules), data_split, seed, limit]
-    return _key_of(tokenizer, *parts, tokenizer.chat_template if rules.chat_template else None)
-
-
-def _key_of(tokenizer, *parts) -> str:
     tokenizer_state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
     tokenizer_state = hashlib.sha256(tokenizer_state.encode()).hexdigest()
     everything = [CACHE_VERSION, tokenizer_state, tokenizer.eos_token_id, tokenizer.bos_token_id, *parts]
@@ -61,7 +53,7 @@ def _key_of(tokenizer, *parts) -> str:
 
 
 @contextmanager
-def _arrow_file(file: Path, schema: pa.Schema, counts: PreparationCounts):
+def cache_writer(file: Path, schema: pa.Schema, counts: PreparationCounts):
     """A writer of an Arrow file that appears, with its counts beside it, only when the block has ended well."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with scratch_beside(file) as scratch:
@@ -72,7 +64,7 @@ def _arrow_file(file: Path, schema: pa.Schema, counts: PreparationCounts):
         name_if_new(scratch, file)
 
 
-def _print_counts(split: str, file: Path) -> None:
+def print_counts(split: str, file: Path) -> None:
     report = file.with_suffix(".json")
     if report.exists():
         print_rank_0(f"data ({split}): {PreparationCounts(**json.loads(report.read_text()))}")

@@ -2,7 +2,8 @@
 
 from utils.data.batching import DataCollatorReward, DataCollatorRLHF, MiniDataset
 from utils.data.cache import PromptDataset
-from utils.data.preparation import create_dataset, create_dataset_split, create_prompt_dataset, get_raw_dataset
+from utils.data.own_files import get_raw_dataset
+from utils.data.preparation import create_dataset, create_dataset_split, create_prompt_dataset
 from utils.data.split_index import get_raw_dataset_split_index, get_shuffle_idx
 from utils.data.unsupervised import get_unsupervised_data
 

@@ -1,4 +1,7 @@
-"""Text rows to id rows: what a row of each step holds, where its answers stand, what one that is too long loses."""
+"""Text rows to id rows: what a row of each step holds, where its answers stand, what one that is too long loses.
+
+A row is (ids, length) all the way to the batch: masks come from lengths, never from comparing ids with the pad id.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +16,9 @@ from utils.data.own_files import ConversationDataset
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.readers import DataError
 from utils.data.row_texts import RowReport
-from utils.data.text_encoder import Ids, TextEncoder
+from utils.data.text_encoder import EncodedText, TextEncoder
 
-SFT, REWARD, RLHF = 1, 2, 3
-
-
+SFT, REWARD, RLHF = 1, 2, 3  # the steps, as train_phase counts them
 NEEDED_TEXTS = {SFT: ("prompt", "chosen"), REWARD: ("prompt", "chosen", "rejected"), RLHF: ("prompt",)}
 
 
@@ -75,12 +76,16 @@ def moved_spans(spans: Sequence[tuple[int, int]], leading: int, drop: int, lengt
     return [(start, end) for start, end in moved if start < end]
 
 
-class _Rows:
+class RowMaker:
     """Turns samples of one dataset into id rows.
 
     ``texts(sample)`` gives (what to remember, texts to encode), or None for a sample that lacks one;
     ``row(remembered, encoded)`` makes the row of their ids, or None to drop it. In between, all texts of a chunk
     are encoded at once.
+
+    Attributes:
+        special_tokens: whether the tokenizer puts its own BOS and the like around each text.
+        columns: name -> Arrow type of what ``row`` gives, in its order.
     """
 
     special_tokens = True
@@ -122,7 +127,7 @@ class _Rows:
         self.counts.without_eos += not ends
 
 
-class SftRows(_Rows):
+class SftRowMaker(RowMaker):
     """Prompt, chosen answer, EOS; ``answer_spans`` are flat [start, end) pairs of what an answer is."""
 
     columns: ClassVar = {
@@ -156,7 +161,7 @@ def answered(messages: list[dict] | None) -> list[dict]:
     return messages
 
 
-class ConversationRows(SftRows):
+class ConversationRowMaker(SftRowMaker):
     """Each turn: BOS question EOS, BOS answer EOS; only answers and their EOS are learned."""
 
     special_tokens = False
@@ -183,7 +188,7 @@ class ConversationRows(SftRows):
         return self.fitted(ids, spans)
 
 
-class TemplateConversationRows(SftRows):
+class TemplateConversationRowMaker(SftRowMaker):
     """A conversation as the tokenizer's chat template writes it; only answers and the EOS behind them are learned.
 
     A template with generation markers says itself what an answer is. For any other, an answer is what the rendering of
@@ -240,7 +245,7 @@ class Pair(NamedTuple):
     was_cut: bool
 
 
-class RewardRows(_Rows):
+class RewardRowMaker(RowMaker):
     """Two answers to one prompt; both lose the same part of it, so that they differ in nothing but the answer."""
 
     columns: ClassVar = {
@@ -252,7 +257,7 @@ class RewardRows(_Rows):
     def texts(self, sample):
         return self.prompt_and_answers(sample, "chosen", "rejected")
 
-    def pair(self, prompt: str, encoded: list[Ids]) -> Pair:
+    def pair(self, prompt: str, encoded: list[EncodedText]) -> Pair:
         starts = [text.token_at(len(prompt)) for text in encoded]
         rows = [[*e.ids, self.eos] for e in encoded]
         drop = max(self.tokens_to_drop(len(ids), start) for ids, start in zip(rows, starts, strict=True))
@@ -270,7 +275,7 @@ class RewardRows(_Rows):
         return pair.chosen, pair.rejected, pair.prompt_length
 
 
-class PromptRows(_Rows):
+class PromptRowMaker(RowMaker):
     """A prompt alone. The end of a prompt holds the question, so a long one loses its beginning under either rule."""
 
     columns: ClassVar = {"input_ids": pa.list_(pa.int32())}
@@ -285,8 +290,8 @@ class PromptRows(_Rows):
         return (cut(ids, limit, self.leading, max(0, len(ids) - limit)),)
 
 
-def row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) -> _Rows:
-    """The kind of rows a step makes of a dataset.
+def make_row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) -> RowMaker:
+    """What makes a step's rows of a dataset.
 
     Raises:
         DataError: no rejected answers for step 2, or no chat template where one is asked for.
@@ -296,14 +301,10 @@ def row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) -> _R
     if rules.chat_template and not prompt_format.has_own_template(tokenizer):
         raise DataError("--chat_template: the tokenizer has none of its own")
     if rules.train_phase == SFT and isinstance(raw_dataset, ConversationDataset):
-        kind = TemplateConversationRows if rules.chat_template else ConversationRows
+        kind = TemplateConversationRowMaker if rules.chat_template else ConversationRowMaker
     else:
-        kind = {SFT: SftRows, REWARD: RewardRows, RLHF: PromptRows}[rules.train_phase]
+        kind = {SFT: SftRowMaker, REWARD: RewardRowMaker, RLHF: PromptRowMaker}[rules.train_phase]
     return kind(raw_dataset, tokenizer, rules)
-
-
-def columns_of_step(train_phase: int) -> dict[str, pa.DataType]:
-    return {SFT: SftRows, REWARD: RewardRows, RLHF: PromptRows}[train_phase].columns
 
 
 class RowEncoder:
@@ -314,21 +315,25 @@ class RowEncoder:
     """
 
     def __init__(self, raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules):
-        self.raw, self.tokenizer, self.rules = raw_dataset, tokenizer, rules
-        self.rows = row_maker(raw_dataset, tokenizer, rules)
+        self.raw, self.rules = raw_dataset, rules
+        self.maker = make_row_maker(raw_dataset, tokenizer, rules)
         self.report = RowReport(raw_dataset.dataset_name)
 
     @property
     def counts(self) -> PreparationCounts:
-        return self.rows.counts
+        return self.maker.counts
+
+    @property
+    def schema(self) -> pa.Schema:
+        return pa.schema(self.maker.columns)
 
     def read(self, rows, positions) -> list[tuple]:
-        """(what the row maker wants to remember, texts) of each usable row; the others are counted with their place."""
-        found = []
+        """(what the row maker remembers, texts) of each usable row; the others are counted with their place."""
+        samples = []
         for position in positions.tolist():
             sample = rows[position]
             try:
-                made = self.rows.texts(sample)
+                made = self.maker.texts(sample)
             except DataError:
                 raise
             except ValueError as error:  # of a chat template
@@ -337,25 +342,25 @@ class RowEncoder:
             if made is None:
                 reason = self.raw.skip_reason(sample, NEEDED_TEXTS[self.rules.train_phase]) or "a text is missing"
             else:
-                found.append(made)
+                samples.append(made)
             self.report.note(position, reason, rows)
-        return found
+        return samples
 
-    def tokenise(self, samples: list[tuple]) -> tuple[list[tuple], list[Ids]]:
+    def tokenise(self, samples: list[tuple]) -> tuple[list[tuple], list[EncodedText]]:
         texts = [text for _, texts in samples for text in texts]
-        return samples, self.rows.encoder.encode(texts)
+        return samples, self.maker.encoder.encode(texts)
 
-    def finish(self, samples: list[tuple], encoded: list[Ids]) -> pa.RecordBatch:
+    def finish(self, samples: list[tuple], encoded: list[EncodedText]) -> pa.RecordBatch:
         ends = np.cumsum([0] + [len(texts) for _, texts in samples]).tolist()
         made = [
-            self.rows.row(memory, encoded[start:end])
-            for (memory, _), (start, end) in zip(samples, pairwise(ends), strict=True)
+            self.maker.row(remembered, encoded[start:end])
+            for (remembered, _), (start, end) in zip(samples, pairwise(ends), strict=True)
         ]
         made = [row for row in made if row is not None]
         self.counts.kept += len(made)
-        columns = zip(*made, strict=True) if made else [() for _ in self.rows.columns]
-        arrays = [_array(values, kind) for values, kind in zip(columns, self.rows.columns.values(), strict=True)]
-        return pa.RecordBatch.from_arrays(arrays, names=list(self.rows.columns))
+        columns = zip(*made, strict=True) if made else [() for _ in self.maker.columns]
+        arrays = [_array(values, kind) for values, kind in zip(columns, self.maker.columns.values(), strict=True)]
+        return pa.RecordBatch.from_arrays(arrays, names=list(self.maker.columns))
 
 
 def _array(values: Sequence, kind: pa.DataType) -> pa.Array:

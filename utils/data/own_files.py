@@ -1,4 +1,4 @@
-"""The user's own files and folders as datasets, and the way from a name or a path to its dataset."""
+"""The user's own files and folders as datasets, one class per shape, and the way from a name or path to its dataset."""
 
 import difflib
 import os
@@ -7,37 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from utils.data import prompt_format
-from utils.data.raw_datasets import (
-    ANSWER_FORM,
-    KNOWN_DATASETS,
-    PromptRawDataset,
-    find_known_dataset,
-)
-from utils.data.readers import (
-    READERS,
-    DataError,
-    Rows,
-)
-from utils.data.row_texts import (
-    Message,
-    Row,
-    SkipRow,
-    _expect,
-    _or_none,
-    text,
-)
+from utils.data.raw_datasets import ANSWER_FORM, KNOWN_DATASETS, PromptRawDataset, find_known_dataset
+from utils.data.readers import READERS, DataError, Rows
+from utils.data.row_texts import Message, Row, SkipRow, expect, none_if_skipped, text
 from utils.data.splits import Splits, no_such_columns, open_splits
 
-EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")
-
-
+EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")  # names of the eval split, the first found counts
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-
-
 CONVERSATION_COLUMNS = ("messages", "conversation")
 
 
-# The user's own files
 class PathDataset(PromptRawDataset):
     """Any file or folder with the columns prompt, chosen, rejected (or others that `columns` names), text as it is."""
 
@@ -79,12 +58,12 @@ class ConversationDataset(PathDataset):
         """The turns as [{"role", "content"} ...]. Raises SkipRow."""
         name = self.prompt_field
         turns = row.get(name)
-        _expect(isinstance(turns, list), (name,), turns, "a list of turns")
+        expect(isinstance(turns, list), (name,), turns, "a list of turns")
         if not turns:
             raise SkipRow(f"field '{name}' is an empty list")
         messages: list[Message] = []
         for turn in turns:
-            _expect(isinstance(turn, Mapping), (name, "turn"), turn, "an object")
+            expect(isinstance(turn, Mapping), (name, "turn"), turn, "an object")
             messages += self._human_assistant(turn) if "human" in turn else [self._role_content(turn)]
         roles = [message["role"] for message in messages]
         spoken = roles[1:] if roles[0] == "system" else roles
@@ -107,7 +86,7 @@ class ConversationDataset(PathDataset):
 
     def get_messages(self, sample: Row) -> list[Message] | None:
         """The turns as [{"role", "content"} ...], or None where the row's conversation is not usable."""
-        return _or_none(self.messages, sample)
+        return none_if_skipped(self.messages, sample)
 
     def prompt(self, row: Row) -> str:
         """The text up to the last answer; a system message stands before the first question."""
@@ -124,7 +103,7 @@ class ConversationDataset(PathDataset):
         return prompt_format.format_answer(last["content"])
 
 
-def open_raw_dataset(
+def get_raw_dataset(
     dataset_name: str,
     output_path: str,
     seed: int,

@@ -21,20 +21,16 @@ from typing import Any, ClassVar
 
 from utils.data import prompt_format
 from utils.data.readers import DataError, ListRows, Rows, SubsetRows, content_fingerprint, text_fingerprint
-from utils.data.row_texts import Row, RowReport, SkipRow, _or_none, _path, number, text, usable
+from utils.data.row_texts import Row, RowReport, SkipRow, as_path, none_if_skipped, number, text, usable
 from utils.data.split_index import get_raw_dataset_split_index
 from utils.data.splits import Splits, open_splits, splits_of_files, splits_of_hub
 from utils.demo.world import demo_rows
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
-
 # " Human: {} Assistant:" and " {}"; what is filled in stays as it is, blanks included, as in the published rules.
 PROMPT_FORM = prompt_format.format_prompt([{"role": "user", "content": "{}"}])
-
-
 ANSWER_FORM = prompt_format.format_answer("{}")
-
 
 # A dataset without an eval split of its own is divided by the seeded index rule into these shares.
 TRAIN_EVAL_SHARES = "9,1"
@@ -162,15 +158,15 @@ class PromptRawDataset:
     # Texts of a row; these raise SkipRow, get_* below return None instead.
 
     def prompt(self, row: Row) -> str:
-        return self.prompt_form.format(text(row, *_path(self.prompt_field)))
+        return self.prompt_form.format(text(row, *as_path(self.prompt_field)))
 
     def chosen(self, row: Row) -> str:
-        return self.answer_form.format(text(row, *_path(self.chosen_field)))
+        return self.answer_form.format(text(row, *as_path(self.chosen_field)))
 
     def rejected(self, row: Row) -> str:
         if not self.has_rejected:
             raise SkipRow("the dataset has no rejected answers")
-        return self.answer_form.format(text(row, *_path(self.rejected_field)))
+        return self.answer_form.format(text(row, *as_path(self.rejected_field)))
 
     def prompt_and_chosen(self, row: Row) -> str:
         return self.prompt(row) + self.chosen(row)
@@ -179,19 +175,19 @@ class PromptRawDataset:
         return self.prompt(row) + self.rejected(row)
 
     def get_prompt(self, sample: Row) -> str | None:
-        return _or_none(self.prompt, sample)
+        return none_if_skipped(self.prompt, sample)
 
     def get_chosen(self, sample: Row) -> str | None:
-        return _or_none(self.chosen, sample)
+        return none_if_skipped(self.chosen, sample)
 
     def get_rejected(self, sample: Row) -> str | None:
-        return _or_none(self.rejected, sample)
+        return none_if_skipped(self.rejected, sample)
 
     def get_prompt_and_chosen(self, sample: Row) -> str | None:
-        return _or_none(self.prompt_and_chosen, sample)
+        return none_if_skipped(self.prompt_and_chosen, sample)
 
     def get_prompt_and_rejected(self, sample: Row) -> str | None:
-        return _or_none(self.prompt_and_rejected, sample)
+        return none_if_skipped(self.prompt_and_rejected, sample)
 
     # Checking
 

@@ -1,4 +1,4 @@
-"""Row readers: json, jsonl, csv and parquet files as sequences of dictionaries, in little memory; splits of a folder.
+"""Row readers: json, jsonl, csv and parquet files as sequences of dictionaries, in little memory.
 
 Every reader has len(), [i] -> dict (any integer type, negative too), where(i) -> "file, line 12" and column_names.
 Rows are read one at a time with pread, not through a memory map: the pages of a map count as resident memory of the
@@ -34,19 +34,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 BOM = b"\xef\xbb\xbf"
-
-
 CHUNK_BYTES = 4 << 20
-
-
 PARQUET_BATCH_ROWS = 256
-
-
-PEEK_ROWS = 100
-
-
+PEEK_ROWS = 100  # of JSON, in which column names are looked for
 # Lines up to this length are looked at for being blank; a longer line of blanks only is reported as invalid JSON.
 LONGEST_BLANK_LINE = 16
 
@@ -61,6 +55,11 @@ def kind_of(value: Any) -> str:
         return "null"
     names = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
+
+
+def error_line(error: Exception) -> str:
+    """What an error of a library says, in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def content_fingerprint(path_or_paths: str | os.PathLike | Iterable[str | os.PathLike]) -> str:
@@ -92,10 +91,14 @@ def _hash_file(path: Path, digest: "hashlib.blake2b") -> None:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def text_fingerprint(parts: Sequence[str]) -> str:
+    """32 hex digits that depend on the given texts."""
+    return hashlib.blake2b("\n".join(parts).encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
 class Rows(Sequence):
     """A sequence of dictionaries that can say where each of them stands."""
 
-    # Of JSON, the keys in the first PEEK_ROWS rows.
     column_names: list[str]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -401,10 +404,7 @@ class ParquetFile(_FileRows):
     def _peek_columns(self) -> list[str]:
         return list(self._parquet().schema_arrow.names)
 
-    def _parquet(self) -> Any:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    def _parquet(self) -> pq.ParquetFile:
         try:
             # Without a buffer size Arrow holds whole column chunks, which is the file where one row group is all of it.
             return pq.ParquetFile(self.path, buffer_size=1 << 20)
@@ -416,9 +416,7 @@ class ParquetFile(_FileRows):
             descriptor, starts, ends, _ = _spool(self._batched_rows(file))
         return descriptor, starts, ends, None
 
-    def _batched_rows(self, file: Any) -> Iterator[tuple[dict[str, Any], int]]:
-        import pyarrow as pa
-
+    def _batched_rows(self, file: pq.ParquetFile) -> Iterator[tuple[dict[str, Any], int]]:
         wanted = [name for name in self.column_names if self._is_wanted(name)]
         repeated = [name for name, count in Counter(wanted).items() if count > 1]
         if repeated:
@@ -436,7 +434,7 @@ class ParquetFile(_FileRows):
             raise DataError(f"{self.path}, after row {number}: expected more rows, found: {error}") from error
 
 
-def _batch_rows(batch: Any, path: str, rows_before: int) -> list[dict[str, Any]]:
+def _batch_rows(batch: pa.RecordBatch, path: str, rows_before: int) -> list[dict[str, Any]]:
     """The rows of an Arrow batch; text that is not UTF-8 is looked for row by row only once it is known to be there."""
     try:
         return batch.to_pylist()
@@ -618,12 +616,3 @@ def open_file(path: str | os.PathLike) -> Rows:
         known = ", ".join(READERS)
         raise DataError(f"{path}: expected a file that ends in one of {known} (or .gz after it, but for parquet)")
     return READERS[kind](Path(path))
-
-
-def text_fingerprint(parts: Sequence[str]) -> str:
-    """32 hex digits that depend on the given texts."""
-    return hashlib.blake2b("\n".join(parts).encode(errors="surrogatepass"), digest_size=16).hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

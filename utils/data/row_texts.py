@@ -9,10 +9,7 @@ from utils.data.readers import DataError, Rows, kind_of
 from utils.data.splits import columns_text
 
 Row = Mapping[str, Any]
-
-
-Message = dict[str, str]
-
+Message = dict[str, str]  # {"role", "content"}
 
 EXAMPLES_PER_REASON = 3
 
@@ -30,15 +27,15 @@ def text(row: Row, *path: str | int) -> str:
     value: Any = row
     for depth, key in enumerate(path):
         if isinstance(key, int):
-            _expect(isinstance(value, list), path[:depth], value, "a list")
+            expect(isinstance(value, list), path[:depth], value, "a list")
             if key >= len(value):
                 raise SkipRow(f"field {_dotted(path[:depth])} is an empty list")
         else:
-            _expect(isinstance(value, Mapping), path[:depth], value, "an object")
+            expect(isinstance(value, Mapping), path[:depth], value, "an object")
             if key not in value:
                 raise SkipRow(f"field {_dotted(path[: depth + 1])} is missing")
         value = value[key]
-    _expect(isinstance(value, str), path, value, "a string")
+    expect(isinstance(value, str), path, value, "a string")
     if value and value.isascii() and not value.isspace():  # nearly all: their field's name need not be spelled out
         return value
     return usable(value, _dotted(path))
@@ -71,7 +68,21 @@ def number(row: Row, name: str) -> float:
     return result
 
 
-def _expect(holds: bool, path: Sequence[str | int], value: Any, expected: str) -> None:
+def as_path(name: str | tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """A column name as a path of one step; a path as it is."""
+    return (name,) if isinstance(name, str) else name
+
+
+def none_if_skipped(make: Callable[[Row], Any], row: Row) -> Any:
+    """``make(row)``, or None where it raises SkipRow."""
+    try:
+        return make(row)
+    except SkipRow:
+        return None
+
+
+def expect(holds: bool, path: Sequence[str | int], value: Any, expected: str) -> None:
+    """SkipRow unless a condition on the value at ``path`` holds; ``expected`` says it in words."""
     if not holds:
         name = f"field {_dotted(path)}" if path else "the row"
         raise SkipRow(f"{name} is null" if value is None else f"{name}: expected {expected}, found {kind_of(value)}")
@@ -115,14 +126,3 @@ class RowReport:
             f"{count} x {reason} ({'; '.join(self.examples[reason])})" for reason, count in self.skipped.most_common()
         ]
         return f"{head}, {self.skipped.total()} skipped: {', '.join(reasons)}" if reasons else head
-
-
-def _path(name: str | tuple[str | int, ...]) -> tuple[str | int, ...]:
-    return (name,) if isinstance(name, str) else name
-
-
-def _or_none(make: Callable[[Row], str], row: Row) -> str | None:
-    try:
-        return make(row)
-    except SkipRow:
-        return None

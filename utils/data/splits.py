@@ -13,12 +13,16 @@ from utils.data.readers import (
     DataError,
     HuggingFaceRows,
     Rows,
-    _one_line,
     content_fingerprint,
+    error_line,
     file_kind,
     open_file,
     text_fingerprint,
 )
+
+# Files of the hub's layout that describe a dataset and hold no rows.
+METADATA_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|eval|validation|valid|val|dev|test)(?:ing)?(?![a-z])", re.IGNORECASE)
 
 
 class Splits:
@@ -106,21 +110,14 @@ def open_splits(path: str | os.PathLike, config: str | None = None) -> Splits:
     return splits_of_files(path, by_split, unnamed)
 
 
-# Files of the hub's layout that describe a dataset and hold no rows.
-_METADATA_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
-
-
-_SPLIT_WORD = re.compile(r"(?:^|[^a-z])(train|eval|validation|valid|val|dev|test)(?:ing)?(?![a-z])", re.IGNORECASE)
-
-
 def _is_data_file(file: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return not hidden and file_kind(file) is not None and file.name not in _METADATA_FILES and file.is_file()
+    return not hidden and file_kind(file) is not None and file.name not in METADATA_FILES and file.is_file()
 
 
 def _split_of(relative: Path) -> str | None:
     for name in reversed(relative.parts):
-        if found := _SPLIT_WORD.search(name):
+        if found := SPLIT_IN_NAME.search(name):
             return found[1].lower()
     return None
 
@@ -145,20 +142,20 @@ def splits_of_files(root: Path, by_split: dict[str, list[Path]], ignored: list[P
 
 def _saved_splits(path: Path) -> Splits:
     """The splits of a folder that datasets' save_to_disk has written."""
-    import datasets
+    import datasets  # takes a second and loads pandas: only where it is needed
 
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises whatever its parsers raise; all of it means the same here
         raise DataError(
-            f"{path}: expected a save_to_disk folder, but it cannot be loaded: {_one_line(error)}"
+            f"{path}: expected a save_to_disk folder, but it cannot be loaded: {error_line(error)}"
         ) from error
     return _huggingface_splits(str(path), loaded, lambda: content_fingerprint(path))
 
 
 def splits_of_hub(hub_name: str, config: str | None, tried: Sequence[Path]) -> Splits:
     """The splits of a dataset on the Hugging Face hub (or in the local cache of an earlier download)."""
-    import datasets
+    import datasets  # as above
 
     try:
         loaded = datasets.load_dataset(hub_name, config)
@@ -166,7 +163,7 @@ def splits_of_hub(hub_name: str, config: str | None, tried: Sequence[Path]) -> S
         places = " or ".join(str(path) for path in tried)
         raise DataError(
             f"dataset {hub_name!r}: not found locally (looked for {places}) and could not be downloaded because "
-            f"{_one_line(error)}. Give the path of a local copy, a folder whose path contains the name"
+            f"{error_line(error)}. Give the path of a local copy, a folder whose path contains the name"
         ) from error
     return _huggingface_splits(
         hub_name,

@@ -13,7 +13,7 @@ from utils.data.special_tokens import any_of, is_marked, pieces_of, special_spel
 
 
 @dataclass
-class Ids:
+class EncodedText:
     """The ids of one text, and how to find the token in which a character stands."""
 
     ids: list[int]
@@ -133,12 +133,12 @@ class TextEncoder:
     def _as_text(self) -> bool:
         return not (self.template or self.allow_special_tokens)
 
-    def encode(self, texts: list[str]) -> list[Ids]:
+    def encode(self, texts: list[str]) -> list[EncodedText]:
         if self.tokenizer.is_fast and self.token_bytes is None:
             encoded = self.with_offsets(texts)
         else:  # of a fast tokenizer a quarter less work than with offsets
             rows = self._ids([self.readable(text) for text in texts], self._as_text, self.special_tokens)
-            encoded = [Ids(ids, text, self) for ids, text in zip(rows, texts, strict=True)]
+            encoded = [EncodedText(ids, text, self) for ids, text in zip(rows, texts, strict=True)]
         encoded = [self._in_pieces(row.given) if self._holds_spellings(row.given) else row for row in encoded]
         eos = self.tokenizer.eos_token_id
         for row in encoded:
@@ -153,10 +153,10 @@ class TextEncoder:
         options = dict(add_special_tokens=special_tokens, split_special_tokens=as_text)
         return self.tokenizer(texts, **options)["input_ids"] if texts else []
 
-    def with_offsets(self, texts: list[str]) -> list[Ids]:
+    def with_offsets(self, texts: list[str]) -> list[EncodedText]:
         backend, readable = self._backend(self._as_text), [self.readable(text) for text in texts]
         rows = backend.encode_batch(readable, add_special_tokens=self.special_tokens)
-        return [Ids(row.ids, text, self, row) for row, text in zip(rows, texts, strict=True)]
+        return [EncodedText(row.ids, text, self, row) for row, text in zip(rows, texts, strict=True)]
 
     def _holds_spellings(self, text: str) -> bool:
         """Whether a text has spellings of special tokens in it that one pass would not leave text."""
@@ -173,8 +173,8 @@ class TextEncoder:
             pieces += [(piece[start:end], as_text) for start, end in pairwise(cuts)]
         return pieces
 
-    def _in_pieces(self, text: str) -> Ids:
-        row = Ids(self._first_ids, text, self, _JoinedOffsets() if self.tokenizer.is_fast else None)
+    def _in_pieces(self, text: str) -> EncodedText:
+        row = EncodedText(self._first_ids, text, self, _JoinedOffsets() if self.tokenizer.is_fast else None)
         [newline] = self._ids(["\n"], as_text=True)
         char = 0
         for piece, as_text in self._pieces(text):

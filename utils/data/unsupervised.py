@@ -1,4 +1,4 @@
-"""Plain text for the ptx loss: blocks of joined documents."""
+"""Plain text for the ptx loss of step 3: documents joined into blocks, blocks dealt out in micro-batches."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.data.batching import DataCollatorSFT
-from utils.data.cache import PromptDataset, _arrow_file, _key_of, _print_counts
+from utils.data.cache import PromptDataset, cache_writer, content_key, print_counts
 from utils.data.encoding import SFT, PreparationCounts, block_batch
 from utils.data.preparation import ROWS_PER_CHUNK
 from utils.data.readers import ConcatRows, DataError, Rows, TextFile, content_fingerprint, file_kind
@@ -37,7 +37,7 @@ def _write_blocks(name: str, rows: Rows, encoder: TextEncoder, block: int, file:
     """Texts joined by EOS and cut into blocks; a last one that is not full is left."""
     report, counts = RowReport(name), PreparationCounts()
     stream = np.zeros(0, np.int32)
-    with _arrow_file(file, pa.schema({"input_ids": pa.list_(pa.int32())}), counts) as writer:
+    with cache_writer(file, pa.schema({"input_ids": pa.list_(pa.int32())}), counts) as writer:
         for begin in progress(range(0, len(rows), ROWS_PER_CHUNK), f"tokenising {name}"):
             texts = []
             for position in range(begin, min(begin + ROWS_PER_CHUNK, len(rows))):
@@ -68,7 +68,7 @@ def get_unsupervised_data(args, tokenizer) -> PromptDataset:
     name, block = args.unsupervised_dataset_name, args.max_prompt_seq_len + args.max_answer_seq_len
     try:
         rows, fingerprint = _unsupervised_rows(name, args.unsupervised_dataset_config_name)
-        key = _key_of(tokenizer, "unsupervised", fingerprint, block, args.allow_special_tokens)
+        key = content_key(tokenizer, "unsupervised", fingerprint, block, args.allow_special_tokens)
         label = re.sub(r"[^\w.-]+", "_", Path(name).name)
         file = Path(args.data_output_path) / "tokenised" / f"{label}_unsupervised_{key}.arrow"
 
@@ -79,7 +79,7 @@ def get_unsupervised_data(args, tokenizer) -> PromptDataset:
         once_per_node(file, build, args.rebuild_cache)
     except DataError as error:
         raise UserError(f"--unsupervised_dataset_name {error}") from error
-    _print_counts("unsupervised", file)
+    print_counts("unsupervised", file)
     return PromptDataset.from_file(file, SFT)
 
 
