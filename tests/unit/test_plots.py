@@ -1,8 +1,10 @@
 """Curves of runs: what is read, what is drawn, and what is said of files that hold none."""
 
+import errno
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from helpers import PROJECT
@@ -11,7 +13,7 @@ sys.path.insert(0, str(PROJECT / "evaluation_scripts"))
 
 import plot_run
 
-from utils.process.errors import UserError
+from utils.process.errors import UserError, run_script
 
 
 def _run(folder, scale=1.0, end=""):
@@ -93,3 +95,18 @@ def test_scripts_that_only_read_metrics_start_without_the_libraries_of_training(
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "usage:" in done.stdout and "argparse" in imported
     assert imported.isdisjoint({"torch", "transformers", "deepspeed", "datasets", "matplotlib"})
+
+
+def test_a_script_ends_with_one_line_for_what_the_user_can_mend_and_a_traceback_for_anything_else():
+    def main(error):
+        raise error
+
+    for error, line in (
+        (UserError("no such run"), "no such run"),
+        (OSError(errno.ENOSPC, "", "curves.png"), "curves.png could not be written: No space left on device"),
+        (RuntimeError("Timed out waiting"), "another rank did not take part within --comm_timeout seconds; .*"),
+    ):
+        with pytest.raises(SystemExit, match=f"^\nerror: {line}"):
+            run_script(partial(main, error))
+    with pytest.raises(KeyError):
+        run_script(partial(main, KeyError("ours")))
