@@ -17,6 +17,14 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """For pytest-xdist: a file's tests share its fixtures in one worker; one worker alone launches ranks."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            launches = PROJECT / "tests/launch" in item.path.parents
+            item.add_marker(pytest.mark.xdist_group("launch" if launches else str(item.path)))
+
+
 @pytest.fixture(autouse=True)
 def own_answer_to_sigterm():
     """A run that ends by an error leaves its answer to SIGTERM behind, as its process is to end."""

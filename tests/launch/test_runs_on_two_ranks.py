@@ -27,8 +27,9 @@ OFFLOADING = {
 
 
 @pytest.fixture(scope="module")
-def places(model_folder, pairs_folder, cache_folder):
-    return dict(data_path=pairs_folder, data_output_path=cache_folder, model_name_or_path=model_folder)
+def places(small_models, pairs_folder, cache_folder):
+    places = dict(data_path=pairs_folder, data_output_path=cache_folder, model_name_or_path=small_models / "actor")
+    return places | dict(deepspeed_config_overrides=small_models / "buckets.json")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,8 @@ def two_ranks(places, tmp_path_factory):
     """The folder of all runs, each in a folder of its name."""
     folder = tmp_path_factory.mktemp("two_ranks")
     file = folder / "parameters.json"
-    file.write_text(json.dumps({"zero_optimization": {"offload_param": {"device": "cpu"}}}))
+    bucket = {"reduce_bucket_size": 1_000_000}  # as small_models/buckets.json has it
+    file.write_text(json.dumps({"zero_optimization": {"offload_param": {"device": "cpu"}, **bucket}}))
     small = """
         --data_split 1,1,1 --max_train_samples 16 --max_eval_samples 8 --per_device_train_batch_size 2 --max_seq_len 48
         --dtype fp32 --learning_rate 1e-3
@@ -45,7 +47,9 @@ def two_ranks(places, tmp_path_factory):
     for name, (text, stage, package) in ADAPTERS.items():
         if importlib.util.find_spec(package):
             runs[name] = f"{text} {stage} --per_device_train_batch_size 4"
-    run_in_one_launch([(1, flags(text, output_dir=folder / name, **places)) for name, text in runs.items()], folder)
+    run_in_one_launch(
+        [(1, [*flags(output_dir=folder / name, **places), *flags(text)]) for name, text in runs.items()], folder
+    )
     return folder
 
 

@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import read_metrics
+from helpers import flags, read_metrics, zero_stage
 from test_rlhf import PROMPTS, _experience, _trainer, _window, folders  # noqa: F401
+from transformers import AutoModelForSequenceClassification
 
 from training.step3_rlhf_finetuning import ppo_math
 from training.step3_rlhf_finetuning.reporting import sample_rows, sample_table
@@ -42,13 +45,13 @@ def test_rows_that_do_not_count_are_no_part_of_their_group_and_one_alone_learns_
 
 # ---------------------------------------------------------------- in the trainer
 
-GROUPS = ("--num_generations_per_prompt", "2")
+GROUPS = "--num_generations_per_prompt 2"
 REPEATED = [row for row in PROMPTS[:2] for _ in range(2)]
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_without_a_critic_every_token_of_an_answer_has_its_answers_advantage(folders, kind):  # noqa: F811
-    trainer = _trainer(folders, *GROUPS, "--advantage_estimator", kind)
+    trainer = _trainer(folders, f"{GROUPS} --advantage_estimator {kind}")
     assert trainer.critic_model is None and list(trainer.rlhf_engine.trained_engines()) == ["actor"]
     experience = _experience(trainer, rows=REPEATED)
     assert experience.values is None and experience.returns is None
@@ -67,7 +70,7 @@ def test_without_a_critic_every_token_of_an_answer_has_its_answers_advantage(fol
 
 
 def test_grpos_kl_penalty_is_a_term_of_the_loss(folders):  # noqa: F811
-    trainer = _trainer(folders, *GROUPS, "--advantage_estimator", "grpo", "--kl_ctl", "2.0")
+    trainer = _trainer(folders, f"{GROUPS} --advantage_estimator grpo --kl_ctl 2.0")
     experience = _experience(trainer, rows=REPEATED)
     experience.ref_log_probs -= 0.3 * experience.answer_mask  # a reference that the policy has left
     metrics = trainer.train_rlhf(_window(experience, 2))
@@ -82,7 +85,7 @@ def test_grpos_kl_penalty_is_a_term_of_the_loss(folders):  # noqa: F811
 def test_updates_without_a_critic_do_not_depend_on_how_the_rows_are_cut(folders, kind):  # noqa: F811
     weights = []
     for size in (4, 1):
-        trainer = _trainer(folders, *GROUPS, "--advantage_estimator", kind, "--actor_learning_rate", "1e-3")
+        trainer = _trainer(folders, f"{GROUPS} --advantage_estimator {kind} --actor_learning_rate 1e-3")
         trainer.train_rlhf(_window(_experience(trainer, rows=REPEATED), size))
         weights.append([p.detach().clone() for p in trainer.actor_model.module.parameters()])
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-5)
@@ -111,7 +114,7 @@ def rewards(tmp_path_factory):
 
 
 def test_reward_functions_join_the_reward_models_score_with_their_weights(folders, rewards):  # noqa: F811
-    trainer = _trainer(folders, "--reward_model_weight", "0.5", "--missing_eos_penalty", "3")
+    trainer = _trainer(folders, "--reward_model_weight 0.5 --missing_eos_penalty 3")
     plain = _experience(trainer)
     trainer.reward_functions = load_reward_functions([f"{rewards}:length:2", f"{rewards}:asks:-0.1"])
     experience = _experience(trainer)
@@ -129,6 +132,38 @@ def test_reward_functions_join_the_reward_models_score_with_their_weights(folder
     metrics = trainer.experience_metrics(experience)
     assert metrics["score/length"] == pytest.approx(length[usable].mean().item(), rel=1e-5)
     assert metrics["score/reward_model"] == pytest.approx(model[usable].mean().item(), rel=1e-5)
+
+
+def test_normalize_reward_scales_the_reward_models_score_of_every_answer_and_nothing_else(
+    folders,  # noqa: F811
+    rewards,
+    tmp_path,
+):
+    """(score - mean) / std from the reward model's config, up to the rewards; by hand, from plain transformers."""
+    actor, mean, std = folders[0], 0.125, 0.25
+    reward = Path(shutil.copytree(folders[1], tmp_path / "reward"))
+    config = json.loads((reward / "config.json").read_text())
+    (reward / "config.json").write_text(json.dumps(config | {"reward_score_mean": mean, "reward_score_std": std}))
+    plain = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32).eval()
+    # Without a KL penalty and clipping the rewards of an answer are its score, at its last token.
+    trainer = _trainer((actor, reward), "--normalize_reward --kl_ctl 0 --clip_reward_value 1000")
+    for functions in ([], [f"{rewards}:length:2"]):
+        trainer.reward_functions = load_reward_functions(functions)
+        experience = _experience(trainer)
+        assert len(experience) == len(PROMPTS) and experience.usable.all()
+        model, *others = experience.score_parts.unbind(1)
+        scaled = (model - mean) / std
+        assert torch.equal(experience.scores, scaled + 2 * others[0] if functions else scaled)
+        for i, row in enumerate(sample_rows(experience, trainer.tokenizer, 9)):
+            ids = experience.input_ids[i][experience.attention_mask[i].bool()]
+            with torch.no_grad():
+                score = plain.score(plain.base_model(ids[None]).last_hidden_state[0, -1]).item()
+            expected = (score - mean) / std + (2 * len(row["answer"]) / 10 if functions else 0)
+            last = experience.answer_mask[i].nonzero()[-1]
+            assert abs(expected - score) > 0.1, "scaling should be seen"
+            assert experience.scores[i].item() == pytest.approx(expected, abs=1e-4)
+            assert experience.rewards[i, last].item() == pytest.approx(expected, abs=1e-4)
+            assert experience.rewards[i].sum().item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_scores_that_are_not_finite_take_their_answers_out_and_are_counted(folders, rewards):  # noqa: F811
@@ -198,33 +233,30 @@ def test_a_file_with_two_functions_runs_once_as_a_module_like_any_other(tmp_path
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "more, message",
     [
-        (["--advantage_estimator", "rloo"], "--num_generations_per_prompt must be 2 or more"),
-        (["--num_generations_per_prompt", "3"], "do not divide into --num_generations_per_prompt 3"),
-        (["--reward_model_weight", "0"], "leaves nothing that scores"),
-        (["--reward_model_weight", "0", "--reward_function", "x.py:f", "--normalize_reward"], "--normalize_reward"),
-        ([*GROUPS, "--advantage_estimator", "grpo", "--critic_lora_dim", "2"], "has no critic"),
-        (["--only_optimize_lora", "--actor_lora_dim", "2", "--offload_reference_model"], "add --separate_ref"),
-        (["--align_overflow"], "fp32 gradients do not overflow"),
-        (
-            ["--align_overflow", "--dtype", "bf16", "--critic_zero_stage", "3"],
-            "ZeRO-3 looks for overflows in fp16 alone",
-        ),
-        ([*GROUPS, "--advantage_estimator", "rloo", "--offload", "--critic_zero_stage", "2"], "trains the actor alone"),
+        ("--advantage_estimator rloo", "--num_generations_per_prompt must be 2 or more"),
+        ("--num_generations_per_prompt 3", "do not divide into --num_generations_per_prompt 3"),
+        ("--reward_model_weight 0", "leaves nothing that scores"),
+        ("--reward_model_weight 0 --reward_function x.py:f --normalize_reward", "--normalize_reward"),
+        (f"{GROUPS} --advantage_estimator grpo --critic_lora_dim 2", "has no critic"),
+        ("--only_optimize_lora --actor_lora_dim 2 --offload_reference_model", "add --separate_ref"),
+        ("--align_overflow", "fp32 gradients do not overflow"),
+        ("--align_overflow --dtype bf16 --critic_zero_stage 3", "ZeRO-3 looks for overflows in fp16 alone"),
+        (f"{GROUPS} --advantage_estimator rloo --offload --critic_zero_stage 2", "trains the actor alone"),
     ],
 )
-def test_senseless_combinations_are_refused(folders, flags, message):  # noqa: F811
+def test_senseless_combinations_are_refused(folders, more, message):  # noqa: F811
     with pytest.raises(UserError, match=message):
-        _trainer(folders, *flags)
+        _trainer(folders, more)
 
 
 # ---------------------------------------------------------------- the reference without a copy
 
 
 def test_the_actor_without_its_adapters_is_the_reference_before_and_after_updates(folders):  # noqa: F811
-    lora = ("--only_optimize_lora", "--actor_lora_dim", "4", "--actor_lora_learning_rate", "1e-2")
-    shared, separate = _trainer(folders, *lora), _trainer(folders, *lora, "--separate_ref")
+    lora = "--only_optimize_lora --actor_lora_dim 4 --actor_lora_learning_rate 1e-2"
+    shared, separate = _trainer(folders, lora), _trainer(folders, f"{lora} --separate_ref")
     assert shared.rlhf_engine.ref is None and separate.rlhf_engine.ref is not None
     for _ in range(2):
         ours, theirs = _experience(shared), _experience(separate)
@@ -237,15 +269,11 @@ def test_the_actor_without_its_adapters_is_the_reference_before_and_after_update
 # ---------------------------------------------------------------- overflow
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
+@pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("broken", ["actor", "critic", "neither"])
 def test_actor_and_critic_skip_together_when_one_overflows(folders, broken, stage):  # noqa: F811
-    trainer = _trainer(
-        folders,
-        *("--dtype", "bf16", "--actor_zero_stage", stage, "--critic_zero_stage", stage),
-        "--align_overflow",
-        *("--actor_learning_rate", "1e-2", "--critic_learning_rate", "1e-2"),
-    )
+    rates = "--actor_learning_rate 1e-2 --critic_learning_rate 1e-2"
+    trainer = _trainer(folders, f"{zero_stage(3, stage)} --dtype bf16 --align_overflow {rates}")
     experience = _experience(trainer)
     engines = trainer.rlhf_engine.trained_engines()
     if broken != "neither":  # a gradient that is too large in an otherwise finite step
@@ -304,17 +332,13 @@ def test_samples_are_a_table_for_a_person_and_whole_rows_in_a_file(folders):  # 
 
 
 def test_step_3_without_critic_or_reward_model(run_step, model_folder, pairs_folder, cache_folder, rewards, tmp_path):
-    run_step(
-        3,
-        [
-            *("--actor_model_name_or_path", model_folder, "--data_path", pairs_folder),
-            *("--data_output_path", cache_folder, "--output_dir", tmp_path, "--dtype", "fp32"),
-            *("--per_device_generation_batch_size", 4, "--per_device_training_batch_size", 4),
-            *("--max_prompt_seq_len", 24, "--max_answer_seq_len", 8, *GROUPS, "--advantage_estimator", "rloo"),
-            *("--reward_function", f"{rewards}:length", "--reward_model_weight", 0, "--sample_interval", 1),
-            *("--enable_test_mode", "--test_stop_step", 2),
-        ],
-    )
+    text = f"""
+        --dtype fp32 --per_device_generation_batch_size 4 --per_device_training_batch_size 4 --max_prompt_seq_len 24
+        --max_answer_seq_len 8 {GROUPS} --advantage_estimator rloo --reward_function {rewards}:length
+        --reward_model_weight 0 --sample_interval 1 --enable_test_mode --test_stop_step 2
+    """
+    places = dict(data_path=pairs_folder, data_output_path=cache_folder, output_dir=tmp_path)
+    run_step(3, flags(text, actor_model_name_or_path=model_folder, **places))
     rows = read_metrics(tmp_path)
     assert len(rows) == 2 and all(row["train/score"] == pytest.approx(row["train/score/length"]) for row in rows)
     assert (tmp_path / "actor/model.safetensors").exists() and not (tmp_path / "critic").exists()

@@ -4,7 +4,7 @@ import json
 from itertools import product
 
 import pytest
-from helpers import make_tokenizer
+from helpers import flags, make_tokenizer
 from transformers import AutoTokenizer
 
 from utils.data import prompt_format as pf
@@ -104,19 +104,10 @@ def test_no_prompt_style_and_no_flag_takes_it_for_a_template_of_the_tokenizers_o
 def test_a_trained_model_is_saved_with_it_and_a_later_step_does_not_use_it(
     model_folder, pairs_folder, cache_folder, tmp_path, run_step
 ):
-    flags = [
-        "--data_path",
-        pairs_folder,
-        "--data_output_path",
-        cache_folder,
-        "--dtype",
-        "fp32",
-        "--max_train_samples",
-        8,
-    ]
-    run_step(1, ["--model_name_or_path", model_folder, "--output_dir", tmp_path / "sft", *flags])
+    data = flags("--dtype fp32 --max_train_samples 8", data_path=pairs_folder, data_output_path=cache_folder)
+    run_step(1, [*data, *flags(model_name_or_path=model_folder, output_dir=tmp_path / "sft")])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft")
     expected = tokenizer(" Human: say red Assistant:")["input_ids"]
     assert served_ids(tokenizer, [{"role": "user", "content": "say red"}]) == expected
     with pytest.raises(UserError, match="none of its own"):
-        run_step(2, ["--model_name_or_path", tmp_path / "sft", *flags, "--chat_template"])
+        run_step(2, [*data, *flags("--chat_template", model_name_or_path=tmp_path / "sft")])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from helpers import assert_same_run, killed_after
+from helpers import assert_same_run, flags, killed_after, zero_stage
 
 from utils.ds_utils import get_eval_ds_config, get_train_ds_config, merge_config_file, offloads_optimizer
 from utils.process.errors import UserError
@@ -126,15 +126,15 @@ def test_a_file_that_cannot_be_laid_over_is_refused(case, tmp_path):
 
 
 def test_an_absent_file_and_a_fight_with_a_flag_are_refused_before_anything_is_loaded(run_step, tmp_path):
-    flags = ["--model_name_or_path", tmp_path / "nowhere", "--dtype", "fp32"]
+    nowhere = dict(model_name_or_path=tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"absent\.json: No such file"):
-        run_step(1, [*flags, "--deepspeed_config_overrides", tmp_path / "absent.json"])
+        run_step(1, flags("--dtype fp32", deepspeed_config_overrides=tmp_path / "absent.json", **nowhere))
     (tmp_path / "more.json").write_text('{"train_batch_size": 8}')
     with pytest.raises(UserError, match="train_batch_size"):
-        run_step(2, [*flags, "--deepspeed_config", tmp_path / "more.json"])
-    models = ["--actor_model_name_or_path", tmp_path, "--critic_model_name_or_path", tmp_path, "--dtype", "fp32"]
+        run_step(2, flags("--dtype fp32", deepspeed_config=tmp_path / "more.json", **nowhere))
+    models = dict(actor_model_name_or_path=tmp_path, critic_model_name_or_path=tmp_path)
     with pytest.raises(UserError, match="train_batch_size"):
-        run_step(3, [*models, "--deepspeed_config_overrides", tmp_path / "more.json"])
+        run_step(3, flags("--dtype fp32", deepspeed_config_overrides=tmp_path / "more.json", **models))
 
 
 def test_nvme_by_file_is_laid_over_where_the_machine_can_do_it(tmp_path, monkeypatch):
@@ -154,19 +154,19 @@ def test_nvme_by_file_is_laid_over_where_the_machine_can_do_it(tmp_path, monkeyp
         merge_config_file(get_train_ds_config(False, "bf16", 2), str(tmp_path / "more.json"))
 
 
-@pytest.mark.parametrize("flags", [["--checkpoint_steps", 2], ["--checkpoint_dir", "c"], ["--resume", "auto"]])
+@pytest.mark.parametrize("flag", ["--checkpoint_steps 2", "--checkpoint_dir c", "--resume auto"])
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_optimizer_states_on_nvme_and_checkpoints_are_refused(run_step, start, tmp_path, monkeypatch, step, flags):
+def test_optimizer_states_on_nvme_and_checkpoints_are_refused(run_step, start, tmp_path, monkeypatch, step, flag):
     """A resumed run would start from the first weights: DeepSpeed's checkpoint leaves out what is on the disk."""
     from utils import ds_utils
 
     monkeypatch.setattr(ds_utils.AsyncIOBuilder, "is_compatible", lambda self, verbose: True)
     settings = {"device": "nvme", "nvme_path": str(tmp_path)}
     (tmp_path / "more.json").write_text(json.dumps({"zero_optimization": {"offload_optimizer": settings}}))
-    stages = ["--zero_stage", 3] if step < 3 else ["--actor_zero_stage", 3, "--critic_zero_stage", 3]
-    arguments = [*start(step), *stages, "--output_dir", tmp_path / "out"]
+    places = dict(output_dir=tmp_path / "out", deepspeed_config_overrides=tmp_path / "more.json")
+    arguments = [*start(step), *flags(f"{zero_stage(step, 3)} {flag}", **places)]
     with pytest.raises(UserError, match=r"more\.json: offload_optimizer to nvme and checkpoints: .*--checkpoint_steps"):
-        run_step(step, [*arguments, "--deepspeed_config_overrides", tmp_path / "more.json", *flags])
+        run_step(step, arguments)
 
 
 @pytest.mark.skipif(not AsyncIOBuilder().is_compatible(verbose=False), reason="needs libaio-dev")
@@ -174,11 +174,12 @@ def test_parameters_on_nvme_train_resume_and_end_as_in_memory(run_step, start, t
     settings = {"device": "nvme", "nvme_path": str(tmp_path), "pin_memory": False, "buffer_size": 100000}
     sections = {"zero_optimization": {"offload_param": settings, "reduce_bucket_size": 1000000}}
     (tmp_path / "more.json").write_text(json.dumps(sections))
-    arguments = [*start(1), "--zero_stage", 3, "--output_dir"]
-    on_disk = ["--deepspeed_config_overrides", tmp_path / "more.json", "--checkpoint_steps", 2]
-    run_step(1, [*arguments, tmp_path / "plain"])
+    arguments = [*start(1), *flags("--zero_stage 3", output_dir=tmp_path / "plain")]
+    run_step(1, arguments)
+    places = dict(output_dir=tmp_path / "nvme", deepspeed_config_overrides=tmp_path / "more.json")
+    arguments += flags("--checkpoint_steps 2", **places)
     with killed_after(5):
-        run_step(1, [*arguments, tmp_path / "nvme", *on_disk])
-    run_step(1, [*arguments, tmp_path / "nvme", *on_disk, "--resume", "auto"])
+        run_step(1, arguments)
+    run_step(1, [*arguments, "--resume", "auto"])
     assert "4 steps are done" in capfd.readouterr().out
     assert_same_run(tmp_path / "plain", tmp_path / "nvme")

@@ -141,8 +141,8 @@ def test_ppo_runs_and_fast_greedy_generation_is_plain_generation(family):
     _skip_if_there_is_no_class_for_a_reward_model(family)
     torch.manual_seed(5)
     reward = _save(create_critic_model(family.base, family.tokenizer), family, "critic")
-    flags = ("--enable_hybrid_engine", "--actor_learning_rate", "1e-3", "--actor_dropout", "0")
-    trainer = _trainer((family.base, reward), *flags)
+    text = "--enable_hybrid_engine --actor_learning_rate 1e-3 --actor_dropout 0"
+    trainer = _trainer((family.base, reward), text)
     experience = _experience(trainer)
     module = trainer.actor_model.module
     before = {name: value.clone() for name, value in module.named_parameters()}
