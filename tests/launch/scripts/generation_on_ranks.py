@@ -1,4 +1,4 @@
-"""Run by test_generation.py under torchrun: two PPO updates with and without the hybrid engine must be bit-equal.
+"""Two PPO updates with and without the hybrid engine must be bit-equal: torchrun … generation_on_ranks.py FOLDER
 
 For each ZeRO stage, with LoRA and without: greedy answers of all batches, then all weights and optimizer states.
 """
@@ -25,8 +25,6 @@ from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank
 
 PROMPTS = [[[10, 11, 12], [13], [14, 15, 16, 17, 18], [19, 20]], [[30], [31, 32, 33, 34], [35, 36], [37]]]
-
-
 PAD = 2  # of make_tokenizer
 
 
@@ -40,20 +38,12 @@ def tensors_of(value) -> list:
 
 def train(folder: Path, more: str) -> tuple[list, list]:
     """Two updates: the answers of this rank, and everything the engines hold afterwards."""
-    args = (
-        load_main(3)
-        .build_parser()
-        .parse_args(
-            flags(
-                f"""
-            --dtype fp32 --max_answer_seq_len 8 --max_prompt_seq_len 16 --per_device_generation_batch_size 4
-            --per_device_training_batch_size 4 --no-do_sample --num_warmup_steps 0 --actor_learning_rate 1e-2 {more}
-            """,
-                actor_model_name_or_path=folder / "actor",
-                critic_model_name_or_path=folder / "reward",
-            )
-        )
-    )
+    text = f"""
+        --dtype fp32 --max_answer_seq_len 8 --max_prompt_seq_len 16 --per_device_generation_batch_size 4
+        --per_device_training_batch_size 4 --no-do_sample --num_warmup_steps 0 --actor_learning_rate 1e-2 {more}
+    """
+    models = dict(actor_model_name_or_path=folder / "actor", critic_model_name_or_path=folder / "reward")
+    args = load_main(3).build_parser().parse_args(flags(text, **models))
     init_distributed(args)
     arguments.resolve_common(args)
     arguments.check_rlhf(args)
