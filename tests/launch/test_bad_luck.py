@@ -29,7 +29,7 @@ def run(small_models, pairs_folder, cache_folder, tmp_path):
     places = dict(data_path=pairs_folder, data_output_path=cache_folder, output_dir=tmp_path / "out")
 
     def start(patch: str, launcher: str, more: str = "") -> tuple[int, str]:
-        arguments = [3, *flags(text, **models, **places), *flags(more)]
+        arguments = [*flags(text, **models, **places), *flags(more)]
         return launch(SCRIPTS / "patched_main.py", arguments, launcher, ranks=2, timeout=200, PATCH=patch)
 
     return start
@@ -83,7 +83,7 @@ def test_a_rank_that_stops_answering_ends_the_others_with_a_message(model_folder
         --max_train_samples 8 --max_eval_samples 2
     """
     places = dict(data_path=pairs_folder, data_output_path=cache_folder, output_dir=tmp_path / "out")
-    arguments = [1, *flags(text, model_name_or_path=model_folder, **places)]
+    arguments = flags(text, model_name_or_path=model_folder, **places)
     port = str(20000 + hash(tmp_path) % 20000)
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     world |= {"PATCH": "stopped_rank", "PYTHONPATH": PYTHONPATH}

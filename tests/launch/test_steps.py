@@ -234,7 +234,7 @@ def test_ranks_sample_different_answers(sft, reward, cache_folder, tmp_path):
         line = write_pairs(folder / name, 1).read_text()
         (folder / name).write_text(line * 24)
     data = flags(f"{COMMON} --enable_test_mode --test_stop_step 1", data_path=folder, data_output_path=cache_folder)
-    arguments = [3, *data, *step_3_arguments(sft[0], reward[0], tmp_path / "out")]
+    arguments = [*data, *step_3_arguments(sft[0], reward[0], tmp_path / "out")]
     environment = dict(PATCH="kept_sequences", SEQUENCES=str(tmp_path))
     code, console = launch(SCRIPTS / "patched_main.py", arguments, "torchrun", ranks=2, **environment)
     assert code == 0, console

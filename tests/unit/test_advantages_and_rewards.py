@@ -140,7 +140,7 @@ def test_normalize_reward_scales_the_reward_models_score_of_every_answer_and_not
     tmp_path,
 ):
     """(score - mean) / std from the reward model's config, up to the rewards; by hand, from plain transformers."""
-    actor, mean, std = folders[0], 0.125, 0.25
+    actor, mean, std = folders[0], 2.0, 0.25
     reward = Path(shutil.copytree(folders[1], tmp_path / "reward"))
     config = json.loads((reward / "config.json").read_text())
     (reward / "config.json").write_text(json.dumps(config | {"reward_score_mean": mean, "reward_score_std": std}))

@@ -57,7 +57,7 @@ def test_other_families_go_through_the_three_steps(family, run_step, start, tmp_
     run_step(2, [*start(2), *flags(text, model_name_or_path=sft, output_dir=reward)])
     text = """
         --per_device_generation_batch_size 4 --per_device_training_batch_size 4 --actor_lora_dim 2 --enable_ema
-        --enable_hybrid_engine --actor_gradient_checkpointing
+        --actor_dropout 0 --enable_hybrid_engine --actor_gradient_checkpointing
     """
     models = dict(actor_model_name_or_path=sft, critic_model_name_or_path=reward)
     run_step(3, [*start(3), *flags(text, output_dir=rlhf, **models)])
@@ -94,13 +94,14 @@ def test_adapters_saved_alone_merge_into_the_models_that_each_step_saved(
     start, small_models, run_step, merge_lora, tmp_path
 ):
     text = "--only_optimize_lora --save_lora_adapters --num_warmup_steps 0"
-    one = f"{text} --num_train_epochs 1 --lora_dim 4 --lora_scaling 8 --lora_dropout 0.1"
+    one = f"{text} --dropout 0 --num_train_epochs 1 --lora_dim 4 --lora_scaling 8 --lora_dropout 0.1"
     run_step(1, [*start(1), *flags(one, output_dir=tmp_path / "sft")])
     one += " --lora_module_name all-linear"
     run_step(2, [*start(2), *flags(one, output_dir=tmp_path / "reward")])
     text += """
         --actor_lora_dim 4 --actor_lora_scaling 8 --actor_lora_learning_rate 0.01 --critic_lora_dim 2 --enable_ema
         --critic_lora_module_name self_attn --critic_lora_learning_rate 0.01 --enable_test_mode --test_stop_step 1
+        --actor_dropout 0
     """
     run_step(3, [*start(3), *flags(text, output_dir=tmp_path / "rlhf")])
     for name in ("sft", "reward", "rlhf/actor", "rlhf/actor_ema", "rlhf/critic"):

@@ -1,4 +1,4 @@
-"""Run by test_generation.py under torchrun: two PPO updates with and without the hybrid engine must be bit-equal.
+"""Two PPO updates with and without the hybrid engine must be bit-equal: torchrun … generation_on_ranks.py FOLDER
 
 For each ZeRO stage, with LoRA and without: greedy answers of all batches, then all weights and optimizer states.
 """
@@ -25,8 +25,6 @@ from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank
 
 PROMPTS = [[[10, 11, 12], [13], [14, 15, 16, 17, 18], [19, 20]], [[30], [31, 32, 33, 34], [35, 36], [37]]]
-
-
 PAD = 2  # of make_tokenizer
 
 

@@ -1,7 +1,7 @@
-"""A step with one change to it: PATCH=slow_steps torchrun … patched_main.py STEP ARGUMENTS…
+"""A step with one change to it: PATCH=slow_steps torchrun … patched_main.py ARGUMENTS…
 
-The changes are the functions of PATCHES; one is named by the environment variable PATCH, for every process of the
-launch. The step itself runs as it does from its own main.py.
+The changes are the functions below; the environment variable PATCH names one, for every process of the launch. The step
+itself runs as it does from its own main.py.
 """
 
 import os
@@ -22,14 +22,15 @@ RANK = int(os.environ["RANK"])
 PATCHES = {}
 
 
-def patch(owner, name):
-    """Of the function below: it is called as ``name`` of ``owner``, with what it replaces as its first argument."""
+def patch(step, owner, name):
+    """Of the function below: in that step it is called as ``name`` of ``owner``, first of all with what it replaces."""
 
     def register(function):
         original = getattr(owner, name)
 
         def apply():
             setattr(owner, name, lambda *arguments, **options: function(original, *arguments, **options))
+            return str(STEPS[step])
 
         PATCHES[function.__name__] = apply
         return function
@@ -40,7 +41,7 @@ def patch(owner, name):
 calls = []
 
 
-@patch(Trainer, "_generate_sequence")
+@patch(3, Trainer, "_generate_sequence")
 def empty_answers(generate, trainer, prompts, *others):
     """Rank 1 answers every prompt with EOS alone."""
     sequences = generate(trainer, prompts, *others)
@@ -50,7 +51,7 @@ def empty_answers(generate, trainer, prompts, *others):
     return sequences
 
 
-@patch(Trainer, "_generate_sequence")
+@patch(3, Trainer, "_generate_sequence")
 def kept_sequences(generate, *inputs):
     """Each rank writes the rollouts of its last step to the folder SEQUENCES."""
     sequences = generate(*inputs)
@@ -58,7 +59,7 @@ def kept_sequences(generate, *inputs):
     return sequences
 
 
-@patch(Trainer, "train_rlhf")
+@patch(3, Trainer, "train_rlhf")
 def killed_in_an_update(train, *inputs):
     """Rank 1 dies in the first update of its second step; each has two."""
     calls.append(1)
@@ -67,7 +68,7 @@ def killed_in_an_update(train, *inputs):
     return train(*inputs)
 
 
-@patch(Trainer, "actor_loss_fn")
+@patch(3, Trainer, "actor_loss_fn")
 def nan_loss(loss_fn, *inputs):
     """The loss of rank 1 is NaN in its second step, which has two updates."""
     loss = loss_fn(*inputs)
@@ -77,7 +78,7 @@ def nan_loss(loss_fn, *inputs):
     return loss
 
 
-@patch(Trainer, "generate_experience")
+@patch(3, Trainer, "generate_experience")
 def nan_weights(generate, trainer, prompts, mask, step=0, *others):
     """The actor of rank 1 has weights that are NaN when it generates in step 1, so its logits are NaN too."""
     if RANK == 1 and step == 1:
@@ -86,14 +87,14 @@ def nan_weights(generate, trainer, prompts, mask, step=0, *others):
     return generate(trainer, prompts, mask, step, *others)
 
 
-@patch(DeepSpeedEngine, "step")
+@patch(1, DeepSpeedEngine, "step")
 def slow_steps(step, engine):
     """Time to send a signal."""
     time.sleep(0.2)
     return step(engine)
 
 
-@patch(DeepSpeedEngine, "step")
+@patch(1, DeepSpeedEngine, "step")
 def stopped_rank(step, engine):
     """Rank 1 stands still in its second step, and its process stays."""
     calls.append(1)
@@ -102,7 +103,7 @@ def stopped_rank(step, engine):
     return step(engine)
 
 
-@patch(Checkpoints, "end_step")
+@patch(1, Checkpoints, "end_step")
 def killed_once(end_step, checkpoints, *position):
     """Rank 1 dies after step 3, the first time torchrun starts the ranks."""
     end_step(checkpoints, *position)
@@ -110,7 +111,5 @@ def killed_once(end_step, checkpoints, *position):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-PATCHES[os.environ["PATCH"]]()
-main = str(STEPS[int(sys.argv.pop(1))])
-sys.argv[0] = main
-runpy.run_path(main, run_name="__main__")
+sys.argv[0] = PATCHES[os.environ["PATCH"]]()
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -21,4 +21,4 @@ def run(step: int, arguments: list[str], killed: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: [run(*one) for one in json.loads(Path(sys.argv[1]).read_text())])
+    run_main(lambda: [run(*one) for one in json.loads(Path(sys.argv[-1]).read_text())])

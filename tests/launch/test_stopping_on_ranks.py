@@ -1,0 +1,84 @@
+"""Runs that are stopped or lose a rank, and their next start."""
+
+import multiprocessing
+import signal
+import subprocess
+import time
+
+import pytest
+from helpers import (
+    PYTHONPATH,
+    SCRIPTS,
+    assert_same_run,
+    flags,
+    launch_command,
+    read_metrics,
+    run_command,
+    run_in_one_launch,
+    surroundings,
+)
+
+from utils.run.checkpoint import Checkpoints
+from utils.run.checkpoint_files import newest_checkpoint
+
+
+def test_sigterm_ends_a_forked_worker_of_a_rank(run_step, start, tmp_path, monkeypatch):
+    end_step, ends = Checkpoints.end_step, []
+
+    def forking(self, *position):
+        if self.steps == 0:
+            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
+            worker.start()
+            time.sleep(0.2)
+            worker.terminate()
+            worker.join()
+            ends.append(worker.exitcode)
+        end_step(self, *position)
+
+    monkeypatch.setattr(Checkpoints, "end_step", forking)
+    run_step(1, [*start(1), "--output_dir", tmp_path, "--checkpoint_dir", tmp_path / "checkpoints"])
+    assert ends == [-signal.SIGTERM]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_sigterm_to_a_launcher_stops_and_saves_two_ranks_and_the_rest_is_done_by_the_next_start(
+    start, tmp_path, launcher
+):
+    arguments = flags("--zero_stage 2 --checkpoint_steps 100 --resume auto", output_dir=tmp_path / "resumed")
+    arguments = [*start(1), *arguments]
+    command = launch_command(SCRIPTS / "patched_main.py", arguments, launcher, ranks=2)
+    environment = surroundings(PATCH="slow_steps", PYTHONPATH=PYTHONPATH)
+    metrics, log = tmp_path / "resumed/metrics.jsonl", tmp_path / "log"
+    with log.open("w") as output:
+        run = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        end = time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:  # the first evaluation is one of them
+            assert run.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        run.terminate()
+        run.wait(60)
+        while "stopped by SIGTERM after" not in log.read_text():  # deepspeed goes before its ranks
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+    finally:
+        run.kill()
+    assert "Traceback (most recent call last)" not in log.read_text().split("stopped by SIGTERM")[0], log.read_text()
+    stopped = newest_checkpoint(tmp_path / "resumed/checkpoints").state["steps"]
+    assert 2 <= stopped < 8
+    console = run_in_one_launch([(1, [*arguments, "--output_dir", tmp_path / "plain"]), (1, arguments)], tmp_path)
+    assert f"{stopped} steps are done" in console, console
+    assert_same_run(tmp_path / "plain", tmp_path / "resumed")
+
+
+def test_torchrun_starts_the_ranks_again_when_one_is_killed_and_they_go_on(start, tmp_path):
+    """Elastic restart: the launcher stays, its processes begin anew with --resume auto."""
+    arguments = [*start(1), *flags("--zero_stage 2 --checkpoint_steps 2 --resume auto", output_dir=tmp_path / "out")]
+    torchrun, *command = launch_command(SCRIPTS / "patched_main.py", arguments, "torchrun", ranks=2)
+    command, environment = [torchrun, "--max-restarts=1", *command], dict(PATCH="killed_once", PYTHONPATH=PYTHONPATH)
+    code, console = run_command(command, **environment)
+    assert code != 0 and console.count("error: torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 2
+    code, console = run_command(command, **environment, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert code == 0, console
+    assert "so this is a fresh start" in console and "step-00000002: 2 steps are done" in console
+    assert [row["step"] for row in read_metrics(tmp_path / "out")] == list(range(1, 9))

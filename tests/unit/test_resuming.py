@@ -1,0 +1,149 @@
+"""What --resume refuses, passes over and leaves alone, and how a run stops."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from helpers import assert_same_run, flags, killed_after
+
+from utils.process.errors import EndOfRun, UserError
+from utils.run import checkpoint, checkpoint_files, same_run
+from utils.run.checkpoint import Checkpoints
+from utils.run.checkpoint_files import read_checkpoint
+
+
+@pytest.fixture
+def stopped(run_step, start, tmp_path):
+    """(arguments, folder of checkpoints) of a run of step 1 that was killed after step 5, with checkpoints 2 and 4."""
+    arguments = [*start(1), "--output_dir", tmp_path / "out", "--checkpoint_steps", 2]
+    with killed_after(5):
+        run_step(1, arguments)
+    return arguments, tmp_path / "out/checkpoints"
+
+
+def test_a_run_that_is_not_the_same_is_refused_with_flag_and_values(run_step, stopped, pairs_folder, monkeypatch):
+    arguments, folder = stopped
+    resuming = [*arguments, "--resume", "auto"]
+    for more, message in (
+        ("--learning_rate 0.1", r"--learning_rate is 0\.1, and was 0\.001"),
+        ("--seed 5", "--seed is 5, and was 1234"),
+        ("--zero_stage 1", "--zero_stage is 1, and was 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_step(1, [*resuming, *flags(more)])
+    with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
+        run_step(1, arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(same_run, "get_world_size", lambda: 2)
+        with pytest.raises(UserError, match="written by 1 ranks and this run has 2"):
+            run_step(1, resuming)
+    state = read_checkpoint(folder / "step-00000004").state
+    (folder / "step-00000004/state.json").write_text(json.dumps(state | {"rows": "others"}))
+    with pytest.raises(UserError, match="its training rows were other ones"):
+        run_step(1, resuming)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken_up(run_step, stopped, capsys):
+    """Its flags hold three names that are no flags."""
+    arguments, folder = stopped
+    file = folder / "step-00000004/state.json"
+    state = json.loads(file.read_text())
+    state["flags"] |= {"checkpoint_dir_given": True, "end_of_conversation_token": "<|endoftext|>", "global_rank": 0}
+    file.write_text(json.dumps(state))
+    with killed_after(6):
+        run_step(1, [*arguments, "--resume", "auto"])
+    assert "4 steps are done" in capsys.readouterr().out
+
+
+def test_checkpoints_of_another_run_are_never_replaced(run_step, stopped, tmp_path):
+    arguments, folder = stopped
+    copy = Path(shutil.copytree(folder / "step-00000002", tmp_path / "copy"))
+    with pytest.raises(UserError, match=r"holds checkpoints already, and not .*copy"):
+        run_step(1, [*arguments, "--resume", copy])
+    assert [found.state["steps"] for found in checkpoint_files.complete_checkpoints(folder)] == [2, 4]
+    # Back to an earlier one of its own is what was asked for.
+    with killed_after(3):
+        run_step(1, [*arguments, "--resume", folder / "step-00000002"])
+
+
+def test_the_checkpoint_just_written_stays_whatever_the_clock_says(run_step, start, tmp_path, monkeypatch):
+    hours = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(checkpoint.time, "time", lambda: float(next(hours)))
+    with killed_after(6):
+        run_step(1, [*start(1), "--output_dir", tmp_path, "--checkpoint_steps", 2, "--keep_checkpoints", 1])
+    assert (tmp_path / "checkpoints/latest").read_text() == "step-00000006\n"
+    assert [found.state["steps"] for found in checkpoint_files.complete_checkpoints(tmp_path / "checkpoints")] == [6]
+
+
+def test_a_run_that_begins_anew_forgets_that_an_earlier_one_had_finished(run_step, start, tmp_path):
+    arguments = [*start(1), "--output_dir", tmp_path, "--checkpoint_dir", tmp_path / "checkpoints"]
+    run_step(1, arguments)
+    assert (tmp_path / "checkpoints/finished.json").exists()
+    with killed_after(2):
+        run_step(1, arguments)
+    run_step(1, [*arguments, "--resume", "auto"])  # and is not refused as done
+    for text in ("{}", "[]", "x" * 100):
+        (tmp_path / "checkpoints/finished.json").write_text(text)
+        with killed_after(2):
+            run_step(1, [*arguments, "--resume", "auto"])
+
+
+def test_a_refused_start_leaves_the_metrics_of_the_run_alone(run_step, stopped):
+    arguments, folder = stopped
+    before = (folder.parent / "metrics.jsonl").read_text()
+    state = read_checkpoint(folder / "step-00000004").state
+    (folder / "step-00000004/state.json").write_text(json.dumps(state | {"rows": "others"}))
+    with pytest.raises(UserError, match="other ones"):
+        run_step(1, [*arguments, "--resume", "auto"])
+    assert (folder.parent / "metrics.jsonl").read_text() == before
+
+
+def test_half_written_checkpoints_are_passed_over_and_refused_by_name(run_step, stopped, capsys):
+    arguments, folder = stopped
+    assert (folder / "latest").read_text() == "step-00000004\n"
+    file = next((folder / "step-00000004/model").glob("*.pt"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=f"not a whole checkpoint: model/{file.name} is missing or not {len(content)}"):
+        run_step(1, [*arguments, "--resume", folder / "step-00000004"])
+    (folder / ".step-00000006").mkdir()  # of a run that was killed while it saved
+    run_step(1, [*arguments, "--resume", "auto"])
+    assert "step-00000002: 2 steps are done" in capsys.readouterr().out
+    assert not (folder / ".step-00000006").exists()
+    assert [found.state["steps"] for found in checkpoint_files.complete_checkpoints(folder)] == [14, 16]
+    with pytest.raises(EndOfRun, match="this run has finished after 16 steps"):
+        run_step(1, [*arguments, "--resume", "auto"])
+
+
+def test_an_unwritable_folder_of_checkpoints_is_told_at_the_start(run_step, start, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--checkpoint_dir .*: cannot be written"):
+        run_step(1, [*start(1), "--checkpoint_dir", tmp_path / "file/below"])
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint_steps 2", "--resume auto"])
+def test_checkpoints_need_a_folder(run_step, start, flag):
+    with pytest.raises(UserError, match=f"{flag.split()[0]}.* needs a folder"):
+        run_step(1, [*start(1), *flags(flag)])
+
+
+def test_sigterm_finishes_the_step_saves_and_ends_well(run_step, start, tmp_path, monkeypatch):
+    run_step(1, [*start(1), "--output_dir", tmp_path / "plain"])
+    end_step, arguments = Checkpoints.end_step, [*start(1), "--output_dir", tmp_path / "resumed"]
+    arguments += ["--checkpoint_dir", tmp_path / "resumed/checkpoints"]
+
+    def signalled(self, *position):
+        if self.steps == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        end_step(self, *position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "end_step", signalled)
+        with pytest.raises(EndOfRun, match=r"stopped by SIGTERM after 3 steps; .*step-00000003.*--resume auto"):
+            run_step(1, arguments)
+    run_step(1, [*arguments, "--resume", "auto"])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert_same_run(tmp_path / "plain", tmp_path / "resumed")
