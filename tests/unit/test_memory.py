@@ -9,6 +9,7 @@ from transformers import AutoConfig, LlamaConfig
 from utils.ds_utils import get_eval_ds_config, get_train_ds_config
 from utils.module.quantize import Packing, packed_size
 from utils.planning.engine_memory import GIB, Bytes, Machine, frozen_engine, trained_engine
+from utils.planning.estimate import CPU_MARGIN, Estimate, Phase
 from utils.planning.meta_model import LiveBytes, LoRASpec, MetaModel, ModelSpec
 
 HIDDEN, INNER, LAYERS, VOCABULARY = 32, 48, 2, 320
@@ -174,3 +175,16 @@ def test_every_family_can_be_measured_without_numbers(family):
 def test_a_cache_has_its_keys_and_values_for_prompt_and_answer():
     cache = meta_llama().generating(3, 20, 12).kept
     assert cache == LAYERS * 2 * 3 * 2 * (20 + 12) * 8 * 2  # layers, k and v, rows, heads, tokens, width, bytes
+
+
+def test_a_cpu_rank_gets_a_margin_on_all_but_its_libraries_and_a_gpu_gets_none():
+    model = meta_llama(trains=False)
+    states = frozen_engine("ref", model, get_eval_ds_config(False, "bf16", 0), machine())
+    phase = Phase("pass", Bytes(1000), once=77)
+    for on_cpu, device, host in ((True, 500, 0), (False, 500, 40)):
+        baseline = Bytes(device, host)
+        result = Estimate(Machine(2, 2, on_cpu, GIB, None, baseline), [states], [phase])
+        alive = 2 * WEIGHTS + 1000
+        rank = 500 + (round((1 + CPU_MARGIN) * alive) if on_cpu else alive)
+        assert result.needs(phase) == (rank, 2 * (rank if on_cpu else 40) + 77)
+        assert result.device_peak == (rank, "pass")
