@@ -240,7 +240,7 @@ def add_rlhf_arguments(parser) -> None:
 
     add_lora_arguments(parser, "actor_")
     add_lora_arguments(parser, "critic_")
-    add = parser.add_argument_group("looking in and testing").add_argument
+    add = parser.add_argument_group("inspecting and testing").add_argument
     add("--print_answers", action="store_true", help="print prompts and sampled answers of rank 0")
     add("--print_answers_interval", type=positive, default=1, help="steps between printed answers")
     add(
