@@ -763,7 +763,7 @@ def test_damaged_line_is_named(bad, message, late, tmp_path):
         ("d.csv", b"prompt,chosen\na,b\nc,\xff\n", "d.csv, line 3: expected UTF-8"),
         ("d.parquet", b"PAR1 and no more", "d.parquet: expected a parquet file"),
         ("d.jsonl.gz", b"not packed", "d.jsonl.gz: cannot be read"),
-        ("d.jsonl.gz", gzip.compress(GOOD_LINE * 100)[:-9], "d.jsonl.gz: cannot be read"),
+        ("d.jsonl.gz", gzip.compress(GOOD_LINE * 100, mtime=0)[:-9], "d.jsonl.gz: cannot be read"),
         ("d.txt", b"text", "d.txt: expected a file that ends in one of .json, .jsonl"),
     ],
 )
