@@ -224,7 +224,7 @@ def merge_config_file(ds_config: dict, path: str | None) -> dict:
 
 
 def _check_value(place: str, key: str, value, base: dict) -> None:
-    """Refuse what DeepSpeed does not check before it trains: misspelled names, values of a wrong kind, infinite ones."""
+    """Refuse what DeepSpeed does not check before it trains: misspelled names, values of a wrong kind or infinite."""
     similar = difflib.get_close_matches(key, base, n=1, cutoff=0.9)
     if similar and key not in base:
         raise UserError(f"{place} is no setting of DeepSpeed; did you mean {similar[0]}?")
