@@ -16,7 +16,7 @@ from utils.generation.saved_model import generate_answers, load_language_model
 
 NEEDED = ("fastapi", "uvicorn", "openai", "langchain_openai")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: see README, Serving")
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: see inference/README.md")
 TALK = [("user", "say red"), ("assistant", "red"), ("user", "and blue?")]
 
 
