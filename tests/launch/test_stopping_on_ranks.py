@@ -15,6 +15,7 @@ from helpers import (
     read_metrics,
     run_command,
     run_in_one_launch,
+    step_arguments,
     surroundings,
 )
 
@@ -40,17 +41,16 @@ def test_sigterm_ends_a_forked_worker_of_a_rank(run_step, start, tmp_path, monke
     assert ends == [-signal.SIGTERM]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_sigterm_to_a_launcher_stops_and_saves_two_ranks_and_the_rest_is_done_by_the_next_start(
-    start, tmp_path, launcher
-):
-    arguments = flags("--zero_stage 2 --checkpoint_steps 100 --resume auto", output_dir=tmp_path / "resumed")
-    arguments = [*start(1), *arguments]
-    command = launch_command(SCRIPTS / "patched_main.py", arguments, launcher, ranks=2)
+LAUNCHERS = ("torchrun", "deepspeed")
+
+
+def stop_by_sigterm(launcher, arguments, output) -> int:
+    """Start two ranks, stop the launcher in the middle; the steps that the checkpoint says are done."""
+    command = launch_command(SCRIPTS / "patched_main.py", [*arguments, "--output_dir", output], launcher, ranks=2)
     environment = surroundings(PATCH="slow_steps", PYTHONPATH=PYTHONPATH)
-    metrics, log = tmp_path / "resumed/metrics.jsonl", tmp_path / "log"
-    with log.open("w") as output:
-        run = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    metrics, log = output / "metrics.jsonl", output.with_suffix(".log")
+    with log.open("w") as console:
+        run = subprocess.Popen(command, stdout=console, stderr=console, env=environment)
     try:
         end = time.monotonic() + 120
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:  # the first evaluation is one of them
@@ -64,11 +64,26 @@ def test_sigterm_to_a_launcher_stops_and_saves_two_ranks_and_the_rest_is_done_by
     finally:
         run.kill()
     assert "Traceback (most recent call last)" not in log.read_text().split("stopped by SIGTERM")[0], log.read_text()
-    stopped = newest_checkpoint(tmp_path / "resumed/checkpoints").state["steps"]
-    assert 2 <= stopped < 8
-    console = run_in_one_launch([(1, [*arguments, "--output_dir", tmp_path / "plain"]), (1, arguments)], tmp_path)
-    assert f"{stopped} steps are done" in console, console
-    assert_same_run(tmp_path / "plain", tmp_path / "resumed")
+    return newest_checkpoint(output / "checkpoints").state["steps"]
+
+
+@pytest.fixture(scope="module")
+def stopped(small_models, pairs_folder, cache_folder, tmp_path_factory):
+    """(folder, {launcher: steps done when it was stopped}, console of the next starts and of an undisturbed run)."""
+    folder = tmp_path_factory.mktemp("stopped")
+    arguments = step_arguments(1, small_models, pairs_folder, cache_folder)
+    arguments += flags("--zero_stage 2 --checkpoint_steps 100 --resume auto")
+    steps = {launcher: stop_by_sigterm(launcher, arguments, folder / launcher) for launcher in LAUNCHERS}
+    runs = [(1, [*arguments, "--output_dir", folder / name]) for name in ("plain", *LAUNCHERS)]
+    return folder, steps, run_in_one_launch(runs, folder)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_sigterm_to_a_launcher_stops_and_saves_two_ranks_and_the_rest_is_done_by_the_next_start(stopped, launcher):
+    folder, steps, console = stopped
+    assert 2 <= steps[launcher] < 8
+    assert f"step-{steps[launcher]:08d}: {steps[launcher]} steps are done" in console, console
+    assert_same_run(folder / "plain", folder / launcher)
 
 
 def test_torchrun_starts_the_ranks_again_when_one_is_killed_and_they_go_on(start, tmp_path):
