@@ -1,4 +1,4 @@
-"""Chat and comparison as programs, from another folder: they say what they say in this process."""
+"""Scripts as programs: chat and comparison say what they say in this process, reports start without torch."""
 
 import io
 import subprocess
@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from helpers import PROJECT, flags, make_model, surroundings
+from transformers import AutoModelForCausalLM
 
 from evaluation_scripts import prompt_eval
 from inference import chatbot
@@ -59,3 +60,40 @@ def test_shell_scripts_say_how_they_are_used(script):
     code, _, errors = run_script(["bash", PROJECT / "evaluation_scripts" / script])
     assert code == 2
     assert "usage:" in errors
+
+
+def test_an_adapter_is_folded_by_a_program(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "base"))
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    command = [sys.executable, PROJECT / "inference/merge_lora.py", "--adapter", tmp_path / "adapter"]
+    code, printed, errors = run_script([*command, "--output_dir", tmp_path / "merged"])
+    assert code == 0, errors
+    assert "2 layers folded" in printed
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+LIBRARIES_OF_TRAINING = {"torch", "transformers", "deepspeed", "datasets", "matplotlib"}
+
+
+def imported_by(*arguments) -> tuple[set[str], str]:
+    """(modules that a Python process imports, what it prints)."""
+    code, printed, errors = run_script([sys.executable, "-X", "importtime", *arguments])
+    assert code == 0, errors
+    return {line.rpartition("|")[2].strip() for line in errors.splitlines() if line.startswith("import time:")}, printed
+
+
+@pytest.mark.parametrize("script", ["plot_run.py", "run_report.py", "sweep_report.py", "study_report.py"])
+def test_scripts_that_only_read_metrics_start_without_the_libraries_of_training(script):
+    """Their --help answers at once: importing torch, transformers or deepspeed takes seconds."""
+    imported, printed = imported_by(PROJECT / "evaluation_scripts" / script, "--help")
+    assert "usage:" in printed and "argparse" in imported
+    assert imported.isdisjoint(LIBRARIES_OF_TRAINING)
+
+
+@pytest.mark.parametrize("module", ["process.errors", "process.console", "process.world", "run.metrics_file"])
+def test_errors_and_console_need_none_of_the_libraries_of_training(module):
+    code = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); import utils.{module}"
+    imported, _ = imported_by("-c", code)
+    assert f"utils.{module}" in imported and imported.isdisjoint(LIBRARIES_OF_TRAINING)

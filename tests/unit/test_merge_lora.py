@@ -1,12 +1,11 @@
 """Adapters on disk: what training saves, PEFT loads; what PEFT trains, merge_lora folds, bit for bit where it can."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import PROJECT, make_model, make_tokenizer, run_command
+from helpers import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -393,14 +392,6 @@ def test_a_quantised_base_and_a_folder_of_the_input_are_refused(adapter, merge_l
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
     with pytest.raises(UserError, match=r"is quantised"):
         merge_lora(folder)
-
-
-def test_it_runs_as_a_program(adapter, tmp_path):
-    command = [sys.executable, PROJECT / "inference/merge_lora.py", "--adapter", adapter[1]]
-    code, console = run_command([*command, "--output_dir", tmp_path / "merged"], cwd=tmp_path)
-    assert code == 0, console
-    assert "2 layers folded" in console
-    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
 def _own_memory() -> int:

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import subprocess
 import sys
 from functools import partial
 
@@ -85,16 +84,6 @@ def test_the_study_names_what_a_run_did_not_reach(tmp_path, monkeypatch, capsys)
     quickstart, lora = (line for line in capsys.readouterr().out.splitlines() if "->" in line)
     assert "not reached" not in quickstart
     assert lora.endswith("not reached: manner, right, KL")
-
-
-@pytest.mark.parametrize("script", ["plot_run.py", "run_report.py", "sweep_report.py", "study_report.py"])
-def test_scripts_that_only_read_metrics_start_without_the_libraries_of_training(script):
-    """Their --help answers at once: importing torch, transformers or deepspeed takes seconds."""
-    command = [sys.executable, "-X", "importtime", PROJECT / "evaluation_scripts" / script, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "usage:" in done.stdout and "argparse" in imported
-    assert imported.isdisjoint({"torch", "transformers", "deepspeed", "datasets", "matplotlib"})
 
 
 def test_a_script_ends_with_one_line_for_what_the_user_can_mend_and_a_traceback_for_anything_else():
