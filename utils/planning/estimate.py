@@ -16,10 +16,10 @@ from utils.module.quantize import Packing
 from utils.planning.engine_memory import Bytes, EngineMemory, Machine, frozen_engine, trained_engine
 from utils.planning.meta_model import LoRASpec, MetaModel, ModelSpec, PassMemory
 
-# Part of the bytes alive that a CPU rank needs on top of them: freed memory that glibc's heap keeps, mostly in holes that
-# the next blocks do not fit, and the workspaces of operations. Libraries, the baseline, are measured and get none. In 12
-# runs of evaluation_scripts/benchmark/memory.py the peak was 1.04 to 1.75 times the bytes alive; 0.3 centres the errors
-# (-18 to +18 %, mean -1 %; training_scripts/README.md, "Memory estimates").
+# Added to the bytes alive of a CPU rank, as a part of them: freed blocks that glibc's heap keeps, holes between blocks,
+# and what operations allocate out of torch's sight. The baseline (libraries) is measured and gets none. In 12 runs of
+# evaluation_scripts/benchmark/memory.py (training_scripts/README.md, "Memory estimates") the peak without the baseline
+# was 1.04 to 1.75 times the bytes alive; 0.3 centres the errors: -18 to +18 %, on average -1 %.
 CPU_MARGIN = 0.3
 
 
