@@ -19,12 +19,13 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
     """For pytest-xdist: a file's tests share its fixtures in one worker; one worker alone launches ranks."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             launches = PROJECT / "tests/launch" in item.path.parents
-            item.add_marker(pytest.mark.xdist_group("launch" if launches else str(item.path)))
+            item.add_marker(pytest.mark.xdist_group("launch" if launches else item.path.stem))
 
 
 @pytest.fixture(autouse=True)
