@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two workers that each take both cores for one small matrix wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # As in an environment that is active: another ninja than that of the ranks would build DeepSpeed's operators anew.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
