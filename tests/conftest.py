@@ -15,19 +15,26 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 import pytest
 import torch
 from helpers import PROJECT, STEPS, load_main, make_model, make_reward_model, step_arguments, write_pairs
+from xdist.scheduler import LoadScopeScheduling
 
 
 def pytest_configure(config):
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """For pytest-xdist: a file's tests share its fixtures in one worker; one worker alone launches ranks."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            launches = PROJECT / "tests/launch" in item.path.parents
-            item.add_marker(pytest.mark.xdist_group("launch" if launches else item.path.stem))
+class LaunchesInOneWorker(LoadScopeScheduling):
+    """pytest-xdist: a file's tests share its fixtures in one worker, and one worker alone launches ranks."""
+
+    LAUNCHING = ("tests/launch/", "tests/slow/test_checkpoint_on_ranks.py", "tests/slow/test_invariance.py")
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "launches" if file.startswith(self.LAUNCHING) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return LaunchesInOneWorker(config, log)
 
 
 @pytest.fixture(autouse=True)

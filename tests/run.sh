@@ -10,4 +10,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "${1:-}" = --fast ]; then
     set -- tests/unit "${@:2}"
 fi
-exec python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 15 "$@"
+exec python -m pytest --numprocesses 2 --no-loadscope-reorder --durations 15 "$@"

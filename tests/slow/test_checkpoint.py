@@ -4,7 +4,7 @@ of another run or of a stranger is taken up."""
 from pathlib import Path
 
 import pytest
-from helpers import assert_same_run, flags, killed_after, run_in_one_launch, step_arguments, zero_stage
+from helpers import assert_same_run, flags, killed_after, zero_stage
 
 from utils.run.checkpoint_files import newest_checkpoint
 
@@ -32,15 +32,6 @@ ON_ONE_RANK = EVERY_STAGE | {
         "--only_optimize_lora --enable_hybrid_engine",
     ),
 }
-ON_TWO_RANKS = EVERY_STAGE | {
-    "sft, LoRA alone at stage 3": (1, f"--zero_stage 3 {LORA}"),
-    "reward, offload": (2, "--zero_stage 2 --offload"),
-    "rlhf, EMA and ptx at stage 3": (
-        3,
-        "--actor_zero_stage 3 --critic_zero_stage 0 --enable_ema --enable_hybrid_engine "
-        "--unsupervised_dataset_name TEXT --ppo_epochs 2",
-    ),
-}
 
 
 def own_flags(text: str, models: Path) -> list[str]:
@@ -63,27 +54,3 @@ def test_a_killed_and_resumed_run_is_bit_equal_to_an_undisturbed_one(
     run_step(step, [*saving, "--resume", "auto"])
     assert f"{steps // 2 * 2} steps are done" in capsys.readouterr().out
     assert_same_run(tmp_path / "plain", tmp_path / "resumed")
-
-
-@pytest.fixture(scope="module")
-def two_ranks(small_models, tmp_path_factory, pairs_folder, cache_folder):
-    """The folder of all ON_TWO_RANKS, made in one launch: each has ``plain`` and ``resumed``, killed after step 3."""
-    folder, runs = tmp_path_factory.mktemp("two_ranks"), []
-    for name, (step, text) in ON_TWO_RANKS.items():
-        arguments = step_arguments(step, small_models, pairs_folder, cache_folder) + own_flags(text, small_models)
-        arguments += flags("--num_train_epochs 1")
-        saving = [*arguments, *flags("--checkpoint_steps 2", output_dir=folder / name / "resumed")]
-        runs += [
-            (step, [*arguments, "--output_dir", folder / name / "plain"]),
-            (step, saving, 3),  # of 4
-            (step, [*saving, "--resume", "auto"]),
-        ]
-    console = run_in_one_launch(runs, folder)
-    assert console.count("2 steps are done") == len(ON_TWO_RANKS)
-    return folder
-
-
-@pytest.mark.xdist_group("launch")
-@pytest.mark.parametrize("case", ON_TWO_RANKS)
-def test_on_two_ranks_too(two_ranks, case):
-    assert_same_run(two_ranks / case / "plain", two_ranks / case / "resumed")

@@ -10,7 +10,6 @@ import torch
 from helpers import flags, make_model, make_reward_model, read_metrics, run_in_one_launch, write_pairs
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.xdist_group("launch")
 STAGES = (0, 1, 2, 3)
 # name -> (ranks, rows per device, accumulation, stage, other flags); 8 rows per optimizer step in every one.
 SUPERVISED = {
