@@ -65,7 +65,7 @@ def test_a_rank_killed_in_mid_step_ends_the_run(run, tmp_path, launcher):
         ("nan_loss", "the actor_loss of the engine 'actor' is nan in epoch 0, step 1 (training rows ", [0, 1]),
     ],
 )
-def test_numbers_that_are_none_on_one_rank_end_all_ranks_alike(run, tmp_path, patch, what, saved):
+def test_non_finite_values_on_one_rank_end_all_ranks_alike(run, tmp_path, patch, what, saved):
     code, console = run(patch, "torchrun", "--checkpoint_steps 50")
     assert code != 0
     assert what in console and console.count("error: ") == 1, console

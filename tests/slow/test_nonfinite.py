@@ -1,4 +1,4 @@
-"""Numbers that are none: a loss, a gradient or logits that are not finite stop a run with engine, step and rows, or are
+"""Non-finite values: a loss, a gradient or logits that are not finite stop a run with engine, step and rows, or are
 left out where the user allows it; the state before the step is saved, and nothing else."""
 
 import re

@@ -492,7 +492,7 @@ SOFT_PROMPTS = {
     "a list": ("[1]", None, "names no peft_type"),
     "a base that is a number": (SOFT_PROMPT.replace('"BASE"', "3"), None, "give --base_model"),
     "no vectors": (SOFT_PROMPT, {"prompt_embeddings": torch.zeros(0, 32)}, "holds no soft prompt"),
-    "vectors that are no numbers": (
+    "vectors that are not finite": (
         SOFT_PROMPT,
         {"prompt_embeddings": torch.full((2, 32), float("nan"))},
         "holds no soft prompt",

@@ -24,7 +24,7 @@ def test_in_fp16_an_overflow_counts_only_at_the_smallest_loss_scale(scale, norm)
     assert take_step(engine) == 3.0
 
 
-def test_a_divergence_that_is_none_leaves_the_kl_controller_alone():
+def test_a_non_finite_divergence_leaves_the_kl_controller_alone():
     controller = AdaptiveKLController(0.1, target=1.0, horizon=10)
     controller.update(torch.nan, 4)
     assert controller.value == 0.1

@@ -42,7 +42,7 @@ def _trainer(folders, *more: str, trainer_class=DeepSpeedPPOTrainer):
         --dtype fp32 --max_answer_seq_len 12 --max_prompt_seq_len 16 --per_device_generation_batch_size 4
         --per_device_training_batch_size 4 --num_warmup_steps 0 {" ".join(more)}
     """
-    buckets = actor.parent / "buckets.json"  # the gigabyte of DeepSpeed's own would take most of a test's time
+    buckets = actor.parent / "buckets.json"  # DeepSpeed's own reserve gigabytes for each ZeRO-3 engine
     buckets.write_text('{"zero_optimization": {"reduce_bucket_size": 1000000}}')
     models = dict(actor_model_name_or_path=actor, critic_model_name_or_path=reward)
     args = arguments.build_parser(3).parse_args(flags(text, deepspeed_config_overrides=buckets, **models))

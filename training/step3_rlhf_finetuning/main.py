@@ -37,10 +37,9 @@ from utils.model.reward_model import reward_scale
 from utils.model.tokenizer import check_same_tokenizer
 from utils.planning.preflight import preflight
 from utils.process.console import print_rank_0, progress
-from utils.process.errors import UserError
 from utils.process.launch import init_distributed, run_main
 from utils.process.seeds import set_random_seed
-from utils.process.world import get_rank
+from utils.process.world import get_rank, get_world_size
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
 
@@ -66,13 +65,7 @@ def load_prompts(args, tokenizer, batch: arguments.RLHFBatchSizes):
     )
     collator = batching.DataCollatorRLHF(tokenizer.pad_token_id, args.max_prompt_seq_len, args.pad_to_max_length)
     loader = batching.make_loader(prompts, sampler, collator)
-    updates = len(loader) // batch.rounds  # rounds of generation that fill no update are dropped
-    if updates == 0:
-        raise UserError(
-            f"{len(prompts)} prompts do not fill one update of {batch.rounds} x {sampler.rows_per_pass} prompts; "
-            "lower --per_device_generation_batch_size or --gradient_accumulation_steps, or give more data"
-        )
-    return prompts, sampler, loader, updates
+    return prompts, sampler, loader, batch.updates(len(prompts), get_world_size())
 
 
 def make_trainer(args, tokenizer, reward_functions, optimizer_steps: int) -> DeepSpeedPPOTrainer:

@@ -308,6 +308,21 @@ class RLHFBatchSizes:
         """Optimizer steps in one pass over the answers of an update."""
         return self.rows_per_update // (self.micro_batch * self.accumulation)
 
+    def updates(self, prompts: int, ranks: int) -> int:
+        """Updates in one pass over so many prompts; rounds of generation that fill no update are dropped.
+
+        Raises:
+            UserError: too few prompts for one.
+        """
+        rows = self.prompts_per_round * ranks
+        updates = prompts // rows // self.rounds
+        if updates == 0:
+            raise UserError(
+                f"{prompts} prompts do not fill one update of {self.rounds} x {rows} prompts; lower "
+                "--per_device_generation_batch_size or --gradient_accumulation_steps, or give more data"
+            )
+        return updates
+
     def explain(self) -> str:
         prompts = f", {self.answers_per_prompt} to each prompt" if self.answers_per_prompt > 1 else ""
         return (

@@ -21,12 +21,13 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBas
 from utils import arguments
 from utils.data.preparation import datasets_of_step
 from utils.data.unsupervised import get_unsupervised_data
+from utils.engine.build import load_tokenizer
 from utils.model.loading import WEIGHT_FILES, load_config
 from utils.model.model_utils import check_model, check_positions
 from utils.model.reward_functions import load_reward_functions
 from utils.model.reward_model import reward_scale
 from utils.model.soft_prompt import check_soft_prompt_inputs
-from utils.model.tokenizer import check_same_tokenizer, load_hf_tokenizer
+from utils.model.tokenizer import check_same_tokenizer
 from utils.planning.engine_memory import GIB, Bytes, Machine
 from utils.planning.estimate import CPU_MARGIN, Estimate, estimate, models_of_step
 from utils.planning.meta_model import MetaModel
@@ -169,11 +170,7 @@ def _weights_are_here(path: str) -> bool:
 
 
 def _tokenizer(args, step: int, paths: dict) -> tuple[str, PreTrainedTokenizerBase]:
-    tokenizer = load_hf_tokenizer(
-        next(iter(paths.values())),
-        add_special_tokens=arguments.end_token(args),
-        trust_remote_code=args.trust_remote_code,
-    )
+    tokenizer = load_tokenizer(args, next(iter(paths.values())))
     if "critic" in paths:
         check_same_tokenizer(
             tokenizer,
@@ -218,14 +215,8 @@ def _batches(args, step: int, datasets) -> str:
     batch = arguments.RLHFBatchSizes.of(args)
     if datasets is None:
         return batch.explain()
-    per_update = batch.prompts_per_round * ranks * batch.rounds
-    updates = len(datasets[0]) // (batch.prompts_per_round * ranks) // batch.rounds
-    if updates == 0:
-        raise UserError(
-            f"{len(datasets[0])} prompts do not fill one update of {per_update}; lower "
-            "--per_device_generation_batch_size or --gradient_accumulation_steps, or give more data"
-        )
-    return f"{batch.explain()}; {updates * args.num_train_epochs:,} updates in all"
+    updates = batch.updates(len(datasets[0]), ranks) * args.num_train_epochs
+    return f"{batch.explain()}; {updates:,} updates in all"
 
 
 def _parameters(args, step: int, configs: dict, tokenizer) -> tuple[str, dict[str, MetaModel]]:
