@@ -23,7 +23,20 @@ MEMORY = 1 << 30  # bytes, beyond what the child has once its modules are import
 LONGEST = 1_000_000  # characters of a short conversation
 
 _TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-_CONVERSATIONS = (_TURNS[:1], _TURNS[:2], _TURNS, [{"role": "system", "content": "s"}, *_TURNS])
+_CONVERSATIONS = [_TURNS[:1], _TURNS[:2], _TURNS, [{"role": "system", "content": "s"}, *_TURNS]]
+# What templates have branches for: reasoning, tools with their calls and results, contents in parts.
+_FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"p": {"type": "string"}}}}
+_CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"p": "v"}}}
+_CALLED = [{"role": "assistant", "content": None, "reasoning_content": "r", "tool_calls": [_CALL]}]
+_CALLED += [{"role": "tool", "content": "t", "tool_call_id": "call00001", "name": "f"}]
+_CONVERSATIONS += [
+    [_TURNS[0], {"role": "assistant", "content": "b", "reasoning_content": "r"}],
+    [_TURNS[0], *_CALLED, *_TURNS[1:]],
+    [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+    [{"role": "developer", "content": "s"}, _TURNS[0]],
+]
+_TRIALS = [(turns, None) for turns in _CONVERSATIONS]
+_TRIALS += [(turns, [{"type": "function", "function": _FUNCTION}]) for turns in (_TURNS, _CONVERSATIONS[5])]
 _PASSED = "passed"
 _verdicts: dict[str, str] = {}  # template -> _PASSED, or what is wrong with it
 
@@ -83,10 +96,14 @@ def _limit(kind: int, most: int) -> None:
 
 
 def _verdict(template: str, special_tokens: dict[str, str]) -> str:
-    for turns in _CONVERSATIONS:
+    for turns, tools in _TRIALS:
         try:
             [text], _ = render_jinja_template(
-                [turns], chat_template=template, add_generation_prompt=turns[-1]["role"] == "user", **special_tokens
+                [turns],
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=turns[-1]["role"] == "user",
+                **special_tokens,
             )
         except MemoryError:
             return f"it takes more than {MEMORY >> 20} MiB of memory for a conversation of a few words"
