@@ -148,13 +148,19 @@ def pad_rows(
 
 
 def learned_labels(row: dict, mask_prompt: bool) -> list[int]:
-    """The labels of one row: its ids, -100 outside its answers where only answers are learned."""
+    """The labels of one row: its ids, -100 outside its answers where only answers are learned.
+
+    An answer that another turn follows, in a format whose texts hold no end tokens, is followed by one in the labels:
+    the model is to end there, whatever the conversation goes on with.
+    """
+    ids, spans, end_id = row["input_ids"], row["answer_spans"], row.get("end_id", -1)
     if not (mask_prompt or row["answers_only"]):
-        return row["input_ids"]
-    labels = [IGNORE_INDEX] * len(row["input_ids"])
-    spans = row["answer_spans"]
+        return ids
+    labels = [IGNORE_INDEX] * len(ids)
     for start, end in zip(spans[::2], spans[1::2], strict=True):
-        labels[start:end] = row["input_ids"][start:end]
+        labels[start:end] = ids[start:end]
+        if end_id >= 0 and end < len(ids):
+            labels[end] = end_id
     return labels
 
 

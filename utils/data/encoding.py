@@ -1,10 +1,11 @@
-"""Text rows to id rows: what a row of each step holds, where its answers stand, what one that is too long loses.
+"""Examples to id rows: what a row of each step holds, where its answers stand, what one that is too long loses.
 
 A row is (ids, length) all the way to the batch: masks come from lengths, never from comparing ids with the pad id.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import ClassVar, NamedTuple
 
@@ -12,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from utils.data import prompt_format
-from utils.data.own_files import ConversationDataset
+from utils.data.conversation import Conversation, Texts
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.readers import DataError
-from utils.data.row_texts import RowReport
+from utils.data.rendering import ConversationWriter, Rendered, as_written, one_per_answer, shorter
+from utils.data.row_texts import RowReport, SkipRow
 from utils.data.text_encoder import EncodedText, TextEncoder
 
 SFT, REWARD, RLHF = 1, 2, 3  # the steps, as train_phase counts them
@@ -24,13 +26,20 @@ NEEDED_TEXTS = {SFT: ("prompt", "chosen"), REWARD: ("prompt", "chosen", "rejecte
 
 @dataclass(frozen=True)
 class TokenRules:
-    """All that decides how a text becomes ids, besides the tokenizer; part of the cache key."""
+    """All that decides how a row becomes ids, besides the tokenizer; part of the cache key.
+
+    Attributes:
+        prompt_format: in which every row is written; None: texts stand as they are, and conversations are written as
+            human_assistant.
+        keep_columns: of step 3: columns whose values go along with a prompt, for reward functions; "all" for all.
+    """
 
     train_phase: int
     max_seq_len: int
     truncation_side: str = "left"
-    chat_template: bool = False
+    prompt_format: str | None = None
     allow_special_tokens: bool = False
+    keep_columns: tuple[str, ...] | str = ()
 
 
 @dataclass
@@ -79,48 +88,85 @@ def moved_spans(spans: Sequence[tuple[int, int]], leading: int, drop: int, lengt
 class RowMaker:
     """Turns samples of one dataset into id rows.
 
-    ``texts(sample)`` gives (what to remember, texts to encode), or None for a sample that lacks one;
-    ``row(remembered, encoded)`` makes the row of their ids, or None to drop it. In between, all texts of a chunk
+    ``samples(row)`` gives (what to remember, texts to encode) for each id row that a row of the data makes;
+    ``row(remembered, encoded)`` makes the id row of their ids, or None to drop it. In between, all texts of a chunk
     are encoded at once.
 
     Attributes:
-        special_tokens: whether the tokenizer puts its own BOS and the like around each text.
         columns: name -> Arrow type of what ``row`` gives, in its order.
     """
 
-    special_tokens = True
     columns: ClassVar[dict[str, pa.DataType]]
+    learns = False  # all answers of a conversation, not the last one alone
 
     def __init__(self, raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules):
         self.raw, self.tokenizer, self.rules = raw_dataset, tokenizer, rules
         self.eos = tokenizer.eos_token_id
         self.counts = PreparationCounts()
-        self.encoder = TextEncoder(tokenizer, self.special_tokens, rules.chat_template, rules.allow_special_tokens)
+        self.by_template = rules.prompt_format == prompt_format.CHAT_TEMPLATE
+        self.need = NEEDED_TEXTS[rules.train_phase]
+        self.writer = ConversationWriter(
+            tokenizer, rules.prompt_format or prompt_format.HUMAN_ASSISTANT, learns=self.learns
+        )
+        self.encoder = TextEncoder(
+            tokenizer, template=self.by_template, allow_special_tokens=rules.allow_special_tokens
+        )
         self.leading = self.encoder.leading
+        self.end_ids = {self.eos, prompt_format.end_of_turn_id(tokenizer)} if self.by_template else {self.eos}
 
-    def prompt_text(self, sample) -> str | None:
-        text = self.raw.get_prompt(sample)
-        if text is None or not self.rules.chat_template:
-            return text
-        return prompt_format.prompt_from_text(text, prompt_format.CHAT_TEMPLATE, self.tokenizer)
+    def samples(self, row) -> list[tuple]:
+        """Raises SkipRow where the step cannot use the row."""
+        return [made for example in self.raw.examples(row, self.need) for made in self.samples_of(example, row)]
 
-    def prompt_and_answers(self, sample, *answers: str) -> tuple[str, list[str]] | None:
-        """(prompt, prompt and "chosen" or "rejected" answer each), or None if one is missing."""
-        prompt = self.prompt_text(sample)
-        if self.rules.chat_template:
-            bare = [getattr(self.raw, f"get_{answer}")(sample) for answer in answers]
-            full = [None if None in (prompt, text) else prompt + self._template_answer(text) for text in bare]
+    def samples_of(self, example: Texts | Conversation, row) -> list[tuple]:
+        answers_only = self.by_template or isinstance(example, Conversation)
+        if isinstance(example, Texts) and as_written(example, self.rules.prompt_format):
+            written = [(example, [Rendered(text, len(example.prompt)) for text in example.wholes or (example.prompt,)])]
         else:
-            full = [getattr(self.raw, f"get_prompt_and_{answer}")(sample) for answer in answers]
-        return None if prompt is None or None in full else (prompt, full)
+            written = self.written(example.as_conversation() if isinstance(example, Texts) else example)
+        return [((one, rendered, answers_only), [part.text for part in rendered]) for one, rendered in written]
 
-    def _template_answer(self, text: str) -> str:
-        return prompt_format.format_answer(text, prompt_format.CHAT_TEMPLATE, self.tokenizer)
+    def written(self, conversation: Conversation) -> list[tuple[Conversation, list[Rendered]]]:
+        return [(conversation, [self.writer.answered(conversation, answer) for answer in conversation.answers])]
 
-    def tokens_to_drop(self, length: int, prompt_length: int) -> int:
+    def encoded(self, rendered: list[Rendered]) -> list[EncodedText]:
+        return self.encoder.encode([one.text for one in rendered])
+
+    def closed(self, ids: list[int], start: int) -> list[int]:
+        """The ids of a row, ended by exactly one end token after the last answer, which begins at ``start``."""
+        end = self.closing(ids, start) if self.by_template else None
+        return [*ids, self.eos] if end is None else ids[: end + 1]
+
+    def closing(self, ids: list[int], start: int) -> int | None:
+        """Where the first end token from ``start`` on stands: contents that spell one are encoded as text."""
+        return next((i for i in range(start, len(ids)) if ids[i] in self.end_ids), None)
+
+    def fitting(self, example, rendered: list[Rendered], encoded: list[EncodedText]):
+        """(rendered, encoded, how many tokens stay at the beginning): without the oldest turns that do not fit.
+
+        Texts that stand as they are lose tokens instead, as published, and so does a question that alone is too long.
+        """
+        leading = self.leading
+        if self.rules.truncation_side == "right" or isinstance(example, Texts) or self.fits(rendered, encoded):
+            return rendered, encoded, leading
+        while not self.fits(rendered, encoded) and (less := shorter(example)) is not None:
+            example, rendered = less, self.written(less)[0][1]
+            encoded = self.encoded(rendered)
+        if not self.fits(rendered, encoded):
+            leading = max(leading, encoded[0].token_at(self.writer.head(example)))
+        return rendered, encoded, leading
+
+    def fits(self, rendered: list[Rendered], encoded: list[EncodedText]) -> bool:
+        limit = self.rules.max_seq_len
+        return all(
+            len(text.ids) < limit or len(self.closed(text.ids, text.token_at(one.start))) <= limit
+            for one, text in zip(rendered, encoded, strict=True)
+        )
+
+    def tokens_to_drop(self, length: int, prompt_length: int, leading: int) -> int:
         if self.rules.truncation_side == "right":
             return 0
-        return prompt_tokens_to_drop(length, prompt_length, self.rules.max_seq_len, self.leading)
+        return prompt_tokens_to_drop(length, prompt_length, self.rules.max_seq_len, leading)
 
     def count_cut(self, was_cut: bool, ends: bool) -> None:
         self.counts.truncated += was_cut
@@ -128,166 +174,141 @@ class RowMaker:
 
 
 class SftRowMaker(RowMaker):
-    """Prompt, chosen answer, EOS; ``answer_spans`` are flat [start, end) pairs of what an answer is."""
+    """A conversation, or a prompt and its chosen answer; ``answer_spans`` are flat [start, end) pairs of its answers.
+
+    ``answers_only``: the rest is not learned. ``end_id``: what follows an answer in the labels where another turn
+    follows it in the ids, whose text has no end token; -1 where the ids have one.
+    """
 
     columns: ClassVar = {
         "input_ids": pa.list_(pa.int32()),
         "answer_spans": pa.list_(pa.int32()),
         "answers_only": pa.int32(),
+        "end_id": pa.int32(),
     }
-    answers_only = False
+    learns = True
 
-    def texts(self, sample):
-        return self.prompt_and_answers(sample, "chosen")
+    def written(self, conversation):
+        [answer] = conversation.answers
+        if self.writer.splits and any(message["role"] == "assistant" for message in conversation.prompt):
+            parts = one_per_answer(conversation, answer)
+        else:
+            parts = [(conversation, answer)]
+        rows = [(replace(part, answers=(last,)), [self.writer.answered(part, last)]) for part, last in parts]
+        if not any(rendered.answers for _, [rendered] in rows):
+            raise SkipRow("every answer has the weight 0")
+        return rows
 
-    def row(self, prompt, encoded):
-        start = encoded[0].token_at(len(prompt))
-        ids = [*encoded[0].ids, self.eos]
-        return self.fitted(ids, [(start, len(ids))])
+    def row(self, remembered, encoded):
+        example, rendered, answers_only = remembered
+        fits = self.fits(rendered, encoded)
+        [rendered], [encoded], leading = self.fitting(example, rendered, encoded)
+        start = encoded.token_at(rendered.start)
+        ids = self.closed(encoded.ids, start)
+        spans = [self.span(encoded, rendered, ids, *answer) for answer in rendered.answers] or [(start, len(ids))]
+        drop = self.tokens_to_drop(len(ids), start, leading)
+        kept = cut(ids, self.rules.max_seq_len, leading, drop)
+        spans = moved_spans(spans, leading, drop, len(kept))
+        self.count_cut(not fits, kept[-1] in self.end_ids)
+        end_id = -1 if self.by_template else self.eos
+        return kept, list(chain.from_iterable(spans)), answers_only, end_id
 
-    def fitted(self, ids, spans):
-        drop = self.tokens_to_drop(len(ids), spans[-1][0])
-        kept = cut(ids, self.rules.max_seq_len, self.leading, drop)
-        spans = moved_spans(spans, self.leading, drop, len(kept))
-        self.count_cut(len(kept) < len(ids), kept[-1] == self.eos)
-        return kept, list(chain.from_iterable(spans)), self.answers_only
-
-
-def answered(messages: list[dict] | None) -> list[dict]:
-    """The turns up to the last answer: a question without one teaches nothing."""
-    messages = list(messages or [])
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    return messages
-
-
-class ConversationRowMaker(SftRowMaker):
-    """Each turn: BOS question EOS, BOS answer EOS; only answers and their EOS are learned."""
-
-    special_tokens = False
-    answers_only = True
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        self.leading = len(self.bos)
-
-    def texts(self, sample):
-        messages = answered(self.raw.get_messages(sample))
-        if not messages:
-            return None
-        return [message["role"] for message in messages], [message["content"] for message in messages]
-
-    def row(self, roles, encoded):
-        ids, spans = [], []
-        for role, piece in zip(roles, encoded, strict=True):
-            start = len(ids) + len(self.bos)
-            ids += [*self.bos, *piece.ids, self.eos]
-            if role == "assistant":
-                spans.append((start, len(ids)))
-        return self.fitted(ids, spans)
-
-
-class TemplateConversationRowMaker(SftRowMaker):
-    """A conversation as the tokenizer's chat template writes it; only answers and the EOS behind them are learned.
-
-    A template with generation markers says itself what an answer is. For any other, an answer is what the rendering of
-    the conversation up to it has more than the rendering that asks for it.
-    """
-
-    answers_only = True
-
-    def texts(self, sample):
-        messages = answered(self.raw.get_messages(sample))
-        if not messages:
-            return None
-        rendered, answers = prompt_format.render(messages, self.tokenizer)
-        if not prompt_format.has_generation_markers(self.tokenizer):
-            answers = self._rendered_answers(messages, rendered)
-        return answers, [rendered]
-
-    def row(self, answers, encoded):
-        [whole] = encoded
-        ids = list(whole.ids)
-        learned = []
-        for start, end in ((whole.token_at(start), whole.token_at(end)) for start, end in answers):
-            # The EOS belongs to the answer, whatever blanks the template puts behind it.
-            while end > start + 1 and end <= len(ids) and ids[end - 1] != self.eos and self.eos in ids[start : end - 1]:
-                end -= 1
-            learned.append((start, end + 1 if end < len(ids) and ids[end] == self.eos else end))
-        end = learned[-1][1]
-        ids = ids[:end]
-        if ids[-1] != self.eos:
-            ids, learned[-1] = [*ids, self.eos], (learned[-1][0], end + 1)
-        return self.fitted(ids, learned)
-
-    def _rendered_answers(self, messages, whole: str) -> list[tuple[int, int]]:
-        """[start, end) of each answer in the characters of the whole rendering."""
-        answers = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            asked, _ = prompt_format.render(messages[:i], self.tokenizer, add_generation_prompt=True)
-            answered, _ = prompt_format.render(messages[: i + 1], self.tokenizer)
-            if not answered.startswith(asked) or not whole.startswith(answered.rstrip()):
-                raise DataError(
-                    "--chat_template: the tokenizer's template writes earlier turns differently once later ones "
-                    "follow, so answers cannot be told from the rest; one with {% generation %} markers says it itself"
-                )
-            answers.append((len(asked), len(answered.rstrip())))
-        return answers
+    def span(self, encoded: EncodedText, rendered: Rendered, ids: list[int], start: int, end: int) -> tuple[int, int]:
+        """[start, end) in tokens of an answer given in characters, its end token included where the text has one."""
+        first = encoded.token_at(start)
+        if start == rendered.start:
+            return first, len(ids)
+        if self.by_template and (closing := self.closing(ids, first)) is not None:
+            return first, closing + 1
+        return first, encoded.token_at(end)
 
 
 class Pair(NamedTuple):
-    chosen: list[int]
-    rejected: list[int]
+    rows: list[list[int]]  # of each answer
     prompt_length: int
     was_cut: bool
 
 
 class RewardRowMaker(RowMaker):
-    """Two answers to one prompt; both lose the same part of it, so that they differ in nothing but the answer."""
+    """Two answers to one prompt, or a ranked list of more; all lose the same part of the prompt, so that they differ in
+    nothing but the answer.
+
+    ``ranked_ids`` and ``ranks`` are empty for a pair; else the best answer is also the chosen one, the worst the
+    rejected one.
+    """
 
     columns: ClassVar = {
         "chosen_ids": pa.list_(pa.int32()),
         "rejected_ids": pa.list_(pa.int32()),
         "prompt_length": pa.int32(),
+        "ranked_ids": pa.list_(pa.list_(pa.int32())),
+        "ranks": pa.list_(pa.int32()),
     }
 
-    def texts(self, sample):
-        return self.prompt_and_answers(sample, "chosen", "rejected")
+    def pair_of(self, example: Texts | Conversation) -> Pair:
+        """One example, encoded. Raises SkipRow where the prompt format cannot write it."""
+        [((example, rendered, _), _)] = self.samples_of(example, {})
+        return self.pair(example, rendered, self.encoded(rendered))
 
-    def pair(self, prompt: str, encoded: list[EncodedText]) -> Pair:
-        starts = [text.token_at(len(prompt)) for text in encoded]
-        rows = [[*e.ids, self.eos] for e in encoded]
-        drop = max(self.tokens_to_drop(len(ids), start) for ids, start in zip(rows, starts, strict=True))
-        drop = max(0, min(drop, min(starts) - self.leading))  # what is dropped must lie in the prompt of both
-        chosen, rejected = (cut(ids, self.rules.max_seq_len, self.leading, drop) for ids in rows)
-        was_cut = len(chosen) < len(rows[0]) or len(rejected) < len(rows[1])
-        return Pair(chosen, rejected, min(starts[0] - drop, len(chosen)), was_cut)
+    def pair(self, example, rendered: list[Rendered], encoded: list[EncodedText]) -> Pair:
+        fits = self.fits(rendered, encoded)
+        rendered, encoded, leading = self.fitting(example, rendered, encoded)
+        starts = [text.token_at(one.start) for text, one in zip(encoded, rendered, strict=True)]
+        rows = [self.closed(text.ids, start) for text, start in zip(encoded, starts, strict=True)]
+        drop = max(self.tokens_to_drop(len(ids), start, leading) for ids, start in zip(rows, starts, strict=True))
+        drop = max(0, min(drop, min(starts) - leading))  # what is dropped must lie in the prompt of all
+        kept = [cut(ids, self.rules.max_seq_len, leading, drop) for ids in rows]
+        return Pair(kept, min(starts[0] - drop, len(kept[0])), not fits)
 
-    def row(self, prompt, encoded):
-        pair = self.pair(prompt, encoded)
-        if pair.chosen == pair.rejected:
+    def row(self, remembered, encoded):
+        example, rendered, _ = remembered
+        rows, prompt_length, was_cut = self.pair(example, rendered, encoded)
+        if all(row == rows[0] for row in rows):
             self.counts.identical += 1
             return None
-        self.count_cut(pair.was_cut, pair.chosen[-1] == pair.rejected[-1] == self.eos)
-        return pair.chosen, pair.rejected, pair.prompt_length
+        self.count_cut(was_cut, all(row[-1] in self.end_ids for row in rows))
+        ranks = list(example.ranks) if isinstance(example, Conversation) else []
+        return rows[0], rows[-1], prompt_length, rows if ranks else [], ranks
 
 
 class PromptRowMaker(RowMaker):
     """A prompt alone. The end of a prompt holds the question, so a long one loses its beginning under either rule."""
 
-    columns: ClassVar = {"input_ids": pa.list_(pa.int32())}
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.columns = {"input_ids": pa.list_(pa.int32())}
+        if self.rules.keep_columns:
+            self.columns["columns"] = pa.string()
 
-    def texts(self, sample):
-        prompt = self.prompt_text(sample)
-        return None if prompt is None else (None, [prompt])
+    def written(self, conversation):
+        return [(conversation, [self.writer.prompt(conversation)])]
 
-    def row(self, _, encoded):
-        ids, limit = encoded[0].ids, self.rules.max_seq_len
-        self.counts.truncated += len(ids) > limit
-        return (cut(ids, limit, self.leading, max(0, len(ids) - limit)),)
+    def samples_of(self, example, row):
+        [((one, rendered, _), texts)] = super().samples_of(example, row)
+        kept = (self.kept_columns(row, one),) if self.rules.keep_columns else ()
+        return [((one, rendered, *kept), texts)]
+
+    def kept_columns(self, row, example) -> str:
+        """The columns that reward functions ask for, as JSON; of chat data the prompt's turns, too."""
+        wanted = self.rules.keep_columns
+        kept = {name: value for name, value in row.items() if wanted == "all" or name in wanted}
+        if isinstance(example, Conversation):
+            kept["prompt_messages"] = example.prompt
+        return json.dumps(kept, ensure_ascii=False)
+
+    def closed(self, ids, start):
+        return ids
+
+    def row(self, remembered, encoded):
+        example, rendered, *columns = remembered
+        limit = self.rules.max_seq_len
+        self.counts.truncated += len(encoded[0].ids) > limit
+        if len(encoded[0].ids) > limit:
+            _, encoded, leading = self.fitting(example, rendered, encoded)
+        else:
+            leading = 0
+        ids = encoded[0].ids
+        return (cut(ids, limit, leading, max(0, len(ids) - limit)), *columns)
 
 
 def make_row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) -> RowMaker:
@@ -298,12 +319,9 @@ def make_row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) 
     """
     if rules.train_phase == REWARD and not raw_dataset.has_rejected:
         raise DataError(f"--data_path {raw_dataset.dataset_name}: has no rejected answers, so step 2 cannot use it")
-    if rules.chat_template and not prompt_format.has_own_template(tokenizer):
-        raise DataError("--chat_template: the tokenizer has none of its own")
-    if rules.train_phase == SFT and isinstance(raw_dataset, ConversationDataset):
-        kind = TemplateConversationRowMaker if rules.chat_template else ConversationRowMaker
-    else:
-        kind = {SFT: SftRowMaker, REWARD: RewardRowMaker, RLHF: PromptRowMaker}[rules.train_phase]
+    if rules.prompt_format == prompt_format.CHAT_TEMPLATE and not prompt_format.has_own_template(tokenizer):
+        raise DataError("--chat_template: the tokenizer has none of its own; name one, as in --chat_template chatml")
+    kind = {SFT: SftRowMaker, REWARD: RewardRowMaker, RLHF: PromptRowMaker}[rules.train_phase]
     return kind(raw_dataset, tokenizer, rules)
 
 
@@ -331,18 +349,11 @@ class RowEncoder:
         """(what the row maker remembers, texts) of each usable row; the others are counted with their place."""
         samples = []
         for position in positions.tolist():
-            sample = rows[position]
-            try:
-                made = self.maker.texts(sample)
-            except DataError:
-                raise
-            except ValueError as error:  # of a chat template
-                raise DataError(f"--chat_template: {rows.where(position)}: {error}") from error
             reason = None
-            if made is None:
-                reason = self.raw.skip_reason(sample, NEEDED_TEXTS[self.rules.train_phase]) or "a text is missing"
-            else:
-                samples.append(made)
+            try:
+                samples += self.maker.samples(rows[position])
+            except SkipRow as skipped:
+                reason = str(skipped)
             self.report.note(position, reason, rows)
         return samples
 
@@ -364,13 +375,19 @@ class RowEncoder:
 
 
 def _array(values: Sequence, kind: pa.DataType) -> pa.Array:
-    """A column of numbers or of id lists. Built from buffers: pa.array would load pandas, for nothing."""
+    """A column of numbers, texts or (lists of) lists. Built from buffers: pa.array would load pandas, for nothing."""
+    if pa.types.is_string(kind):
+        encoded = [value.encode() for value in values]
+        buffers = [None, pa.py_buffer(_offsets(encoded)), pa.py_buffer(b"".join(encoded))]
+        return pa.Array.from_buffers(kind, len(values), buffers)
     if not pa.types.is_list(kind):
         return _numbers(np.fromiter(values, np.int32, len(values)))
-    lengths = np.fromiter(map(len, values), np.int64, len(values))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    flat = np.fromiter(chain.from_iterable(values), np.int32, int(offsets[-1]))
-    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(offsets)], children=[_numbers(flat)])
+    flat = _array(list(chain.from_iterable(values)), kind.value_type)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(_offsets(values))], children=[flat])
+
+
+def _offsets(values: Sequence) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(np.fromiter(map(len, values), np.int64, len(values)))]).astype(np.int32)
 
 
 def block_batch(ids: np.ndarray, block: int) -> pa.RecordBatch:

@@ -1,106 +1,109 @@
-"""The user's own files and folders as datasets, one class per shape, and the way from a name or path to its dataset."""
+"""The user's own files and datasets of the hub that have no class of their own, and the way from a name to its dataset."""
 
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.data import prompt_format
-from utils.data.raw_datasets import ANSWER_FORM, KNOWN_DATASETS, PromptRawDataset, find_known_dataset
-from utils.data.readers import READERS, DataError, Rows
-from utils.data.row_texts import Message, Row, SkipRow, expect, none_if_skipped, text
+from utils.data.conversation import Conversation, Texts
+from utils.data.raw_datasets import KNOWN_DATASETS, PromptRawDataset, find_known_dataset
+from utils.data.readers import READERS, DataError, Rows, text_fingerprint
+from utils.data.row_texts import Row, SkipRow
+from utils.data.shapes import MESSAGES_COLUMNS, SHAPES, Shape, recognise
 from utils.data.splits import Splits, no_such_columns, open_splits
 
 EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")  # names of the eval split, the first found counts
-TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-CONVERSATION_COLUMNS = ("messages", "conversation")
+COLUMN_ROLES = ("prompt", "chosen", "rejected", "messages", "system", "tools")
 
 
 class PathDataset(PromptRawDataset):
-    """Any file or folder with the columns prompt, chosen, rejected (or others that `columns` names), text as it is."""
+    """Any file, folder or dataset of the hub whose rows have one of the shapes of shapes.py.
+
+    Attributes:
+        shape: how its rows are read.
+    """
+
+    shape: Shape
 
     def _find_splits(self, dataset_name: str, data_root: Path) -> Splits:
         return open_splits(dataset_name)
 
     def _settle(self, dataset_name: str, columns: Mapping[str, str]) -> None:
         splits = self.raw_datasets
-        self.dataset_name = dataset_name
+        self.dataset_name, self.given_columns = dataset_name, dict(columns)
         # Content in the name keeps the index files of two files of one name apart, and is the same on every machine.
         self.dataset_name_clean = f"{re.sub('[^0-9A-Za-z]+', '_', Path(dataset_name).stem)}_{splits.fingerprint[:8]}"
         self.eval_split = next((split for split in EVAL_SPLITS if split in splits), None)
-        self._choose_fields(columns, splits["train"])
+        self._recognise(splits["train"], columns)
+        self._grouped: dict[str, Rows] = {}
 
-    def _choose_fields(self, columns: Mapping[str, str], rows: Rows) -> None:
-        self.prompt_field, self.chosen_field, self.rejected_field = (columns.get(name, name) for name in TEXT_COLUMNS)
-        if self.prompt_field not in rows.column_names:
-            expected = [self.prompt_field, *(CONVERSATION_COLUMNS if "prompt" not in columns else ())]
+    def _recognise(self, rows: Rows, columns: Mapping[str, str], name: str | None = None) -> None:
+        for role, column in columns.items():
+            if column not in rows.column_names:
+                raise no_such_columns(self.dataset_name, [column], rows, f"--{role}_column")
+        shape = recognise(rows, columns, name)
+        if shape is None:
+            expected = ["prompt", *MESSAGES_COLUMNS[:2]] if name is None else [f"those of the format {name}"]
             raise no_such_columns(self.dataset_name, expected, rows)
-        self.has_rejected = self.rejected_field in rows.column_names
+        self.shape = shape
+        self.has_rejected = shape.has_rejected
+        self.unread = [column for column in rows.column_names if column not in shape.columns]
 
+    def rows_of(self, split: str) -> Rows:
+        if split not in self._grouped:
+            self._grouped[split] = self.shape.grouped(self.raw_datasets[split])
+        return self._grouped[split]
 
-class ConversationDataset(PathDataset):
-    """Conversations of one or more turns, in a column `messages` or `conversation`.
+    def _columns(self) -> list[str]:
+        return self.shape.columns
 
-    messages: [{"role": "system" | "user" | "assistant", "content": text} ...]; conversation: [{"human": text,
-    "assistant": text} ...]. A system message may come first, then user and assistant take turns, the user first.
-    """
+    def fingerprint(self) -> str:
+        shape = [self.shape.description, repr(self.shape.columns), repr(self.given_columns)]
+        return text_fingerprint([super().fingerprint(), *shape])
 
-    has_rejected = False
+    def recognised(self) -> str:
+        unread = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
+        return self.shape.description + unread
 
-    def _choose_fields(self, columns: Mapping[str, str], rows: Rows) -> None:
-        names = [columns["messages"]] if "messages" in columns else CONVERSATION_COLUMNS
-        self.prompt_field = next((name for name in names if name in rows.column_names), "")
-        if not self.prompt_field:
-            raise no_such_columns(self.dataset_name, names, rows)
+    def examples(self, row: Row, need: Sequence[str]) -> list[Texts | Conversation]:
+        if "chosen" in need and not self.shape.has_answer:
+            raise SkipRow("the dataset has no answers")
+        return self.shape.examples(row, need)
 
-    def messages(self, row: Row) -> list[Message]:
-        """The turns as [{"role", "content"} ...]. Raises SkipRow."""
-        name = self.prompt_field
-        turns = row.get(name)
-        expect(isinstance(turns, list), (name,), turns, "a list of turns")
-        if not turns:
-            raise SkipRow(f"field '{name}' is an empty list")
-        messages: list[Message] = []
-        for turn in turns:
-            expect(isinstance(turn, Mapping), (name, "turn"), turn, "an object")
-            messages += self._human_assistant(turn) if "human" in turn else [self._role_content(turn)]
-        roles = [message["role"] for message in messages]
-        spoken = roles[1:] if roles[0] == "system" else roles
-        if not spoken or spoken != (["user", "assistant"] * len(spoken))[: len(spoken)]:
-            raise SkipRow(f"field '{name}': expected user and assistant in turns, the user first, found another order")
-        return messages
-
-    def _human_assistant(self, turn: Row) -> list[Message]:
-        question = {"role": "user", "content": text(turn, "human")}
-        if turn.get("assistant") is None:
-            return [question]
-        return [question, {"role": "assistant", "content": text(turn, "assistant")}]
-
-    def _role_content(self, turn: Row) -> Message:
-        if turn.get("role") not in ("system", "user", "assistant"):
-            raise SkipRow(
-                f"field '{self.prompt_field}': expected the role system, user or assistant, found another or none"
-            )
-        return {"role": turn["role"], "content": text(turn, "content")}
-
-    def get_messages(self, sample: Row) -> list[Message] | None:
-        """The turns as [{"role", "content"} ...], or None where the row's conversation is not usable."""
-        return none_if_skipped(self.messages, sample)
+    # The published texts of a row, in the project's own format
 
     def prompt(self, row: Row) -> str:
-        """The text up to the last answer; a system message stands before the first question."""
-        messages = self.messages(row)
-        system = ANSWER_FORM.format(messages.pop(0)["content"]) if messages[0]["role"] == "system" else ""
-        if messages[-1]["role"] == "assistant":
-            messages.pop()
-        return system + prompt_format.format_prompt(messages)
+        example = self._first(row, ("prompt",))
+        if isinstance(example, Texts):
+            return example.prompt
+        return _written(lambda: prompt_format.write_turns(example.prompt, prompt_format.HUMAN_ASSISTANT, waits=True)[0])
 
     def chosen(self, row: Row) -> str:
-        last = self.messages(row)[-1]
-        if last["role"] != "assistant":
-            raise SkipRow(f"field '{self.prompt_field}' ends without an answer")
-        return prompt_format.format_answer(last["content"])
+        return self._answer(row, ("prompt", "chosen"), 0)
+
+    def rejected(self, row: Row) -> str:
+        if not self.has_rejected:
+            raise SkipRow("the dataset has no rejected answers")
+        return self._answer(row, ("prompt", "chosen", "rejected"), -1)
+
+    def _first(self, row: Row, need: Sequence[str]) -> Texts | Conversation:
+        return self.examples(row, need)[0]
+
+    def _answer(self, row: Row, need: Sequence[str], which: int) -> str:
+        example = self._first(row, need)
+        answer = example.answers[which]
+        if isinstance(example, Texts):
+            return answer
+        return prompt_format.format_answer(answer[0]["content"])
+
+
+def _written(write) -> str:
+    try:
+        return write()
+    except ValueError as error:
+        raise SkipRow(str(error)) from error
 
 
 def get_raw_dataset(
@@ -110,40 +113,36 @@ def get_raw_dataset(
     local_rank: int,
     columns: Mapping[str, str] | None = None,
     data_root: str | os.PathLike | None = None,
+    shape: str | None = None,
 ) -> PromptRawDataset:
     """Opens a dataset by its name in KNOWN_DATASETS or by a path.
 
     A known name is read from a local copy (the path itself, or `{data_root}/data/{name}`), else from the hub. Any other
-    path is read as it is: see PathDataset and ConversationDataset.
+    path is read as what its columns tell: see shapes.py.
 
     Args:
-        columns: own column names for such a path, by prompt, chosen, rejected, messages; None or "" as a name: the
-            usual one. Known datasets know their columns.
+        columns: own column names for such a path, by prompt, chosen, rejected, messages, system, tools; None or "" as a
+            name: the usual one. Known datasets know their columns.
+        shape: a name of shapes.SHAPES, where the columns alone do not tell.
 
     Raises:
         DataError: unknown name, no such file, or data that cannot be read.
     """
     columns = {name: column for name, column in (columns or {}).items() if column}
-    unknown = set(columns) - {*TEXT_COLUMNS, "messages"}
+    unknown = set(columns) - set(COLUMN_ROLES)
     if unknown:
-        raise DataError(f"columns: expected the keys {', '.join(TEXT_COLUMNS)}, messages; found {sorted(unknown)}")
+        raise DataError(f"columns: expected the keys {', '.join(COLUMN_ROLES)}; found {sorted(unknown)}")
+    if shape is not None and shape not in SHAPES:
+        close = difflib.get_close_matches(shape, SHAPES, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise DataError(f"{dataset_name}: unknown format {shape!r}{hint}: choose one of {', '.join(SHAPES)}")
     cls = find_known_dataset(dataset_name)
     if cls is not None:
         return cls(output_path, seed, local_rank, dataset_name, data_root)
     if not os.path.exists(dataset_name):
         raise _unknown_dataset(dataset_name)
-    splits = open_splits(dataset_name)
-    cls = ConversationDataset if _holds_conversations(splits, columns) else PathDataset
-    return cls(output_path, seed, local_rank, dataset_name, data_root, columns, splits)
-
-
-def _holds_conversations(splits: Splits, columns: Mapping[str, str]) -> bool:
-    """Where a file has both kinds of columns, prompt and chosen win, unless the caller names the messages column."""
-    if "messages" in columns:
-        return True
-    found = splits["train"].column_names
-    has_texts = all(columns.get(name, name) in found for name in ("prompt", "chosen"))
-    return not has_texts and "prompt" not in columns and any(name in found for name in CONVERSATION_COLUMNS)
+    dataset = PathDataset(output_path, seed, local_rank, dataset_name, data_root, columns, open_splits(dataset_name))
+    return dataset
 
 
 def _unknown_dataset(dataset_name: str) -> DataError:

@@ -1,13 +1,16 @@
 """The one place of the prompt format: training, chat and evaluation build their prompts here.
 
-A conversation is a list of turns {"role": "user" | "assistant", "content": str}. Three styles write it as text:
+A conversation is a list of turns {"role": "user" | "assistant", "content": str}, perhaps behind one of the system's.
+Four formats write it as text:
 
-    plain          " Human: q Assistant: a Human: q2 Assistant:"
-    hh             "\\n\\nHuman: q\\n\\nAssistant: a\\n\\nHuman: q2\\n\\nAssistant:"   (as in Dahoas/rm-static)
-    chat_template  whatever the tokenizer's own chat template makes of it
+    human_assistant  " Human: q Assistant: a Human: q2 Assistant:"
+    hh               "\\n\\nHuman: q\\n\\nAssistant: a\\n\\nHuman: q2\\n\\nAssistant:"   (as in Dahoas/rm-static)
+    bare             "q": the user's words as they stand, of one turn
+    chat_template    whatever the tokenizer's own chat template makes of it
 
-A model that was trained on text without a template of its own is saved with one that writes that text (the end of this
-file), for servers that know nothing else. No style here ever uses that one.
+The format goes with the model: the tokenizer of a trained model names it (``remember``), and what reads the model later
+follows it. A model that was trained without a template of its own is also saved with one that writes its format (the
+end of this file), for servers that know nothing else. No format here ever uses that one.
 """
 
 import json
@@ -22,34 +25,74 @@ from utils.data.chat_template_guard import check_template_ends
 from utils.data.special_tokens import mark_spellings
 from utils.data.text_encoder import TextEncoder
 
-PLAIN, HH, CHAT_TEMPLATE = "plain", "hh", "chat_template"
-STYLES = (PLAIN, HH, CHAT_TEMPLATE)
+HUMAN_ASSISTANT, HH, BARE, CHAT_TEMPLATE = "human_assistant", "hh", "bare", "chat_template"
+FORMATS = (HUMAN_ASSISTANT, HH, BARE, CHAT_TEMPLATE)
 
 # What stands before a turn's content; the content itself follows after one blank.
 _MARKS = {
-    PLAIN: {"user": " Human:", "assistant": " Assistant:"},
+    HUMAN_ASSISTANT: {"user": " Human:", "assistant": " Assistant:"},
     HH: {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"},
 }
-_ANY_MARK = re.compile(r"(?:^|\s+)(Human|Assistant):")
+# The ways in which texts set their marks apart, the strictest first: what is set apart otherwise is part of a turn.
+_MARK_PATTERNS = [re.compile(rf"(?:^|{gap})(Human|Assistant):") for gap in ("\\n\\n", " ", r"\s+")]
 _ROLE_OF = {"Human": "user", "Assistant": "assistant"}
+_SYSTEM_ROLES = ("system", "developer")
 
 
-def format_prompt(turns, style=PLAIN, tokenizer=None):
+def format_prompt(turns, style=HUMAN_ASSISTANT, tokenizer=None):
     """Text of a conversation that ends where the assistant's next answer begins.
 
-    Raises ValueError if the turns do not alternate or do not end in a user turn, if the style is unknown, or if
-    "chat_template" is asked of a tokenizer without one, or of one that refuses these turns.
+    Raises ValueError if the turns do not alternate or do not end in a user turn, if the format is unknown or cannot
+    write them, or if "chat_template" is asked of a tokenizer without one, or of one that refuses these turns.
     """
     _check_style(style)
     _check_turns(turns)
     if style == CHAT_TEMPLATE:
         return render(turns, tokenizer, add_generation_prompt=True)[0]
-    marks = _MARKS[style]
-    text = "".join(f"{marks[turn['role']]} {turn['content'].strip()}" for turn in turns)
-    return text + marks["assistant"]
+    return write_turns(turns, style, waits=True)[0]
 
 
-def format_answer(text, style=PLAIN, tokenizer=None):
+def write_turns(turns, style, waits=False):
+    """Turns in one of the formats that need no template.
+
+    Args:
+        waits: the text ends with the mark after which the next answer comes.
+
+    Returns:
+        (text, [start, end) of each turn's content in its characters)
+
+    Raises:
+        ValueError: a format without a place for some of the turns.
+    """
+    if style == BARE:
+        return _write_bare(turns)
+    marks, text, places = _MARKS[style], "", []
+    for turn in turns:
+        content = turn["content"].strip()
+        mark = marks.get(turn["role"])
+        if mark is None:
+            if turn["role"] not in _SYSTEM_ROLES or text:
+                raise ValueError(f"the format {style} has no place for a turn of the role {turn['role']}")
+            mark = "" if style == HUMAN_ASSISTANT else "\n\n"
+        start = text + mark + (" " if mark != "\n\n" else "")
+        text = start + content
+        places.append((len(start), len(text)))
+    return text + (marks["assistant"] if waits else ""), places
+
+
+def _write_bare(turns):
+    if [turn["role"] for turn in turns[:2]] != ["user", "assistant"][: len(turns)] or len(turns) > 2:
+        raise ValueError("the format bare holds one question and its answer, nothing else")
+    text = turns[0]["content"]
+    places = [(0, len(text))]
+    if len(turns) == 2:
+        start = text + ("" if text[-1:].isspace() else " ")
+        text = start + turns[1]["content"].strip()
+        places.append((len(start), len(text)))
+    return text, places
+
+
+def format_answer(text, style=HUMAN_ASSISTANT, tokenizer=None):
     """An answer as it follows its prompt: after exactly one blank, or with none in a chat template, where special
     tokens spelled in it are marked if its tokenizer is given."""
     _check_style(style)
@@ -58,8 +101,12 @@ def format_answer(text, style=PLAIN, tokenizer=None):
     return text.strip() if tokenizer is None else mark_spellings(text.strip(), tokenizer, "assistant")
 
 
-def render(messages, tokenizer, add_generation_prompt=False):
+def render(messages, tokenizer, add_generation_prompt=False, template=None, tools=None):
     """A conversation as the tokenizer's chat template writes it.
+
+    Args:
+        template: to use instead of the tokenizer's own.
+        tools: schemas of functions that the assistant may call.
 
     Returns:
         (text, [start, end) of what stands between its generation markers, in characters of the text). Special tokens
@@ -69,15 +116,20 @@ def render(messages, tokenizer, add_generation_prompt=False):
         ValueError: no template, or one that refuses these messages, fails at them or does not end.
     """
     _check_has_template(tokenizer)
-    special = tokenizer.special_tokens_map
-    check_template_ends(tokenizer.get_chat_template(), special)
-    contents = [turn | {"content": mark_spellings(turn["content"], tokenizer, turn["role"])} for turn in messages]
+    special, template = tokenizer.special_tokens_map, template or tokenizer.get_chat_template()
+    check_template_ends(template, special)
+    contents = [
+        {key: _marked(value, tokenizer, turn["role"]) for key, value in turn.items() if key != "weight"}
+        | {"role": turn["role"]}
+        for turn in messages
+    ]
     try:
         [text], spans = render_jinja_template(
             [contents],
-            chat_template=tokenizer.get_chat_template(),
+            tools=_marked(tools, tokenizer, "system"),
+            chat_template=template,
             add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=has_generation_markers(tokenizer),
+            return_assistant_tokens_mask=has_generation_markers(template),
             **special,
         )
     except Exception as error:  # a template is a program of a stranger's: it may fail in any way
@@ -86,12 +138,26 @@ def render(messages, tokenizer, add_generation_prompt=False):
     return text, spans[0] if spans else []
 
 
+def _marked(value, tokenizer, role):
+    """A value of a message, or of a tool's schema, with the special tokens marked that its strings spell."""
+    if isinstance(value, str):
+        return mark_spellings(value, tokenizer, role)
+    if isinstance(value, list):
+        return [_marked(part, tokenizer, role) for part in value]
+    if isinstance(value, dict):
+        return {key: _marked(part, tokenizer, role) for key, part in value.items()}
+    return value
+
+
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def has_generation_markers(tokenizer):
-    """Whether the chat template says itself what the assistant writes, by {% generation %}."""
-    return bool(_GENERATION_MARKER.search(tokenizer.get_chat_template()))
+def has_generation_markers(template):
+    """Whether a chat template says itself what the assistant writes, by {% generation %}."""
+    return bool(_GENERATION_MARKER.search(template))
+
+
+# ---------------------------------------------------------------- texts that carry the marks
 
 
 def is_formatted(text):
@@ -99,14 +165,26 @@ def is_formatted(text):
     return text.lstrip().startswith(("Human:", "Assistant:")) and text.rstrip().endswith("Assistant:")
 
 
+def _marks_of(text):
+    """The marks that part a text into turns, by the strictest pattern that finds the first and the last of them."""
+    begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    for pattern in _MARK_PATTERNS:
+        marks = [mark for mark in pattern.finditer(text) if mark.end() > begin]
+        if marks and marks[0].start() <= begin and marks[-1].end() == end:
+            return marks
+        at_start = re.compile(r"(Human|Assistant):").match(text, begin)
+        if marks and at_start and marks[-1].end() == end:
+            return [at_start, *(mark for mark in marks if mark.start() > begin)]
+    return []
+
+
 def parse_turns(text):
     """Turns of a prompt text: of " Human: … Assistant:" those it names, of any other text one user turn."""
     if not is_formatted(text):
         return [{"role": "user", "content": text.strip()}]
     turns = []
-    marks = list(_ANY_MARK.finditer(text))
     # The last mark is the "Assistant:" that waits for its answer.
-    for mark, following in pairwise(marks):
+    for mark, following in pairwise(_marks_of(text)):
         role, content = _ROLE_OF[mark.group(1)], text[mark.end() : following.start()]
         if turns and turns[-1]["role"] == role:
             # Two turns of one role in a row: the second mark is part of what was said.
@@ -116,19 +194,37 @@ def parse_turns(text):
     return [{"role": turn["role"], "content": turn["content"].strip()} for turn in turns]
 
 
-def prompt_from_text(text, style=PLAIN, tokenizer=None):
+def parse_transcript(prompt, rest):
+    """Turns of what follows a prompt that waits for an answer: the answer, and turns behind it if there are any."""
+    gap = "\n\n" if "\n\nAssistant:" in prompt else " "
+    turns, position = [], 0
+    marks = list(re.compile(rf"{gap}(Human|Assistant):").finditer(rest))
+    role = "assistant"
+    for mark in marks:
+        turns.append({"role": role, "content": rest[position : mark.start()].strip()})
+        role, position = _ROLE_OF[mark.group(1)], mark.end()
+    return [*turns, {"role": role, "content": rest[position:].strip()}]
+
+
+def end_of_last_mark(text):
+    """Where the last "Assistant:" of a transcript ends, in characters; None where there is none."""
+    marks = [mark for pattern in _MARK_PATTERNS[:2] for mark in pattern.finditer(text) if mark.group(1) == "Assistant"]
+    return max((mark.end() for mark in marks), default=None)
+
+
+def prompt_from_text(text, style=HUMAN_ASSISTANT, tokenizer=None):
     """Formatted prompt of a line of text.
 
     Text that already carries the marks (a row of rm-static, say) stays as it was written, since a model was trained on
     exactly that; only a chat template takes it apart and writes it anew.
     """
     _check_style(style)
-    if is_formatted(text) and style != CHAT_TEMPLATE:
+    if style == BARE or (is_formatted(text) and style != CHAT_TEMPLATE):
         return text
     return format_prompt(parse_turns(text), style, tokenizer)
 
 
-def encode_prompt(text, tokenizer, style=PLAIN, allow_special_tokens=False):
+def encode_prompt(text, tokenizer, style=HUMAN_ASSISTANT, allow_special_tokens=False):
     """Token ids of a formatted prompt, with the tokenizer's BOS once and without an EOS at its end.
 
     Args:
@@ -153,14 +249,14 @@ def truncate_left(ids, max_tokens, bos_token_id=None):
     return ids[len(ids) - max_tokens :]
 
 
-def stop_strings(style=PLAIN):
+def stop_strings(style=HUMAN_ASSISTANT):
     """Strings that begin the next human turn; none for a chat template, whose turns end with a token of their own."""
     _check_style(style)
-    # A model trained on one of the two text formats has often seen the other one too.
-    return () if style == CHAT_TEMPLATE else ("\n\nHuman:", "\nHuman:", " Human:")
+    # A model trained on one of the two formats with marks has often seen the other one too.
+    return () if style in (BARE, CHAT_TEMPLATE) else ("\n\nHuman:", "\nHuman:", " Human:")
 
 
-def cut_at_next_human(text, style=PLAIN):
+def cut_at_next_human(text, style=HUMAN_ASSISTANT):
     """The text up to where the next human turn begins; all of it if none begins."""
     starts = [start for start in map(text.find, stop_strings(style)) if start >= 0]
     return text[: min(starts)] if starts else text
@@ -178,33 +274,76 @@ def end_of_turn_id(tokenizer):
 
 
 def _check_style(style):
-    if style not in STYLES:
-        raise ValueError(f"unknown prompt style {style!r}: choose one of {', '.join(STYLES)}")
+    if style not in FORMATS:
+        raise ValueError(f"unknown prompt format {style!r}: choose one of {', '.join(FORMATS)}")
 
 
 def _check_turns(turns):
     roles = [turn["role"] for turn in turns]
-    if not roles or roles[-1] != "user":
+    if not roles or roles[-1] not in ("user", "tool"):
         raise ValueError("a prompt must end in a user turn")
     for role, following in pairwise(roles):
-        if role == following:
+        if role == following != "tool":
             raise ValueError(f"turns must alternate, but two {role} turns follow each other")
-    unknown = set(roles) - {"user", "assistant"}
+    unknown = set(roles) - {"user", "assistant", "tool", *_SYSTEM_ROLES}
     if unknown:
         raise ValueError(f"unknown role {min(unknown)!r}: a turn is of the user or of the assistant")
 
 
 def _check_has_template(tokenizer):
     if tokenizer is None or not has_own_template(tokenizer):
-        raise ValueError("the tokenizer has no chat template of its own: use the prompt style plain or hh")
+        raise ValueError(
+            "the tokenizer has no chat template of its own: use the prompt format human_assistant or hh, or name a "
+            "template, as in --chat_template chatml"
+        )
 
 
-# ---------------------------------------------------------------- the template that a trained model carries
+# ---------------------------------------------------------------- the format that goes with a model
 
-# How the rows were written that a model was trained on, beside PLAIN and HH.
-BARE = "bare"  # the user's words as they stand, of one turn
-TURNS = "turns"  # BOS words EOS for each turn
+_KEY, _OWN_TEMPLATE = "prompt_format", "own_chat_template"  # entries of tokenizer_config.json
 
+
+def remembered(tokenizer):
+    """The format that a tokenizer's model was trained on, or None where its tokenizer does not say."""
+    found = tokenizer.init_kwargs.get(_KEY)
+    return found if found in FORMATS else None
+
+
+def remember(tokenizer, style):
+    """Note the format with which a model is trained, so that it is saved with it, and the template that servers use.
+
+    A template of the model's own that is not the format of its training is set aside in the tokenizer's configuration;
+    ``own_template`` brings it back.
+    """
+    _check_style(style)
+    tokenizer.init_kwargs[_KEY] = style
+    if style == CHAT_TEMPLATE:
+        tokenizer.init_kwargs.pop(_OWN_TEMPLATE, None)
+        return
+    if has_own_template(tokenizer):
+        tokenizer.init_kwargs[_OWN_TEMPLATE] = tokenizer.get_chat_template()
+    tokenizer.chat_template = _carried(tokenizer, style)
+
+
+def own_template(tokenizer):
+    """The chat template that a tokenizer's model came with: in use, or set aside by ``remember``; None for none."""
+    return tokenizer.get_chat_template() if has_own_template(tokenizer) else tokenizer.init_kwargs.get(_OWN_TEMPLATE)
+
+
+def has_own_template(tokenizer):
+    """Whether the tokenizer has a chat template that training did not write down for it."""
+    return bool(tokenizer.chat_template) and not str(tokenizer.chat_template).startswith(_CARRIED)
+
+
+def written_style(text):
+    """How the text of a training row was written: HUMAN_ASSISTANT, HH or BARE."""
+    for style in (HH, HUMAN_ASSISTANT):
+        if all(mark in text for mark in _MARKS[style].values()):
+            return style
+    return BARE
+
+
+# A template that writes one of the formats with marks, for servers.
 _CARRIED = "{#- The text that the model was trained on, for servers. -#}"  # how such a template is known
 _REFUSE = "{{- raise_exception('%s') -}}"
 _ONLY_ALTERNATING = (
@@ -215,50 +354,23 @@ _ONLY_ALTERNATING = (
 _NO_SYSTEM = (
     "{%- if messages[0]['role'] == 'system' -%}" + _REFUSE % "trained without system messages" + "{%- endif -%}"
 )
-# As in data of conversations: before the first question, after one blank.
+# As in data of conversations: before the first question, after one blank or an empty line.
 _SYSTEM_FIRST = (
-    "{%- set turns = messages -%}{%- if messages[0]['role'] == 'system' -%}{%- set turns = messages[1:] -%}"
-    "{{- ' ' + messages[0]['content'] | trim -}}{%- endif -%}"
+    "{%%- set turns = messages -%%}{%%- if messages[0]['role'] == 'system' -%%}{%%- set turns = messages[1:] -%%}"
+    "{{- %s + messages[0]['content'] | trim -}}{%%- endif -%%}"
 )
 _ONE_TURN = "{%- if messages | length > 1 -%}" + _REFUSE % "trained on single prompts" + "{%- endif -%}"
 
 
-def has_own_template(tokenizer):
-    """Whether the tokenizer has a chat template that training did not write down for it."""
-    return bool(tokenizer.chat_template) and not str(tokenizer.chat_template).startswith(_CARRIED)
-
-
-def written_style(text):
-    """How the text of a training row was written: PLAIN, HH or BARE."""
-    for style in (HH, PLAIN):
-        if all(mark in text for mark in _MARKS[style].values()):
-            return style
-    return BARE
-
-
-def carry_template(tokenizer, style):
-    """Give a tokenizer without a chat template of its own one that writes the text its model is trained on.
-
-    Its ids are those of ``encode_prompt(format_prompt(...))``, with BOS if the tokenizer puts one before a text.
-
-    Args:
-        style: PLAIN, HH, BARE or TURNS.
-    """
-    if has_own_template(tokenizer):
-        return
+def _carried(tokenizer, style):
+    """A chat template whose ids are those of ``encode_prompt(format_prompt(...))``, BOS included."""
     begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     bos = "{{- bos_token -}}" if begins_with_bos else ""
-    if style == TURNS:
-        bos = "" if tokenizer.bos_token_id is None else "{{- bos_token -}}"
-        turn = bos + "{{- turn['content'] -}}{{- eos_token -}}"
-        body = "{%- for turn in messages -%}" + turn + "{%- endfor -%}{%- if add_generation_prompt -%}" + bos
-        body += "{%- endif -%}"
-    elif style == BARE:
-        body = _NO_SYSTEM + _ONE_TURN + bos + "{{- messages[0]['content'] -}}"
-    else:
-        marks = {role: json.dumps(mark) for role, mark in _MARKS[style].items()}
-        body = bos + (_SYSTEM_FIRST if style == PLAIN else _NO_SYSTEM + "{%- set turns = messages -%}")
-        body += _ONLY_ALTERNATING + "{%- for turn in turns -%}{{- "
-        body += f"({marks['user']} if turn['role'] == 'user' else {marks['assistant']}) + ' ' + turn['content'] | trim"
-        body += " -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- " + marks["assistant"] + " -}}{%- endif -%}"
-    tokenizer.chat_template = _CARRIED + body
+    if style == BARE:
+        return _CARRIED + _NO_SYSTEM + _ONE_TURN + bos + "{{- messages[0]['content'] -}}"
+    marks = {role: json.dumps(mark) for role, mark in _MARKS[style].items()}
+    body = bos + _SYSTEM_FIRST % ("' '" if style == HUMAN_ASSISTANT else '"\\n\\n"')
+    body += _ONLY_ALTERNATING + "{%- for turn in turns -%}{{- "
+    body += f"({marks['user']} if turn['role'] == 'user' else {marks['assistant']}) + ' ' + turn['content'] | trim"
+    body += " -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- " + marks["assistant"] + " -}}{%- endif -%}"
+    return _CARRIED + body

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from utils.data import prompt_format
+from utils.data.conversation import Conversation, Message, Texts, user
 from utils.data.readers import DataError, ListRows, Rows, SubsetRows, content_fingerprint, text_fingerprint
 from utils.data.row_texts import Row, RowReport, SkipRow, as_path, none_if_skipped, number, text, usable
 from utils.data.split_index import get_raw_dataset_split_index
@@ -131,16 +132,23 @@ class PromptRawDataset:
         """One line for the log: which files or splits are read."""
         return f"{self.raw_datasets.label}: {self.raw_datasets.notes}"
 
+    def recognised(self) -> str:
+        """One line for the log: as what the rows are read, and what of them is not."""
+        return "a known dataset"
+
     # Rows
 
+    def rows_of(self, split: str) -> Rows:
+        return self.raw_datasets[split]
+
     def get_train_data(self) -> Rows:
-        rows = self.raw_datasets[self.train_split]
+        rows = self.rows_of(self.train_split)
         return rows if self.eval_split else self._share(rows, 0)
 
     def get_eval_data(self) -> Rows:
         if self.eval_split:
-            return self.raw_datasets[self.eval_split]
-        return self._share(self.raw_datasets[self.train_split], 1)
+            return self.rows_of(self.eval_split)
+        return self._share(self.rows_of(self.train_split), 1)
 
     def _share(self, rows: Rows, share: int) -> Rows:
         index = get_raw_dataset_split_index(
@@ -189,6 +197,23 @@ class PromptRawDataset:
     def get_prompt_and_rejected(self, sample: Row) -> str | None:
         return none_if_skipped(self.prompt_and_rejected, sample)
 
+    def turns(self, row: Row) -> tuple[Message, ...] | None:
+        """The prompt as messages, where the data has no transcript in it; None: its marks tell the turns."""
+        return None
+
+    def examples(self, row: Row, need: Sequence[str]) -> list[Texts | Conversation]:
+        """What a row gives to a step that needs ``need`` of prompt, chosen, rejected (see conversation.py).
+
+        Raises:
+            SkipRow: one of them cannot be made.
+        """
+        prompt, answers = self.get_prompt(row), need[1:]
+        wholes = [getattr(self, f"get_prompt_and_{name}")(row) for name in answers]
+        bare = [getattr(self, f"get_{name}")(row) for name in answers]
+        if prompt is None or None in wholes or None in bare:
+            raise SkipRow(self.skip_reason(row, need) or "a text is missing")
+        return [Texts(prompt, tuple(wholes), tuple(bare), self.turns(row))]
+
     # Checking
 
     def skip_reason(self, sample: Row, need: Sequence[str] = ("prompt", "chosen")) -> str | None:
@@ -235,6 +260,9 @@ class QuestionDataset(PromptRawDataset):
 
     prompt_form = PROMPT_FORM
     answer_form = ANSWER_FORM
+
+    def turns(self, row: Row) -> tuple[Message, ...]:
+        return (user(text(row, *as_path(self.prompt_field)).strip()),)
 
 
 # English

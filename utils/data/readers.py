@@ -29,7 +29,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -119,6 +119,10 @@ class Rows(Sequence):
     def keep_columns(self, names: Iterable[str]) -> None:
         """Says that only these columns are needed. Readers leave the others out where that saves work."""
 
+    def head(self, count: int) -> list[dict[str, Any]]:
+        """The first rows, or fewer, at little cost: to see what the columns hold."""
+        return [self[i] for i in range(min(count, len(self)))]
+
 
 class ListRows(Rows):
     """Rows that are in memory already."""
@@ -188,6 +192,9 @@ class ConcatRows(Rows):
     def keep_columns(self, names: Iterable[str]) -> None:
         for part in self.parts:
             part.keep_columns(names)
+
+    def head(self, count: int) -> list[dict[str, Any]]:
+        return self.parts[0].head(count)
 
 
 class HuggingFaceRows(Rows):
@@ -280,17 +287,24 @@ class JsonLinesFile(_FileRows):
     """
 
     def _peek_columns(self) -> list[str]:
+        rows = self.head(PEEK_ROWS)
+        if not rows:
+            raise DataError(f"{self.path}: expected at least one row, found only blank lines")
+        return _keys_of(rows)
+
+    def head(self, count: int) -> list[dict[str, Any]]:
         rows = []
         with _errors_name(self.path), _open_binary(self.path) as file:
             for number, line in enumerate(file, start=1):
                 line = line.removeprefix(BOM) if number == 1 else line
                 if line.strip():
-                    rows.append(parse_object(line, f"{self.path}, line {number}"))
-                if len(rows) == PEEK_ROWS:
+                    rows.append(self._parsed(line, lambda number=number: f"{self.path}, line {number}"))
+                if len(rows) == count:
                     break
-        if not rows:
-            raise DataError(f"{self.path}: expected at least one row, found only blank lines")
-        return _keys_of(rows)
+        return rows
+
+    def _parsed(self, line: bytes, where: Callable[[], str]) -> dict[str, Any]:
+        return parse_object(line, where)
 
     def _open(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         if _is_packed(self.path):
@@ -306,7 +320,7 @@ class JsonLinesFile(_FileRows):
     def _row(self, position: int) -> dict[str, Any]:
         descriptor, starts, ends, _ = self._opened()
         start = int(starts[position])
-        return parse_object(os.pread(descriptor, int(ends[position]) - start, start), lambda: self.where(position))
+        return self._parsed(os.pread(descriptor, int(ends[position]) - start, start), lambda: self.where(position))
 
 
 class TextFile(JsonLinesFile):
@@ -315,11 +329,8 @@ class TextFile(JsonLinesFile):
     def _peek_columns(self) -> list[str]:
         return ["text"]
 
-    def _row(self, position: int) -> dict[str, Any]:
-        descriptor, starts, ends, _ = self._opened()
-        start = int(starts[position])
-        line = os.pread(descriptor, int(ends[position]) - start, start)
-        return {"text": _decode(line, lambda: self.where(position))}
+    def _parsed(self, line: bytes, where: Callable[[], str]) -> dict[str, Any]:
+        return {"text": _decode(line.rstrip(b"\r\n"), where)}
 
 
 class JsonArrayFile(Rows):
@@ -358,6 +369,12 @@ class CsvFile(_FileRows):
             found = f"the column {repeated[0]!r} twice" if repeated else "none"
             raise DataError(f"{self.path}, line 1: expected a header with one name per column, found {found}")
         return header
+
+    def head(self, count: int) -> list[dict[str, Any]]:
+        with _errors_name(self.path):
+            records = self._records()
+            header, _ = next(records)
+            return [dict(zip(header, record, strict=False)) for record, _ in islice(records, count)]
 
     def _records(self) -> Iterator[tuple[list[str], int]]:
         """Each record with the line on which it begins; a quoted field may span lines."""
@@ -403,6 +420,10 @@ class ParquetFile(_FileRows):
 
     def _peek_columns(self) -> list[str]:
         return list(self._parquet().schema_arrow.names)
+
+    def head(self, count: int) -> list[dict[str, Any]]:
+        with self._parquet() as file:
+            return [row for row, _ in islice(self._batched_rows(file), count)]
 
     def _parquet(self) -> pq.ParquetFile:
         try:

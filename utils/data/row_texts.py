@@ -9,7 +9,6 @@ from utils.data.readers import DataError, Rows, kind_of
 from utils.data.splits import columns_text
 
 Row = Mapping[str, Any]
-Message = dict[str, str]  # {"role", "content"}
 
 EXAMPLES_PER_REASON = 3
 

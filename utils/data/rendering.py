@@ -1,0 +1,170 @@
+"""A conversation as the text of one row: where its answers stand in it, and what a row that is too long must keep."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from os.path import commonprefix
+
+from utils.data import chat_templates, prompt_format
+from utils.data.conversation import Conversation, Message, Texts
+from utils.data.row_texts import SkipRow
+
+SYSTEM_ROLES = ("system", "developer")
+
+
+@dataclass
+class Rendered:
+    """The text of a row.
+
+    Attributes:
+        text: special tokens that contents spell are marked in it (special_tokens.py) where a chat template wrote it.
+        start: where the last answer begins, in characters; the text's length for a prompt alone.
+        answers: [start, end) of each answer that is learned.
+    """
+
+    text: str
+    start: int
+    answers: list[tuple[int, int]] = field(default_factory=list)
+
+
+class ConversationWriter:
+    """Writes conversations in one of the prompt formats.
+
+    Args:
+        style: of prompt_format.FORMATS.
+        learns: every answer of a conversation is to be learned, not the last one alone; a chat template that would
+            write earlier turns otherwise is then used in its training form.
+
+    Attributes:
+        splits: conversations of several answers make a row per answer, since the template has no training form.
+    """
+
+    def __init__(self, tokenizer, style: str, learns: bool = False):
+        self.tokenizer, self.style, self.learns = tokenizer, style, learns
+        self.by_template, self.template, self.splits = style == prompt_format.CHAT_TEMPLATE, None, False
+        if not self.by_template:
+            return
+        template, special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+        self.abilities = chat_templates.abilities(template, special)
+        if learns and chat_templates.rewrites_turns(template, special):
+            self.template = chat_templates.training_form(template, special)
+            self.splits = self.template is None
+
+    def prompt(self, conversation: Conversation) -> Rendered:
+        """The text up to where the next answer begins."""
+        messages = self._suited(conversation.prompt, conversation.tools)
+        text, _ = self._written(messages, conversation.tools, waits=True)
+        return Rendered(text, len(text))
+
+    def answered(self, conversation: Conversation, answer: Sequence[Message]) -> Rendered:
+        """The text of the prompt with one of its answers. Every turn of the assistant's that has no weight 0 is one."""
+        before, after = self._suited(conversation.prompt, conversation.tools), self._suited(answer, conversation.tools)
+        messages = [*before, *after]
+        text, places = self._written(messages, conversation.tools)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if places and self.by_template:  # by generation markers: one for each answer
+            places = dict(zip(turns, places, strict=True))
+        start, _ = last = self._answer_span(len(before), text, places, messages, conversation.tools)
+        learned = []
+        for i in turns if self.learns else ():
+            if messages[i].get("weight") != 0:
+                learned.append(
+                    last if i == len(before) else self._answer_span(i, text, places, messages, conversation.tools)
+                )
+        return Rendered(text, start, learned)
+
+    def head(self, conversation: Conversation) -> int:
+        """How much of a row's text stays when its beginning is cut: BOS, system turn, the header of the first question.
+
+        As published, a text without a system turn loses the mark of its first turn, too, where no template wrote it.
+        """
+        messages = conversation.prompt
+        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+        if not first and not self.by_template:
+            return 0
+        other = [*messages[:first], messages[first] | {"content": "\uf8ff"}, *messages[first + 1 :]]
+        texts = [self.prompt(replace(conversation, prompt=part)).text for part in (messages, other)]
+        return len(commonprefix(texts))
+
+    # How a format writes
+
+    def _written(self, messages, tools, waits=False) -> tuple[str, list]:
+        try:
+            if self.by_template:
+                return prompt_format.render(messages, self.tokenizer, waits, template=self.template, tools=tools)
+            return prompt_format.write_turns(messages, self.style, waits)
+        except ValueError as error:
+            raise SkipRow(str(error)) from error
+
+    def _answer_span(self, i: int, text: str, places, messages, tools) -> tuple[int, int]:
+        """[start, end) of turn ``i``, an answer, in the text of all turns."""
+        if places:
+            return places[i]
+        asked = self._written(messages[:i], tools, waits=True)[0]
+        until = text if i == len(messages) - 1 else self._written(messages[: i + 1], tools)[0]
+        # A template may write the beginning of an answer otherwise where it asks for one (an open <think>, say).
+        return len(commonprefix([asked, until, text])), len(commonprefix([until.rstrip(), text]))
+
+    # What a format can write
+
+    def _suited(self, messages: Sequence[Message], tools) -> list[Message]:
+        """The messages as the format takes them.
+
+        Raises:
+            SkipRow: a message, or the tools, hold something that the format would leave out in silence.
+        """
+        if not self.by_template:
+            for name in ("tool_calls", "reasoning_content"):
+                if any(message.get(name) for message in messages):
+                    raise SkipRow(f"field '{name}' needs --chat_template, with a template that writes it")
+            if tools:
+                raise SkipRow("field 'tools' needs --chat_template, with a template that writes it")
+            return list(messages)
+        can, suited = self.abilities, []
+        for message in messages:
+            if message["role"] == "developer" and not can.developer:
+                message = message | {"role": "system"}
+            if message["role"] == "system" and not can.system:
+                raise SkipRow("the chat template writes no system turn")
+            if message["role"] == "tool" and not can.tool:
+                raise SkipRow("the chat template writes no turn of the role tool")
+            if message.get("tool_calls") and not can.tool_calls:
+                raise SkipRow("the chat template writes no tool_calls")
+            if message.get("reasoning_content") and not can.reasoning:
+                raise SkipRow("the chat template writes no reasoning_content")
+            suited.append(message)
+        if tools and not can.tools:
+            raise SkipRow("the chat template writes no tools")
+        return suited
+
+
+def shorter(conversation: Conversation) -> Conversation | None:
+    """The conversation without its oldest turns, up to the next of the user's; None where one question is left.
+
+    A system turn stays.
+    """
+    prompt = conversation.prompt
+    kept = 1 if prompt and prompt[0]["role"] in SYSTEM_ROLES else 0
+    questions = [i for i, message in enumerate(prompt) if i > kept and message["role"] == "user"]
+    if not questions:
+        return None
+    return replace(conversation, prompt=[*prompt[:kept], *prompt[questions[0] :]])
+
+
+def one_per_answer(conversation: Conversation, answer: list[Message]) -> list[tuple[Conversation, list[Message]]]:
+    """A conversation with several answers, as one conversation for each that is learned, in which it is the last."""
+    messages, made = [*conversation.prompt, *answer], []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and message.get("weight") != 0:
+            before = [other | {"weight": 0} if other["role"] == "assistant" else other for other in messages[:i]]
+            made.append((replace(conversation, prompt=before), [message]))
+    return made
+
+
+def as_written(texts: Texts, style: str | None) -> bool:
+    """Whether texts of a dataset already are in the format that a run asks for, so that they stay as they are."""
+    if style is None:
+        return True
+    if style == prompt_format.CHAT_TEMPLATE:
+        return False
+    formatted = prompt_format.is_formatted(texts.prompt)
+    return not formatted if style == prompt_format.BARE else formatted and prompt_format.written_style(texts.prompt) == style
