@@ -18,10 +18,7 @@ import re
 from functools import lru_cache
 from itertools import pairwise
 
-from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
-
-from utils.data.chat_template_guard import check_template_ends
+from utils.data.chat_templates import render_template
 from utils.data.special_tokens import mark_spellings
 from utils.data.text_encoder import TextEncoder
 
@@ -116,26 +113,13 @@ def render(messages, tokenizer, add_generation_prompt=False, template=None, tool
         ValueError: no template, or one that refuses these messages, fails at them or does not end.
     """
     _check_has_template(tokenizer)
-    special, template = tokenizer.special_tokens_map, template or tokenizer.get_chat_template()
-    check_template_ends(template, special)
     contents = [
-        {key: _marked(value, tokenizer, turn["role"]) for key, value in turn.items() if key != "weight"}
+        {key: _marked(value, tokenizer, turn["role"]) for key, value in turn.items() if key not in ("role", "weight")}
         | {"role": turn["role"]}
         for turn in messages
     ]
-    try:
-        [text], spans = render_jinja_template(
-            [contents],
-            tools=_marked(tools, tokenizer, "system"),
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=has_generation_markers(template),
-            **special,
-        )
-    except Exception as error:  # a template is a program of a stranger's: it may fail in any way
-        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"the tokenizer's chat template refuses the conversation: {reason}") from error
-    return text, spans[0] if spans else []
+    template, tools = template or tokenizer.get_chat_template(), _marked(tools, tokenizer, "system")
+    return render_template(template, tokenizer.special_tokens_map, contents, tools, add_generation_prompt)
 
 
 def _marked(value, tokenizer, role):
@@ -147,14 +131,6 @@ def _marked(value, tokenizer, role):
     if isinstance(value, dict):
         return {key: _marked(part, tokenizer, role) for key, part in value.items()}
     return value
-
-
-_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-def has_generation_markers(template):
-    """Whether a chat template says itself what the assistant writes, by {% generation %}."""
-    return bool(_GENERATION_MARKER.search(template))
 
 
 # ---------------------------------------------------------------- texts that carry the marks

@@ -45,9 +45,9 @@ class ConversationWriter:
             return
         template, special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
         self.abilities = chat_templates.abilities(template, special)
-        if learns and chat_templates.rewrites_turns(template, special):
+        if learns:
             self.template = chat_templates.training_form(template, special)
-            self.splits = self.template is None
+            self.splits = self.template is None and chat_templates.rewrites_turns(template, special)
 
     def prompt(self, conversation: Conversation) -> Rendered:
         """The text up to where the next answer begins."""
@@ -127,8 +127,8 @@ class ConversationWriter:
                 raise SkipRow("the chat template writes no system turn")
             if message["role"] == "tool" and not can.tool:
                 raise SkipRow("the chat template writes no turn of the role tool")
-            if message.get("tool_calls") and not can.tool_calls:
-                raise SkipRow("the chat template writes no tool_calls")
+            if message.get("tool_calls") and not (can.calls_with_text if message["content"] else can.tool_calls):
+                raise SkipRow("the chat template writes no tool_calls" + " beside text" * bool(message["content"]))
             if message.get("reasoning_content") and not can.reasoning:
                 raise SkipRow("the chat template writes no reasoning_content")
             suited.append(message)
