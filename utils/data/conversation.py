@@ -60,16 +60,22 @@ class Texts:
         wholes: the prompt with each answer.
         answers: each answer alone.
         turns: the prompt as messages, where the data tells; None: they are read from the prompt's marks.
+        is_transcript: an answer may hold further turns, with marks.
     """
 
     prompt: str
     wholes: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     turns: tuple[Message, ...] | None = None
+    is_transcript: bool = False
 
     def as_conversation(self) -> Conversation:
         turns = prompt_format.parse_turns(self.prompt) if self.turns is None else list(self.turns)
-        return Conversation(turns, tuple([assistant(answer.strip())] for answer in self.answers))
+        if self.is_transcript:
+            answers = (prompt_format.parse_transcript(self.prompt, answer) for answer in self.answers)
+        else:
+            answers = ([assistant(answer.strip())] for answer in self.answers)
+        return Conversation(turns, tuple(answers))
 
 
 def user(content: str) -> Message:
@@ -118,7 +124,11 @@ class MessageReader:
 
     def _pair(self, turn: Mapping) -> list[Message]:
         question = user(_text(turn["human"], "human"))
-        return [question] if turn.get("assistant") is None else [question, assistant(_text(turn["assistant"], "assistant"))]
+        return (
+            [question]
+            if turn.get("assistant") is None
+            else [question, assistant(_text(turn["assistant"], "assistant"))]
+        )
 
     def _message(self, turn: Mapping, name: str) -> Message:
         given = turn.get("role", turn.get("from"))

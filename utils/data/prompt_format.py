@@ -56,7 +56,7 @@ def write_turns(turns, style, waits=False):
         waits: the text ends with the mark after which the next answer comes.
 
     Returns:
-        (text, [start, end) of each turn's content in its characters)
+        (text, [start, end) of each turn in its characters, from behind its mark on)
 
     Raises:
         ValueError: a format without a place for some of the turns.
@@ -71,9 +71,9 @@ def write_turns(turns, style, waits=False):
             if turn["role"] not in _SYSTEM_ROLES or text:
                 raise ValueError(f"the format {style} has no place for a turn of the role {turn['role']}")
             mark = "" if style == HUMAN_ASSISTANT else "\n\n"
-        start = text + mark + (" " if mark != "\n\n" else "")
-        text = start + content
-        places.append((len(start), len(text)))
+        start = len(text) + len(mark)
+        text += mark + (" " if mark != "\n\n" else "") + content
+        places.append((start, len(text)))
     return text + (marks["assistant"] if waits else ""), places
 
 
@@ -83,9 +83,9 @@ def _write_bare(turns):
     text = turns[0]["content"]
     places = [(0, len(text))]
     if len(turns) == 2:
-        start = text + ("" if text[-1:].isspace() else " ")
-        text = start + turns[1]["content"].strip()
-        places.append((len(start), len(text)))
+        gap = "" if text[-1:].isspace() else " "
+        text += gap + turns[1]["content"].strip()
+        places.append((places[0][1], len(text)))
     return text, places
 
 

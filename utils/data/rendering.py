@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
 
 from utils.data import chat_templates, prompt_format
 from utils.data.conversation import Conversation, Message, Texts
-from utils.data.row_texts import SkipRow
+from utils.data.row_texts import SkipRow, common_start
 
 SYSTEM_ROLES = ("system", "developer")
 
@@ -83,7 +82,7 @@ class ConversationWriter:
             return 0
         other = [*messages[:first], messages[first] | {"content": "\uf8ff"}, *messages[first + 1 :]]
         texts = [self.prompt(replace(conversation, prompt=part)).text for part in (messages, other)]
-        return len(commonprefix(texts))
+        return len(common_start(texts))
 
     # How a format writes
 
@@ -102,7 +101,7 @@ class ConversationWriter:
         asked = self._written(messages[:i], tools, waits=True)[0]
         until = text if i == len(messages) - 1 else self._written(messages[: i + 1], tools)[0]
         # A template may write the beginning of an answer otherwise where it asks for one (an open <think>, say).
-        return len(commonprefix([asked, until, text])), len(commonprefix([until.rstrip(), text]))
+        return len(common_start([asked, until, text])), len(common_start([until.rstrip(), text]))
 
     # What a format can write
 
@@ -167,4 +166,8 @@ def as_written(texts: Texts, style: str | None) -> bool:
     if style == prompt_format.CHAT_TEMPLATE:
         return False
     formatted = prompt_format.is_formatted(texts.prompt)
-    return not formatted if style == prompt_format.BARE else formatted and prompt_format.written_style(texts.prompt) == style
+    return (
+        not formatted
+        if style == prompt_format.BARE
+        else formatted and prompt_format.written_style(texts.prompt) == style
+    )

@@ -67,6 +67,13 @@ def number(row: Row, name: str) -> float:
     return result
 
 
+def common_start(texts: Sequence[str]) -> str:
+    """The text with which all begin."""
+    first, last = min(texts), max(texts)  # what these two have in common, all between them have
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length]
+
+
 def as_path(name: str | tuple[str | int, ...]) -> tuple[str | int, ...]:
     """A column name as a path of one step; a path as it is."""
     return (name,) if isinstance(name, str) else name

@@ -8,10 +8,8 @@ A shape gives examples (conversation.py): texts that stand as they are, where a 
 published datasets do, or messages, which the run's prompt format writes.
 """
 
-import os.path
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from typing import Any
 
 from utils.data import prompt_format
@@ -28,8 +26,8 @@ from utils.data.conversation import (
     user,
     without_last_answer,
 )
-from utils.data.readers import Rows, kind_of
-from utils.data.row_texts import Row, SkipRow, expect, number, text, usable
+from utils.data.readers import ConcatRows, Rows, TextFile
+from utils.data.row_texts import Row, SkipRow, common_start, expect, number, text, usable
 
 Example = Texts | Conversation
 
@@ -57,6 +55,9 @@ class Found:
         self.names = list(rows.column_names)
         self.columns = dict(columns or {})
         self.head = rows.head(HEAD_ROWS)
+        self.plain_text = all(
+            isinstance(part, TextFile) for part in (rows.parts if isinstance(rows, ConcatRows) else [rows])
+        )
 
     def first(self, name: str) -> Any:
         """The first value of a column that is neither null nor empty; None if there is none."""
@@ -76,8 +77,10 @@ class Found:
         return name is not None and isinstance(self.first(name), str) and not self.holds_messages(name)
 
     def system(self) -> str | None:
-        """The column of system prompts, if there is one: that of the flags, or one that holds text."""
-        return self.columns.get("system") or next((name for name in SYSTEM_COLUMNS if self.holds_text(name)), None)
+        """The column of system prompts, if there is one: that of the flags, or one that holds texts or nothing yet."""
+        there = (name for name in SYSTEM_COLUMNS if self.has(name))
+        texts = (name for name in there if self.first(name) is None or self.holds_text(name))
+        return self.columns.get("system") or next(texts, None)
 
     def tools(self) -> str | None:
         return self.columns.get("tools") or self.one_of(("tools",))
@@ -92,7 +95,12 @@ def is_messages(value: Any) -> bool:
             value = loaded_json(value, "")
         except SkipRow:
             return False
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and not {"role", "from", "human"}.isdisjoint(value[0])
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], Mapping)
+        and not {"role", "from", "human"}.isdisjoint(value[0])
+    )
 
 
 # ---------------------------------------------------------------- what a shape is
@@ -106,7 +114,7 @@ class Shape:
         description: in words, for the log: "preference pairs as messages, prompt implicit".
         columns: those that are read.
         has_answer, has_rejected: what a row holds beside a prompt.
-        trees: rows are put together to trees or groups before they are shared out; see ``grouped``.
+        system, tools: columns beside the conversation.
     """
 
     description: str
@@ -232,7 +240,7 @@ class ImplicitPrompt(Shape):
         prompt = transcript_prompt(chosen, rejected)
         wholes = (chosen, rejected)[: len(need) - 1]
         answers = tuple(usable(whole[len(prompt) :], f"'{self.chosen}' after its prompt") for whole in wholes)
-        texts = Texts(prompt, wholes, answers, tuple(prompt_format.parse_turns(prompt)))
+        texts = Texts(prompt, wholes, answers, is_transcript=True)
         if self.system and isinstance(row.get(self.system), str) and row[self.system].strip():
             return [self.checked(self.with_columns(row, texts.as_conversation()), self.chosen)]
         return [texts]
@@ -244,11 +252,8 @@ def transcript_prompt(*wholes: str) -> str:
     Raises:
         SkipRow: there is none.
     """
-    common = os.path.commonprefix(wholes)
-    if all(whole == common for whole in wholes):  # the pair is identical, which is told elsewhere
-        end = prompt_format.end_of_last_mark(common)
-    else:
-        end = prompt_format.end_of_last_mark(common)
+    common = common_start(wholes)
+    end = prompt_format.end_of_last_mark(common)
     if end is None:
         raise SkipRow("the answers have no prompt in common that ends in 'Assistant:'")
     return common[:end]
@@ -306,7 +311,8 @@ class Instruction(Shape):
             if self.answer is None:
                 raise SkipRow("the dataset has no answers")
             answers = ([assistant(text(row, self.answer))],)
-        return [self.with_columns(row, Conversation([user(asked)], answers))]
+        turns = prompt_format.parse_turns(asked) if self.question == "prompt" and not about else [user(asked)]
+        return [self.with_columns(row, Conversation(turns, answers))]
 
 
 @dataclass
@@ -366,7 +372,11 @@ class RankedList(Shape):
 
     def examples(self, row: Row, need: Sequence[str]) -> list[Example]:
         given = row.get(self.prompt)
-        prompt = self.reader.read(given, self.prompt) if is_messages(given) else prompt_format.parse_turns(text(row, self.prompt))
+        prompt = (
+            self.reader.read(given, self.prompt)
+            if is_messages(given)
+            else prompt_format.parse_turns(text(row, self.prompt))
+        )
         if "chosen" not in need:
             return [self.checked(self.with_columns(row, Conversation(prompt)), self.prompt)]
         items = loaded_json(row.get(self.answers), self.answers)
@@ -562,14 +572,24 @@ def _named_columns(found: Found) -> Shape | None:
     """Columns that the user names: texts stand as they are."""
     columns = found.columns
     if "messages" in columns:
-        return Messages("conversations as messages", [columns["messages"]], True, False, found.system(), found.tools(), name=columns["messages"])
+        return Messages(
+            "conversations as messages",
+            [columns["messages"]],
+            True,
+            False,
+            found.system(),
+            found.tools(),
+            name=columns["messages"],
+        )
     if not {"prompt", "chosen", "rejected"} & set(columns):
         return None
     prompt, chosen, rejected = (columns.get(role, role) for role in ("prompt", "chosen", "rejected"))
     return _roles(found, prompt, chosen, rejected)
 
 
-def _roles(found: Found, prompt: str, chosen: str, rejected: str, question: bool = False, label: str | None = None) -> Shape | None:
+def _roles(
+    found: Found, prompt: str, chosen: str, rejected: str, question: bool = False, label: str | None = None
+) -> Shape | None:
     """Named columns of a prompt, and of answers where they are there."""
     if not found.has(prompt):
         return None
@@ -640,12 +660,21 @@ def _preference_strength(found: Found) -> Shape | None:
 
 def _ranked_list(found: Found) -> Shape | None:
     prompt = found.columns.get("prompt") or found.one_of(("prompt", *QUESTION_COLUMNS))
-    answers = next((name for name in LIST_COLUMNS if isinstance(found.first(name), list) and not found.holds_messages(name)), None)
+    answers = next(
+        (name for name in LIST_COLUMNS if isinstance(found.first(name), list) and not found.holds_messages(name)), None
+    )
     if prompt is None or answers is None or found.has("chosen"):
         return None
     order = found.one_of(("ranks", "ranking", "scores", "ratings"))
     return RankedList(
-        "ranked lists of answers", [prompt, answers, order], True, True, found.system(), prompt=prompt, answers=answers, order=order
+        "ranked lists of answers",
+        [prompt, answers, order],
+        True,
+        True,
+        found.system(),
+        prompt=prompt,
+        answers=answers,
+        order=order,
     )
 
 
@@ -660,9 +689,18 @@ def _pairs(found: Found) -> Shape | None:
     if not found.has("rejected"):
         return None
     if found.holds_messages("chosen"):
-        return ImplicitPrompt("preference pairs as messages, prompt implicit", ["chosen", "rejected"], True, True, found.system(), found.tools())
+        return ImplicitPrompt(
+            "preference pairs as messages, prompt implicit",
+            ["chosen", "rejected"],
+            True,
+            True,
+            found.system(),
+            found.tools(),
+        )
     if found.holds_text("chosen"):
-        return ImplicitPrompt("preference pairs as transcripts, prompt implicit", ["chosen", "rejected"], True, True, found.system())
+        return ImplicitPrompt(
+            "preference pairs as transcripts, prompt implicit", ["chosen", "rejected"], True, True, found.system()
+        )
     return None
 
 
@@ -713,7 +751,7 @@ def _prompts(found: Found) -> Shape | None:
 
 
 def _lines(found: Found) -> Shape | None:
-    if found.names != ["text"]:
+    if not found.plain_text:
         return None
     return Instruction("lines of text, a prompt each", ["text"], question="text")
 
