@@ -5,6 +5,7 @@
     row_texts        texts of a row, or the reason why it cannot be used
     raw_datasets     the known datasets by name: which texts of a row are prompt, chosen, rejected
     own_files        users' own files by shape, and from a name or path to its dataset
+    sources          what a step asks of its data, dataset by dataset
     split_index      which rows each step gets
     prompt_format    a conversation as text; special_tokens and chat_template_guard keep it safe
     text_encoder     text -> ids, and from a character to its token

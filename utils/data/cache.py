@@ -14,7 +14,7 @@ from utils.data.encoding import PreparationCounts
 from utils.process.console import print_rank_0
 from utils.process.files import name_if_new, scratch_beside, write_text
 
-CACHE_VERSION = 4  # part of every cache key: raise it when the rules change what is stored
+CACHE_VERSION = 5  # part of every cache key: raise it when the rules change what is stored
 
 
 class PromptDataset(Dataset):
@@ -36,6 +36,10 @@ class PromptDataset(Dataset):
     def from_file(cls, file: Path, train_phase: int) -> "PromptDataset":
         with pa.ipc.open_file(pa.memory_map(str(file))) as reader:
             return cls(reader.read_all(), train_phase)
+
+    def first(self, count: int | None) -> "PromptDataset":
+        """The first ``count`` rows; None for all."""
+        return self if count is None else PromptDataset(self.table.slice(0, count), self.train_phase)
 
     def __len__(self):
         return len(self.table)
@@ -64,7 +68,11 @@ def cache_writer(file: Path, schema: pa.Schema, counts: PreparationCounts):
         name_if_new(scratch, file)
 
 
-def print_counts(split: str, file: Path) -> None:
+def print_counts(split: str, file: Path, used: int | None = None) -> None:
+    """What became of the rows of a file in the cache; ``used``: how many of its rows go on, where not all do."""
     report = file.with_suffix(".json")
-    if report.exists():
-        print_rank_0(f"data ({split}): {PreparationCounts(**json.loads(report.read_text()))}")
+    if not report.exists():
+        return
+    counts = PreparationCounts(**json.loads(report.read_text()))
+    less = "" if used is None or used == counts.kept else f"; of these rows only {used} fit the blend"
+    print_rank_0(f"data ({split}): {counts}{less}")

@@ -5,24 +5,27 @@ encoding.py makes ids of text, cache.py keeps them, batching.py makes batches of
 
 import os
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset
 
 from utils.data import prompt_format
 from utils.data.cache import PromptDataset, cache_writer, content_key, print_counts
 from utils.data.encoding import NEEDED_TEXTS, SFT, RowEncoder, TokenRules
 from utils.data.own_files import get_raw_dataset
-from utils.data.raw_datasets import PromptRawDataset
-from utils.data.readers import DataError, ListRows, Rows
-from utils.data.split_index import get_raw_dataset_split_index
-from utils.process.console import progress
+from utils.data.readers import DataError, ListRows, Rows, SubsetRows
+from utils.data.row_texts import RowReport
+from utils.data.sources import DataSource, sources_of_step
+from utils.data.split_index import get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
+from utils.process.console import print_rank_0, progress
 from utils.process.errors import UserError
+from utils.process.files import write_text
 from utils.process.ranks import check_same_on_all_nodes, once_per_node
 from utils.process.world import get_local_rank
 
@@ -36,24 +39,18 @@ class DataRequest:
 
     Attributes:
         rules: how texts become ids, for which step.
-        data_path: datasets, each a known name or a path.
-        data_split: shares of the steps in each of them, as in "2,4,4"; None: the step gets all rows.
+        sources: the datasets to blend.
         output_path: folder of the files that record the split, and of the cache.
-        seed: of the split.
-        whole_data_path: further datasets, of which the step gets all rows.
-        columns: own column names of a path's files, by prompt, chosen, rejected, messages.
-        max_train_samples: rows to keep; None for all. So max_eval_samples.
+        seed: of the split and of the blend.
+        max_train_samples: rows to keep of the whole blend; None for all. So max_eval_samples.
         rebuild: tokenise again even if the cache has this very data.
         workers: threads of the tokenizer; None for all cores.
     """
 
     rules: TokenRules
-    data_path: Sequence[str]
-    data_split: str | None
+    sources: Sequence[DataSource]
     output_path: str | os.PathLike
     seed: int
-    whole_data_path: Sequence[str] = ()
-    columns: Mapping[str, str | None] | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     rebuild: bool = False
@@ -71,15 +68,11 @@ def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int):
     Raises:
         UserError: as prepare_datasets.
     """
-    rules = TokenRules(train_phase, max_seq_len, args.truncation_side, args.chat_template, args.allow_special_tokens)
     request = DataRequest(
-        rules,
-        args.data_path,
-        args.data_split,
+        TokenRules(train_phase, max_seq_len, args.truncation_side, args.chat_template, args.allow_special_tokens),
+        sources_of_step(args),
         args.data_output_path,
         args.seed,
-        whole_data_path=args.sft_only_data_path if train_phase == SFT else (),
-        columns={name: getattr(args, f"{name}_column") for name in ("prompt", "chosen", "rejected", "messages")},
         max_train_samples=args.max_train_samples,
         max_eval_samples=args.max_eval_samples,
         rebuild=args.rebuild_cache,
@@ -105,14 +98,26 @@ def style_of_rows(dataset, tokenizer, looked_at: int = 50) -> str:
 
 
 class BlendedDataset(ConcatDataset):
-    """Several PromptDatasets one after another; ``lengths`` as in PromptDataset."""
+    """PromptDatasets as one, several of them in a seeded order, so that the first rows are a sample of all.
 
-    def __init__(self, datasets):
+    Attributes:
+        lengths: as in PromptDataset, in the order of the rows.
+    """
+
+    def __init__(self, datasets: Sequence[PromptDataset], seed: int):
         super().__init__(datasets)
-        self.lengths = np.concatenate([dataset.lengths for dataset in datasets])
+        rows = super().__len__()
+        self._order = np.arange(rows) if len(datasets) == 1 else get_shuffle_idx(seed, rows)
+        self.lengths = np.concatenate([dataset.lengths for dataset in datasets])[self._order]
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, index):
+        return super().__getitem__(int(self._order[index]))
 
 
-def prepare_datasets(request: DataRequest, tokenizer):
+def prepare_datasets(request: DataRequest, tokenizer) -> tuple[BlendedDataset, BlendedDataset]:
     """(train, eval) datasets, blended from all that a request names.
 
     Raises:
@@ -121,84 +126,206 @@ def prepare_datasets(request: DataRequest, tokenizer):
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if request.workers == 1 else "true"
     if request.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(request.workers)
-    named = [(name, request.data_split) for name in request.data_path]
-    named += [(name, None) for name in request.whole_data_path]
-    if not named:
+    if not request.sources:
         raise UserError("--data_path names no dataset")
-    splits = [prepare_dataset(name, data_split, request, tokenizer) for name, data_split in named]
-    train, evaluation = (BlendedDataset(list(parts)) for parts in zip(*splits, strict=True))
-    for name, dataset in (("train", train), ("eval", evaluation)):
-        if len(dataset) == 0:
-            raise UserError(
-                f"no {name} row is left for step {request.rules.train_phase}: --data_path "
-                f"{' '.join(request.data_path)} with --data_split {request.data_split} gives this step nothing; see "
-                "the counts above"
-            )
-    return _limit(train, request.max_train_samples), _limit(evaluation, request.max_eval_samples)
+    choices = [replace(source, path="") for source in request.sources]  # paths may differ between nodes
+    check_same_on_all_nodes({"what is asked of the datasets": choices})
+    opened = [_OpenSource(source, request, tokenizer) for source in request.sources]
+    train = _blend(opened, "train", request.max_train_samples, request.seed)
+    return train, _blend(opened, "eval", request.max_eval_samples, request.seed)
 
 
-def _limit(dataset, count: int | None):
-    if count is None or len(dataset) <= count:
-        return dataset
-    limited = Subset(dataset, range(count))
-    limited.lengths = dataset.lengths[:count]
-    return limited
+def _blend(opened: Sequence["_OpenSource"], split: str, limit: int | None, seed: int) -> BlendedDataset:
+    """One split of all datasets, at most ``limit`` rows of them together, and what became of their rows printed."""
+    weights = [one.source.weight for one in opened]
+    weights = None if None in weights else weights
+    parts: list[PromptDataset | None] = [None] * len(opened)
+    if len(opened) == 1:
+        wanted = [limit]
+        parts = [opened[0].part(split, limit)]
+    elif limit is None and weights is None:
+        wanted = [None] * len(opened)
+        parts = [one.part(split) for one in opened]
+    else:
+        sizes = [one.rows_of_share(split) for one in opened]
+        while True:
+            wanted = rows_of_blend(sizes, weights, limit, seed)
+            for i, one in enumerate(opened):
+                if parts[i] is None or len(parts[i]) < wanted[i]:
+                    parts[i] = one.part(split, wanted[i], shuffled=True)
+            if all(len(part) >= count for part, count in zip(parts, wanted, strict=True)):
+                break
+            # Unusable rows made a dataset smaller than it seemed: the others fill its place, or shrink by its weight.
+            sizes = [min(len(p), s) if len(p) < w else s for p, s, w in zip(parts, sizes, wanted, strict=True)]
+    parts = [part.first(count) for part, count in zip(parts, wanted, strict=True)]
+    _print_blend(split, opened, parts, limit)
+    if not sum(map(len, parts)):
+        shares = ", ".join(f"{one.source.path} ({one.source.data_split or 'used whole'})" for one in opened)
+        raise UserError(
+            f"no {split} row is left for step {opened[0].request.rules.train_phase}: with these shares (--data_split) "
+            f"the datasets give this step nothing: {shares}; see the counts above"
+        )
+    return BlendedDataset(parts, seed)
 
 
-def prepare_dataset(name: str, data_split: str | None, request: DataRequest, tokenizer) -> tuple[PromptDataset, ...]:
-    """(train, eval) PromptDatasets of one dataset; ``data_split`` None uses it whole."""
-    try:
-        raw_dataset = get_raw_dataset(name, request.output_path, request.seed, get_local_rank(), request.columns)
-        return tuple(_prepare_split(raw_dataset, split, data_split, request, tokenizer) for split in ("train", "eval"))
-    except DataError as error:
-        raise UserError(str(error)) from error
+def _print_blend(split: str, opened: Sequence["_OpenSource"], parts: Sequence[PromptDataset], limit) -> None:
+    for one, part in zip(opened, parts, strict=True):
+        print_counts(split, one.files[split], len(part))
+    if len(opened) > 1:
+        used = ", ".join(f"{len(part)} of {one.source.path}" for one, part in zip(opened, parts, strict=True))
+        reason = f", limited to {limit}" if limit == sum(map(len, parts)) else ""
+        print_rank_0(f"data ({split}): a blend of {sum(map(len, parts))} rows{reason}: {used}")
+        for one, part in zip(opened, parts, strict=True):
+            if not len(part):
+                print_rank_0(f"data ({split}): WARNING: {one.source.path} is named, and not one row of it is used")
 
 
-def _prepare_split(
-    raw_dataset: PromptRawDataset, split: str, data_split: str | None, request: DataRequest, tokenizer
-) -> PromptDataset:
-    """One split ("train" or "eval") of one dataset, from the cache or made now by the first rank of each node."""
-    rules, output_path, seed = request.rules, request.output_path, request.seed
-    limit = request.max_train_samples if split == "train" else request.max_eval_samples
-    content = [raw_dataset.fingerprint(), tokenizer.chat_template if rules.chat_template else None]
-    check_same_on_all_nodes({"the checksum of data and tokenizer": content_key(tokenizer, *content)})
-    dataset_name = raw_dataset.dataset_name_clean
-    key = content_key(tokenizer, *content, raw_dataset.dataset_name, split, vars(rules), data_split, seed, limit)
-    file = Path(output_path) / "tokenised" / f"{dataset_name}_{split}_step{rules.train_phase}_{key}.arrow"
+def rows_of_blend(sizes: Sequence[int], weights: Sequence[float] | None, limit: int | None, seed: int) -> list[int]:
+    """How many rows each dataset gives to a blend of at most ``limit`` rows.
 
-    def build() -> None:
-        rows = raw_dataset.get_train_data() if split == "train" else raw_dataset.get_eval_data()
-        indices = np.arange(len(rows))
-        if data_split is not None:
-            place = get_local_rank(), output_path, dataset_name, seed, split
-            indices = get_raw_dataset_split_index(*place, data_split, rules.train_phase - 1, len(rows))
-        encoder = RowEncoder(raw_dataset, tokenizer, rules)
-        with cache_writer(file, encoder.schema, encoder.counts) as writer:
-            encode_rows(encoder, rows, indices[:limit], writer)
-
-    once_per_node(file, build, request.rebuild)
-    print_counts(split, file)
-    return PromptDataset.from_file(file, rules.train_phase)
+    Without weights: what a seeded draw from all rows takes of each. With weights: as many rows as there can be in these
+    proportions without taking any row twice.
+    """
+    if weights is None:
+        drawn = get_shuffle_idx(seed, sum(sizes))[:limit]
+        return np.bincount(np.searchsorted(np.cumsum(sizes), drawn, side="right"), minlength=len(sizes)).tolist()
+    shares = [Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
+    rows = min(int(size / share) for size, share in zip(sizes, shares, strict=True))
+    rows = rows if limit is None else min(rows, limit)
+    counts = [int(rows * share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - rows * shares[i])
+    for i in by_remainder[: rows - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
-def encode_rows(encoder: RowEncoder, rows: Rows, indices: np.ndarray, writer: pa.RecordBatchFileWriter) -> None:
+class _OpenSource:
+    """One opened dataset of a request, whose splits come from the cache or are made by the first rank of each node.
+
+    Attributes:
+        files: "train" and "eval" -> the file in the cache that was read last.
+
+    Raises:
+        UserError: unknown dataset, or bad rows.
+    """
+
+    def __init__(self, source: DataSource, request: DataRequest, tokenizer):
+        self.source, self.request, self.tokenizer = source, request, tokenizer
+        self.files: dict[str, Path] = {}
+        rules = request.rules
+        try:
+            self.raw = get_raw_dataset(source.path, request.output_path, request.seed, get_local_rank(), source.columns)
+            self._content = [self.raw.fingerprint(), tokenizer.chat_template if rules.chat_template else None]
+        except DataError as error:
+            raise UserError(str(error)) from error
+        check_same_on_all_nodes({"the checksum of data and tokenizer": content_key(tokenizer, *self._content)})
+        self._content += [self.raw.dataset_name, vars(rules), source.data_split, request.seed]
+
+    def _file(self, split: str, *more) -> Path:
+        key = content_key(self.tokenizer, *self._content, split, *more)
+        name = f"{self.raw.dataset_name_clean}_{split}_step{self.request.rules.train_phase}_{key}.arrow"
+        return Path(self.request.output_path) / "tokenised" / name
+
+    def _rows(self, split: str) -> Rows:
+        return self.raw.get_train_data() if split == "train" else self.raw.get_eval_data()
+
+    def rows_of_share(self, split: str) -> int:
+        """Rows of this step's share, usable or not; the first rank counts them, so that no other opens the files."""
+        file = self._file(split).with_suffix(".rows")
+
+        def build() -> None:
+            rows = len(self._rows(split))
+            if self.source.data_split is not None:
+                boundaries = split_boundaries(self.source.data_split, rows)
+                step = self.request.rules.train_phase
+                rows = boundaries[step] - boundaries[step - 1]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, str(rows))
+
+        once_per_node(file, build, self.request.rebuild)
+        rows = int(file.read_text())
+        return rows if self.source.max_rows is None else min(rows, self.source.max_rows)
+
+    def part(self, split: str, count: int | None = None, shuffled: bool = False) -> PromptDataset:
+        """The first ``count`` usable rows of this step's share; None for all.
+
+        Args:
+            shuffled: a dataset without shares is shuffled before it is cut, as one with shares is anyway.
+        """
+        source, request, rules = self.source, self.request, self.request.rules
+        if source.max_rows is not None:
+            count, shuffled = min(source.max_rows, count or source.max_rows), True
+        shuffled = shuffled and source.data_split is None and count is not None
+        self.files[split] = file = self._file(split, count, shuffled)
+
+        def build() -> None:
+            rows = self._rows(split)
+            indices = get_shuffle_idx(request.seed, len(rows)) if shuffled else np.arange(len(rows))
+            if source.data_split is not None:
+                place = get_local_rank(), request.output_path, self.raw.dataset_name_clean, request.seed, split
+                indices = get_raw_dataset_split_index(*place, source.data_split, rules.train_phase - 1, len(rows))
+            encoder = RowEncoder(self.raw, self.tokenizer, rules)
+            self._say_origin(encoder.report, split, rows, len(indices))
+            with cache_writer(file, encoder.schema, encoder.counts) as writer:
+                encode_rows(encoder, rows, indices, writer, count)
+
+        once_per_node(file, build, self.request.rebuild)
+        return PromptDataset.from_file(file, rules.train_phase)
+
+    def _say_origin(self, report: RowReport, split: str, rows: Rows, share: int) -> None:
+        """What a report says of the rows that other steps, or the other split, get."""
+        report.of = len(rows)
+        if self.raw.eval_split is None and isinstance(rows, SubsetRows):
+            report.of = len(rows.rows)
+            use = "train on" if split == "train" else "evaluate with"
+            report.origin.append(f"{len(rows)} to {use}, as there is no evaluation split")
+        if self.source.data_split is not None:
+            step = self.request.rules.train_phase
+            report.origin.append(f"share {step} of --data_split {self.source.data_split}: {share}")
+
+
+def encode_rows(
+    encoder: RowEncoder, rows: Rows, indices: np.ndarray, writer: pa.RecordBatchFileWriter, limit: int | None = None
+) -> None:
     """Write the ids of rows[indices], chunk by chunk, and count in the encoder what became of the rows.
+
+    Args:
+        limit: rows to write; those that cannot be used do not count. None for all.
 
     Raises:
         DataError: not one of the rows can be used.
     """
-    chunks = [indices[begin : begin + ROWS_PER_CHUNK] for begin in range(0, len(indices), ROWS_PER_CHUNK)]
+    limit = len(indices) if limit is None else limit
+    read = 0
     with ThreadPoolExecutor(CHUNKS_AHEAD) as pool:
-        pending = deque()
-        # The tokenizer works without Python's lock: meanwhile the last chunk is finished here and the next one read.
-        for chunk in progress(chunks, f"tokenising {encoder.report.label}"):
-            pending.append(pool.submit(encoder.tokenise, encoder.read(rows, chunk)))
-            if len(pending) > CHUNKS_AHEAD:
-                writer.write_batch(encoder.finish(*pending.popleft().result()))
-        for tokenised in pending:
-            writer.write_batch(encoder.finish(*tokenised.result()))
-    encoder.report.raise_if_none(rows, NEEDED_TEXTS[encoder.rules.train_phase])
-    encoder.counts.read = str(encoder.report)
+        # As many rows as are missing: all at first, then the places of those that could not be used.
+        while read < len(indices) and (missing := limit - encoder.counts.kept):
+            _encode_chunks(encoder, rows, indices[read : read + missing], writer, pool)
+            read += missing
+    report = encoder.report
+    report.raise_if_none(rows, NEEDED_TEXTS[encoder.rules.train_phase])
+    report.dropped = encoder.counts.identical
+    if read < len(indices):
+        report.origin.append(f"limited to {limit}")
+    encoder.counts.read = str(report)
+
+
+def _encode_chunks(encoder: RowEncoder, rows: Rows, indices: np.ndarray, writer, pool: ThreadPoolExecutor) -> None:
+    chunks = [indices[begin : begin + ROWS_PER_CHUNK] for begin in range(0, len(indices), ROWS_PER_CHUNK)]
+    pending = deque()
+
+    def finish_oldest() -> None:
+        batch = encoder.finish(*pending.popleft().result())
+        if batch.num_rows:
+            writer.write_batch(batch)
+
+    # The tokenizer works without Python's lock: meanwhile the last chunk is finished here and the next one read.
+    for chunk in progress(chunks, f"tokenising {encoder.report.label}") if len(chunks) > 1 else chunks:
+        pending.append(pool.submit(encoder.tokenise, encoder.read(rows, chunk)))
+        if len(pending) > CHUNKS_AHEAD:
+            finish_oldest()
+    while pending:
+        finish_oldest()
 
 
 # ---------------------------------------------------------------- the published calls
@@ -235,14 +362,14 @@ def create_prompt_dataset(
     Raises:
         UserError: as prepare_datasets.
     """
+    columns = {name: column for name, column in (columns or {}).items() if column}
+    sources = [DataSource(path, columns=columns, data_split=data_split) for path in data_path]
+    sources += [DataSource(path, columns=columns) for path in (sft_only_data_path if train_phase == SFT else ())]
     request = DataRequest(
         TokenRules(train_phase, max_seq_len, chat_template=chat_template, allow_special_tokens=allow_special_tokens),
-        data_path,
-        data_split,
+        sources,
         output_path,
         seed,
-        whole_data_path=sft_only_data_path if train_phase == SFT else (),
-        columns=columns,
         max_train_samples=max_train_samples,
         max_eval_samples=max_eval_samples,
         rebuild=reload,
@@ -264,9 +391,13 @@ def create_dataset(
     rebuild=False,
 ):
     """(train, eval) PromptDatasets of one dataset for one step; ``data_split`` None uses it whole."""
-    rules = TokenRules(train_phase, max_seq_len)
-    request = DataRequest(rules, [dataset_name], data_split, output_path, seed, rebuild=rebuild)
-    return prepare_dataset(dataset_name, data_split, request, tokenizer)
+    source = DataSource(dataset_name, data_split=data_split)
+    request = DataRequest(TokenRules(train_phase, max_seq_len), [source], output_path, seed, rebuild=rebuild)
+    opened = _OpenSource(source, request, tokenizer)
+    parts = opened.part("train"), opened.part("eval")
+    for split in opened.files:
+        print_counts(split, opened.files[split])
+    return parts
 
 
 def create_dataset_split(

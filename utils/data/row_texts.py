@@ -101,12 +101,20 @@ def _dotted(path: Sequence[str | int]) -> str:
 
 @dataclass
 class RowReport:
-    """Which rows of a split can be used, and why the others cannot."""
+    """Which rows of a split can be used, and why the others cannot.
+
+    Attributes:
+        of: rows of the whole split, where the report is about a part of them; origin: how it became that part.
+        dropped: rows that had all texts and were left out later.
+    """
 
     label: str
     kept: list[int] = field(default_factory=list)  # positions in the split, in the order they were read
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> rows
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first places
+    of: int | None = None
+    origin: list[str] = field(default_factory=list)
+    dropped: int = 0
 
     @property
     def total(self) -> int:
@@ -127,7 +135,10 @@ class RowReport:
             raise DataError(f"{self}; expected rows with {', '.join(need)}, found {columns_text(rows)}")
 
     def __str__(self) -> str:
-        head = f"{self.label}: {len(self.kept)} of {self.total} rows used"
+        whole = self.total if self.of is None else self.of
+        head = f"{self.label}: {len(self.kept) - self.dropped} of {whole} rows used"
+        if self.origin:
+            head += f" ({'; '.join(self.origin)})"
         reasons = [
             f"{count} x {reason} ({'; '.join(self.examples[reason])})" for reason, count in self.skipped.most_common()
         ]
