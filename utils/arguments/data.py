@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from utils.arguments.kinds import cache_folder, positive
+from utils.arguments.kinds import cache_folder, not_negative, positive
+from utils.data.chat_templates import template_names
+from utils.data.prompt_format import CHAT_TEMPLATE, FORMATS
 from utils.process.errors import UserError
 
 
@@ -41,9 +43,27 @@ def add_data_arguments(parser, step: int) -> None:
             help=f"column of your own files that holds {name}; None for its usual name",
         )
     add(
+        "--prompt_format",
+        choices=FORMATS,
+        default=None,
+        help="how every prompt is written; None for the format that the model remembers from its training, else texts "
+        "as the data has them and conversations as human_assistant. It is saved with the model, and what reads the "
+        "model later follows it",
+    )
+    add(
         "--chat_template",
-        action="store_true",
-        help="write conversations and prompts by the tokenizer's chat template; off for the datasets' own text",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE_or_NAME",
+        help="write every prompt by the tokenizer's chat template (as --prompt_format chat_template), or by that of a "
+        f"file or of a name: {', '.join(template_names())}",
+    )
+    add(
+        "--show_rows",
+        type=not_negative,
+        default=0,
+        help="print so many training rows as the model sees them, what is learned between brackets; 0 for none",
     )
     add(
         "--allow_special_tokens",
@@ -73,6 +93,14 @@ def add_sequence_length_argument(parser) -> None:
     parser.add_argument(
         "--max_seq_len", type=positive, default=512, help="tokens of a row, prompt and answer and EOS together"
     )
+
+
+def settle_format(args) -> None:
+    """--chat_template asks for one of the formats; any other beside it is refused."""
+    if args.chat_template and args.prompt_format not in (None, CHAT_TEMPLATE):
+        raise UserError(f"--chat_template and --prompt_format {args.prompt_format} are two formats: give one")
+    if args.chat_template:
+        args.prompt_format = CHAT_TEMPLATE
 
 
 def refuse_inside_data(args) -> None:

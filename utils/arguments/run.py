@@ -7,7 +7,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from transformers.utils import is_flash_attn_2_available
 
-from utils.arguments.data import refuse_inside_data
+from utils.arguments.data import refuse_inside_data, settle_format
 from utils.arguments.kinds import not_negative, positive, size
 from utils.process.errors import UserError
 from utils.process.files import check_output_dir
@@ -110,6 +110,7 @@ def check_checkpoints(args) -> None:
 def settle_common(args) -> None:
     """Fill in, and check, what depends on the machine."""
     refuse_inside_data(args)
+    settle_format(args)
     check_output_dir(args.data_output_path, "--data_output_path")
     if args.add_eot_token and not args.eot_token.strip():
         raise UserError("--eot_token: a token that ends answers has letters or signs, and this one is blank")

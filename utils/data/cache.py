@@ -31,6 +31,8 @@ class PromptDataset(Dataset):
         names = [name for name in ("input_ids", "chosen_ids", "rejected_ids") if name in table.column_names]
         columns = [pc.list_value_length(table[name]).to_numpy() for name in names]
         self.lengths = np.max(columns, axis=0) if len(table) else np.zeros(0, np.int32)
+        if "ranked_ids" in table.column_names and len(table):
+            self.lengths = np.maximum(self.lengths, _longest_inside(table["ranked_ids"]))
 
     @classmethod
     def from_file(cls, file: Path, train_phase: int) -> "PromptDataset":
@@ -46,6 +48,16 @@ class PromptDataset(Dataset):
 
     def __getitem__(self, index):
         return {name: self.table[name][int(index)].as_py() for name in self.table.column_names}
+
+
+def _longest_inside(column: pa.ChunkedArray) -> np.ndarray:
+    """[rows] of a column of lists of lists: how long the longest inner list is; 0 where there is none."""
+    longest = np.zeros(len(column), np.int32)
+    for chunk, start in zip(column.chunks, np.cumsum([0, *map(len, column.chunks)]), strict=False):
+        if len(chunk.flatten()):
+            lengths, rows = pc.list_value_length(chunk.flatten()).to_numpy(), pc.list_parent_indices(chunk).to_numpy()
+            np.maximum.at(longest, rows + start, lengths)
+    return longest
 
 
 def content_key(tokenizer, *parts) -> str:
@@ -76,3 +88,5 @@ def print_counts(split: str, file: Path, used: int | None = None) -> None:
     counts = PreparationCounts(**json.loads(report.read_text()))
     less = "" if used is None or used == counts.kept else f"; of these rows only {used} fit the blend"
     print_rank_0(f"data ({split}): {counts}{less}")
+    for warning in counts.warnings():
+        print_rank_0(f"data ({split}): WARNING: {warning}")

@@ -5,7 +5,7 @@ A row is (ids, length) all the way to the batch: masks come from lengths, never 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import ClassVar, NamedTuple
 
@@ -20,6 +20,7 @@ from utils.data.rendering import ConversationWriter, Rendered, as_written, one_p
 from utils.data.row_texts import RowReport, SkipRow
 from utils.data.text_encoder import EncodedText, TextEncoder
 
+GLUED_EXAMPLES = 2
 SFT, REWARD, RLHF = 1, 2, 3  # the steps, as train_phase counts them
 NEEDED_TEXTS = {SFT: ("prompt", "chosen"), REWARD: ("prompt", "chosen", "rejected"), RLHF: ("prompt",)}
 
@@ -44,13 +45,22 @@ class TokenRules:
 
 @dataclass
 class PreparationCounts:
-    """What happened to the rows of one dataset split, printed with every run so that no loss is silent."""
+    """What happened to the rows of one dataset split, printed with every run so that no loss is silent.
 
-    read: str = ""  # rows used and skipped, with reasons and places
+    Attributes:
+        read: rows used and skipped, with reasons and places.
+        glued: rows whose prompt and answer have no blank between them; glued_examples: how the first ones read there.
+        unused: fields of turns that nothing is done with, and in how many turns they are.
+    """
+
+    read: str = ""
     kept: int = 0
     truncated: int = 0
     without_eos: int = 0
     identical: int = 0
+    glued: int = 0
+    glued_examples: list[str] = field(default_factory=list)
+    unused: dict[str, int] = field(default_factory=dict)
 
     def __str__(self):
         parts = [self.read]
@@ -60,7 +70,19 @@ class PreparationCounts:
             parts.append(f"{self.without_eos} of them lost an answer's end")
         if self.identical:
             parts.append(f"{self.identical} pairs dropped, their answers being identical")
+        if self.unused:
+            parts.append("not used: " + ", ".join(f"{name} ({count} turns)" for name, count in self.unused.items()))
         return ", ".join(parts)
+
+    def warnings(self) -> list[str]:
+        if not self.glued:
+            return []
+        examples = " and ".join(map(repr, self.glued_examples))
+        return [
+            f"in {self.glued} rows the answer begins right behind the prompt's last character, as in {examples}: if "
+            "prompts are questions, --prompt_format human_assistant (or --chat_template) writes them as such; bare "
+            "texts are learned as they stand"
+        ]
 
 
 def prompt_tokens_to_drop(length: int, prompt_length: int, max_length: int, leading: int) -> int:
@@ -121,10 +143,21 @@ class RowMaker:
     def samples_of(self, example: Texts | Conversation, row) -> list[tuple]:
         answers_only = self.by_template or isinstance(example, Conversation)
         if isinstance(example, Texts) and as_written(example, self.rules.prompt_format):
+            self.note_glued(example)
             written = [(example, [Rendered(text, len(example.prompt)) for text in example.wholes or (example.prompt,)])]
         else:
             written = self.written(example.as_conversation() if isinstance(example, Texts) else example)
         return [((one, rendered, answers_only), [part.text for part in rendered]) for one, rendered in written]
+
+    def note_glued(self, example: Texts) -> None:
+        start = len(example.prompt)
+        if not example.wholes or not example.wholes[0][start - 1 : start + 1].isascii():  # scripts without blanks
+            return
+        before, after = example.wholes[0][start - 1], example.wholes[0][start : start + 1]
+        if not before.isspace() and not after.isspace():
+            self.counts.glued += 1
+            if self.counts.glued <= GLUED_EXAMPLES:
+                self.counts.glued_examples.append(example.wholes[0][max(0, start - 30) : start + 30])
 
     def written(self, conversation: Conversation) -> list[tuple[Conversation, list[Rendered]]]:
         return [(conversation, [self.writer.answered(conversation, answer) for answer in conversation.answers])]

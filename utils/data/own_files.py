@@ -1,4 +1,4 @@
-"""The user's own files and datasets of the hub that have no class of their own, and the way from a name to its dataset."""
+"""The user's own files and datasets of the hub without a class of their own, and the way from a name to its dataset."""
 
 import difflib
 import os
@@ -66,6 +66,15 @@ class PathDataset(PromptRawDataset):
     def recognised(self) -> str:
         unread = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
         return self.shape.description + unread
+
+    def unused_fields(self) -> dict[str, int]:
+        found = dict(self.shape.reader.unused)
+        self.shape.reader.unused.clear()
+        return found
+
+    def keep_also(self, names: tuple[str, ...] | str) -> None:
+        super().keep_also(names)
+        self.unread = [column for column in self.unread if names != "all" and column not in names]
 
     def examples(self, row: Row, need: Sequence[str]) -> list[Texts | Conversation]:
         if "chosen" in need and not self.shape.has_answer:

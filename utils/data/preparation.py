@@ -16,6 +16,7 @@ import pyarrow as pa
 from torch.utils.data import ConcatDataset
 
 from utils.data import prompt_format
+from utils.data.batching import IGNORE_INDEX, learned_labels
 from utils.data.cache import PromptDataset, cache_writer, content_key, print_counts
 from utils.data.encoding import NEEDED_TEXTS, SFT, RowEncoder, TokenRules
 from utils.data.own_files import get_raw_dataset
@@ -60,16 +61,20 @@ class DataRequest:
 # ---------------------------------------------------------------- what a step calls
 
 
-def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int):
+def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int, keep_columns: tuple[str, ...] | str = ()):
     """(train, eval) datasets as a step's flags ask for them.
 
-    The tokenizer gets a chat template that writes the training data's form of a prompt, if it has none of its own.
+    The tokenizer remembers the format in which prompts are written, and gets a template that writes it for servers.
+
+    Args:
+        keep_columns: of step 3, see TokenRules.
 
     Raises:
         UserError: as prepare_datasets.
     """
+    style = format_of_run(args, tokenizer)
     request = DataRequest(
-        TokenRules(train_phase, max_seq_len, args.truncation_side, args.chat_template, args.allow_special_tokens),
+        TokenRules(train_phase, max_seq_len, args.truncation_side, style, args.allow_special_tokens, keep_columns),
         sources_of_step(args),
         args.data_output_path,
         args.seed,
@@ -79,8 +84,55 @@ def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int):
         workers=args.preprocessing_num_workers,
     )
     train, evaluation = prepare_datasets(request, tokenizer)
-    prompt_format.carry_template(tokenizer, style_of_rows(train, tokenizer))
+    prompt_format.remember(tokenizer, style or style_of_rows(train, tokenizer))
+    show_rows(train, tokenizer, args.show_rows, getattr(args, "mask_prompt", False))
     return train, evaluation
+
+
+def format_of_run(args, tokenizer) -> str | None:
+    """The prompt format of a run: that of the flags, else that of the model's own training, else none (TokenRules)."""
+    style, remembered = args.prompt_format, prompt_format.remembered(tokenizer)
+    if style is not None:
+        print_rank_0(f"prompt format: {style} (--prompt_format or --chat_template)")
+    elif remembered is not None:
+        print_rank_0(f"prompt format: {remembered}, on which the model was trained (--prompt_format for another)")
+    return style or remembered
+
+
+def show_rows(dataset, tokenizer, count: int, mask_prompt: bool = False) -> None:
+    """Print rows as the model sees them, what is learned of them between double brackets."""
+    for index in range(min(count, len(dataset))):
+        row = dataset[index]
+        if "input_ids" not in row:
+            parts = {"chosen": row["chosen_ids"], "rejected": row["rejected_ids"]}
+            if row["ranked_ids"]:
+                parts = {f"rank {rank}": ids for rank, ids in zip(row["ranks"], row["ranked_ids"], strict=True)}
+        else:
+            parts = {"prompt" if "answer_spans" not in row else "ids": row["input_ids"]}
+        for name, ids in parts.items():
+            learned = [-100] * len(ids)
+            if "answer_spans" in row:
+                learned = learned_labels(row, mask_prompt)
+            text = _with_brackets(tokenizer, ids, learned)
+            print_rank_0(f"row {index + 1}, {name} ({len(ids)} tokens): {text}")
+
+
+def _with_brackets(tokenizer, ids: list[int], labels: list[int]) -> str:
+    """The decoded ids; runs of labels between [[ and ]], a label that is not the id itself behind a bar."""
+    pieces, begin = [], 0
+    for position in range(1, len(ids) + 1):
+        learned = labels[begin] != IGNORE_INDEX
+        same = position < len(ids) and (labels[position] != IGNORE_INDEX) == learned
+        if same and (not learned or labels[position] == ids[position]) and (not learned or labels[begin] == ids[begin]):
+            continue
+        text = tokenizer.decode(ids[begin:position], clean_up_tokenization_spaces=False)
+        if learned and labels[begin] != ids[begin]:
+            text = f"[[|{tokenizer.decode([labels[begin]])}]]{text}"
+        elif learned:
+            text = f"[[{text}]]"
+        pieces.append(text)
+        begin = position
+    return repr("".join(pieces))
 
 
 def style_of_rows(dataset, tokenizer, looked_at: int = 50) -> str:
@@ -90,7 +142,7 @@ def style_of_rows(dataset, tokenizer, looked_at: int = 50) -> str:
         row = dataset[position]
         ids = row.get("input_ids") or row["chosen_ids"]
         written = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        styles[prompt_format.TURNS if row.get("answers_only") else prompt_format.written_style(written)] += 1
+        styles[prompt_format.written_style(written)] += 1
     return styles.most_common(1)[0][0]
 
 
@@ -215,9 +267,12 @@ class _OpenSource:
         rules = request.rules
         try:
             self.raw = get_raw_dataset(source.path, request.output_path, request.seed, get_local_rank(), source.columns)
-            self._content = [self.raw.fingerprint(), tokenizer.chat_template if rules.chat_template else None]
+            self.raw.keep_also(rules.keep_columns)
+            by_template = rules.prompt_format == prompt_format.CHAT_TEMPLATE
+            self._content = [self.raw.fingerprint(), tokenizer.chat_template if by_template else None]
         except DataError as error:
             raise UserError(str(error)) from error
+        print_rank_0(f"data: {source.path}: {self.raw.recognised()}")
         check_same_on_all_nodes({"the checksum of data and tokenizer": content_key(tokenizer, *self._content)})
         self._content += [self.raw.dataset_name, vars(rules), source.data_split, request.seed]
 
@@ -299,7 +354,7 @@ def encode_rows(
     read = 0
     with ThreadPoolExecutor(CHUNKS_AHEAD) as pool:
         # As many rows as are missing: all at first, then the places of those that could not be used.
-        while read < len(indices) and (missing := limit - encoder.counts.kept):
+        while read < len(indices) and (missing := limit - encoder.counts.kept) > 0:
             _encode_chunks(encoder, rows, indices[read : read + missing], writer, pool)
             read += missing
     report = encoder.report
@@ -308,6 +363,7 @@ def encode_rows(
     if read < len(indices):
         report.origin.append(f"limited to {limit}")
     encoder.counts.read = str(report)
+    encoder.counts.unused = encoder.raw.unused_fields()
 
 
 def _encode_chunks(encoder: RowEncoder, rows: Rows, indices: np.ndarray, writer, pool: ThreadPoolExecutor) -> None:
@@ -345,6 +401,7 @@ def create_prompt_dataset(
     reload=False,
     *,
     chat_template=False,
+    prompt_format=None,
     allow_special_tokens=False,
     columns=None,
     max_train_samples=None,
@@ -357,16 +414,19 @@ def create_prompt_dataset(
         local_rank, end_of_conversation_token: accepted for old callers. A process knows its rank, and every answer
             ends with the tokenizer's EOS.
         max_seq_len: tokens of a row; of a prompt in step 3.
+        chat_template: as prompt_format "chat_template".
+        prompt_format: in which every row is written; None: as the data has them, conversations as human_assistant.
         allow_special_tokens: special tokens spelled in the data's texts become these tokens; else they are text.
 
     Raises:
         UserError: as prepare_datasets.
     """
+    style = "chat_template" if chat_template else prompt_format
     columns = {name: column for name, column in (columns or {}).items() if column}
     sources = [DataSource(path, columns=columns, data_split=data_split) for path in data_path]
     sources += [DataSource(path, columns=columns) for path in (sft_only_data_path if train_phase == SFT else ())]
     request = DataRequest(
-        TokenRules(train_phase, max_seq_len, chat_template=chat_template, allow_special_tokens=allow_special_tokens),
+        TokenRules(train_phase, max_seq_len, prompt_format=style, allow_special_tokens=allow_special_tokens),
         sources,
         output_path,
         seed,

@@ -132,6 +132,17 @@ class PromptRawDataset:
         """One line for the log: which files or splits are read."""
         return f"{self.raw_datasets.label}: {self.raw_datasets.notes}"
 
+    def keep_also(self, names: tuple[str, ...] | str) -> None:
+        """Says that rows are to have these columns, too, where the data has them; "all" for all of them."""
+        if names and (needed := self._columns()):
+            there = self.raw_datasets[self.train_split].column_names
+            more = there if names == "all" else [name for name in names if name in there]
+            self.raw_datasets.keep_columns(list(dict.fromkeys([*needed, *more])))
+
+    def unused_fields(self) -> dict[str, int]:
+        """Fields within rows that nothing was done with since the last call, and how often they were there."""
+        return {}
+
     def recognised(self) -> str:
         """One line for the log: as what the rows are read, and what of them is not."""
         return "a known dataset"

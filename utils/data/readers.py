@@ -205,7 +205,7 @@ class HuggingFaceRows(Rows):
             raise DataError(f"{label}: expected at least one row, found none")
         self.column_names = list(dataset.column_names)
         self.label = label
-        self.dataset = dataset
+        self.dataset = self._whole = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -220,7 +220,7 @@ class HuggingFaceRows(Rows):
         return f"{self.label}, row {int(index) + 1}"
 
     def keep_columns(self, names: Iterable[str]) -> None:
-        self.dataset = self.dataset.select_columns([name for name in self.column_names if name in names])
+        self.dataset = self._whole.select_columns([name for name in self.column_names if name in names])
 
 
 class _FileRows(Rows):

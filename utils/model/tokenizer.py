@@ -3,7 +3,11 @@
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+from utils.data import prompt_format
+from utils.data.chat_templates import missing_tokens, named_template
+from utils.data.readers import DataError
 from utils.model.loading import load_config
+from utils.process.console import print_rank_0
 from utils.process.errors import UserError
 
 
@@ -53,6 +57,35 @@ def _check_highest_id(model_name_or_path: str, highest: int, trust_remote_code: 
             f"the tokenizer of {model_name_or_path!r} has a token of id {highest}, outside the {rows} rows of the "
             "model's embedding, and ids are missing below it: the two do not belong together"
         )
+
+
+def use_template(tokenizer, template: str | None = None) -> None:
+    """Let a tokenizer write prompts by a chat template.
+
+    Tokens that it writes and the vocabulary lacks are added: a turn that ends in several ordinary tokens could not be
+    told from text.
+
+    Args:
+        template: a name or a file, as ``named_template`` takes it; None for the one that the model came with.
+
+    Raises:
+        UserError: no such template, or none of the model's own.
+    """
+    if template is not None:
+        try:
+            tokenizer.chat_template = named_template(template)
+        except DataError as error:
+            raise UserError(str(error)) from error
+        if missing := missing_tokens(tokenizer.chat_template, tokenizer):
+            tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+            print_rank_0(f"--chat_template {template}: added to the vocabulary: {', '.join(missing)}")
+        return
+    own = prompt_format.own_template(tokenizer)
+    if own is None:
+        raise UserError(
+            "--chat_template: the tokenizer has none of its own; name one, as in --chat_template chatml, or a file"
+        )
+    tokenizer.chat_template = own
 
 
 def check_same_tokenizer(

@@ -44,10 +44,13 @@ class Checks:
     def __init__(self):
         self.count = self.problems = 0
 
-    def find(self, name: str, check):
+    def find(self, name: str, check, show: bool = False):
         """Print the text of ``check() -> (text, what it found)``, or its problem; returns what it found, or None.
 
         Every rank must call this, since checks hold collectives.
+
+        Args:
+            show: print also what the check printed, below its result.
         """
         result = None
         noise = io.StringIO()
@@ -59,6 +62,8 @@ class Checks:
             self.problems += 1
         self.count += 1
         print_rank_0(f"{self.count:2}. {name:14}{outcome:9}{text}")
+        for line in noise.getvalue().splitlines() if show else ():
+            print_rank_0(f"    {line}")
         return result
 
     def run(self, name: str, check) -> bool:
@@ -87,7 +92,7 @@ def preflight(args, step: int) -> None:
         print_rank_0("    data          skipped: it needs the tokenizer")
     else:
         checks.run("pad and EOS", lambda: _pad(tokenizer))
-        datasets = checks.find("data", lambda: _data(args, step, tokenizer))
+        datasets = checks.find("data", lambda: _data(args, step, tokenizer), show=True)
     checks.run("batches", lambda: _batches(args, step, datasets))
 
     machine = this_machine()
