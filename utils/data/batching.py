@@ -1,5 +1,6 @@
 """From id rows to padded batches: the order of rows, packing, padding, collators."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -277,7 +278,10 @@ class DataCollatorReward:
 
 @dataclass
 class DataCollatorRLHF:
-    """Prompts of step 3, left-padded so that answers begin in one column {prompt, prompt_att_mask}, [batch, length]."""
+    """Prompts of step 3, left-padded so that answers begin in one column {prompt, prompt_att_mask}, [batch, length].
+
+    Rows that keep columns of the data, as JSON, bring them along: "columns", a list of one dict per row.
+    """
 
     pad_token_id: int
     max_token_len: int
@@ -290,7 +294,10 @@ class DataCollatorRLHF:
             side="left",
             to_length=self.max_token_len if self.pad_to_max_length else None,
         )
-        return {"prompt": ids, "prompt_att_mask": mask}
+        batch = {"prompt": ids, "prompt_att_mask": mask}
+        if any("columns" in row for row in rows):
+            batch["columns"] = [json.loads(row["columns"]) for row in rows]
+        return batch
 
 
 def to_device(batch, device):
