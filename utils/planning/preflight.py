@@ -271,13 +271,18 @@ def _disk(args, paths: dict[str, str], models: dict[str, MetaModel]) -> str:
 
 
 def _longest(args, step: int, datasets):
-    """The arguments with the lengths that the rows really have, where they are known."""
-    if datasets is None or args.pad_to_max_length or (step == 1 and args.packing):
+    """The arguments with the lengths, and in step 2 the answers, that the rows really have, where they are known."""
+    if datasets is None or (step == 1 and args.packing):
         return args
+    known = {}
+    if step == 2:
+        known["answers_per_row"] = max(getattr(dataset, "answers_per_row", 2) for dataset in datasets)
+    if args.pad_to_max_length:
+        return argparse.Namespace(**vars(args) | known)
     longest = max(max(dataset.lengths) for dataset in datasets)
     limit = "max_seq_len" if step < 3 else "max_prompt_seq_len"
     padded = min(vars(args)[limit], -(-int(longest) // 8) * 8)
-    return argparse.Namespace(**vars(args) | {limit: padded})
+    return argparse.Namespace(**vars(args) | known | {limit: padded})
 
 
 def this_machine() -> Machine:
