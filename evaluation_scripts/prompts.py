@@ -91,8 +91,13 @@ def read_rows(path: str, fields: tuple[str, ...]) -> list[dict]:
 
 def read_prompts(path: str) -> list[str]:
     """Prompts of a file: of .txt the lines that are not blank, of any kind that read_rows knows the field "prompt"."""
+    return [row["prompt"] for row in read_prompt_rows(path)]
+
+
+def read_prompt_rows(path: str) -> list[dict]:
+    """As read_prompts, with whatever other fields the rows have."""
     if Path(path).suffix != ".txt":
-        return [row["prompt"] for row in read_rows(path, ("prompt",))]
+        return read_rows(path, ("prompt",))
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -100,4 +105,4 @@ def read_prompts(path: str) -> list[str]:
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompts")
-    return prompts
+    return [{"prompt": prompt} for prompt in prompts]

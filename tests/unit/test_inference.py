@@ -725,9 +725,9 @@ def test_tables_escape_what_models_and_prompts_say(folders, tmp_path, ending):
 
 
 def test_answers_of_every_way_are_judged_and_reported(folders, tmp_path, capsys):
-    prompts, code = tmp_path / "prompts.txt", tmp_path / "judges.py"
-    prompts.write_text("hi\ntalk\n")
-    code.write_text("def greeting(prompts, answers):\n    return [float('hello' in answer) for answer in answers]\n")
+    prompts, code = tmp_path / "prompts.jsonl", tmp_path / "judges.py"
+    prompts.write_text('{"prompt": "hi", "wanted": "hello"}\n{"prompt": "talk", "wanted": "hello"}\n')
+    code.write_text("def greeting(answers, wanted):\n    return [float(w in a) for a, w in zip(answers, wanted)]\n")
     flags = ["--prompts_file", str(prompts), "--judge_reward_model", folders["reward"]]
     flags += ["--judge_function", f"{code}:greeting", "--num_beams", "2", "--num_beam_groups", "2"]
     report, answers = tmp_path / "report.html", tmp_path / "answers.jsonl"
@@ -843,3 +843,11 @@ def test_a_row_without_a_prompt_is_named(tmp_path):
     path.write_text('{"prompt": "a"}\n{"question": "b"}\n')
     with pytest.raises(UserError, match=r"line 2.*'prompt'"):
         read_prompts(str(path))
+
+
+def test_a_judge_that_asks_for_a_field_that_the_prompts_lack_is_refused_before_loading(folders, tmp_path):
+    (tmp_path / "judges.py").write_text("def exact(answers, wanted):\n    return [0.0] * len(answers)\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hi", "wanted": "x"}\n{"prompt": "talk", "level": 1}\n')
+    flags = ["--prompts_file", str(tmp_path / "prompts.jsonl"), "--judge_function", f"{tmp_path}/judges.py:exact"]
+    with pytest.raises(UserError, match=r"exact asks for answers, wanted .*columns of the data: prompt\."):
+        compare(folders, *flags)

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from utils.data import raw_datasets, readers
-from utils.data.own_files import ConversationDataset, PathDataset, get_raw_dataset
+from utils.data.own_files import PathDataset, get_raw_dataset
 from utils.data.raw_datasets import KNOWN_DATASETS, PromptRawDataset, QuestionDataset, find_known_dataset
 from utils.data.readers import (
     ConcatRows,
@@ -596,8 +596,13 @@ TURNS = [
 
 def open_conversations(tmp_path, rows, name="chat.jsonl"):
     dataset = open_at(write_rows(tmp_path / name, rows), tmp_path)
-    assert type(dataset) is ConversationDataset and not dataset.has_rejected
+    assert type(dataset) is PathDataset and not dataset.has_rejected
     return dataset
+
+
+def messages_of(dataset, row, need=("prompt", "chosen")):
+    [example] = dataset.examples(row, need)
+    return [*example.prompt, *(turn for answer in example.answers for turn in answer)]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
@@ -606,7 +611,7 @@ def test_messages_and_human_assistant_turns_are_the_same_conversation(ending, tm
     for column, value in (("messages", TURNS), ("conversation", pairs)):
         dataset = open_conversations(tmp_path, [{column: value}] * 10, f"{column}.{ending}")
         row = dataset.get_train_data()[0]
-        assert dataset.get_messages(row) == TURNS
+        assert messages_of(dataset, row) == TURNS
         assert dataset.get_prompt(row) == " Human: q1 Assistant: a1 Human: q2 Assistant:"
         assert dataset.get_chosen(row) == " a2"
         assert dataset.get_prompt_and_chosen(row) == " Human: q1 Assistant: a1 Human: q2 Assistant: a2"
@@ -616,8 +621,12 @@ def test_system_message_comes_first_and_an_open_question_is_a_prompt(tmp_path):
     rows = [{"messages": [{"role": "system", "content": "Be kind."}, *TURNS[:3]]}, {"conversation": [{"human": "q"}]}]
     dataset = open_conversations(tmp_path, rows)
     assert dataset.get_prompt(rows[0]) == " Be kind. Human: q1 Assistant: a1 Human: q2 Assistant:"
-    assert dataset.get_chosen(rows[0]) is None
-    assert dataset.skip_reason(rows[0]) == "field 'messages' ends without an answer"
+    # What follows the last answer is nothing to learn.
+    assert messages_of(dataset, rows[0]) == rows[0]["messages"][:3]
+    assert dataset.get_chosen(rows[0]) == " a1"
+    unanswered = {"messages": TURNS[:1]}
+    assert dataset.get_prompt(unanswered) == " Human: q1 Assistant:" and dataset.get_chosen(unanswered) is None
+    assert dataset.skip_reason(unanswered) == "field 'messages' holds no answer"
 
 
 @pytest.mark.parametrize(
@@ -630,7 +639,8 @@ def test_system_message_comes_first_and_an_open_question_is_a_prompt(tmp_path):
         ([{"role": "user"}], "'content' is missing"),
         ([{"role": "user", "content": 3}], "expected a string, found a number"),
         ([{"role": "user", "content": " "}], "is empty"),
-        ([{"role": "tool", "content": "x"}], "expected the role system, user or assistant"),
+        ([{"role": "tool", "content": "x"}], "another order"),
+        ([{"role": "narrator", "content": "x"}], "expected the role system, developer, user, assistant, tool"),
         ([{"content": "x"}], "expected the role"),
         ([{"role": "system", "content": "x"}], "another order"),
         ([TURNS[1], TURNS[0]], "another order"),
@@ -641,7 +651,6 @@ def test_system_message_comes_first_and_an_open_question_is_a_prompt(tmp_path):
 def test_unusable_conversations_are_skipped_with_the_reason(turns, reason, tmp_path):
     dataset = open_conversations(tmp_path, [{"messages": TURNS}, {"messages": turns}])
     rows = dataset.raw_datasets["train"]
-    assert dataset.get_messages(rows[1]) is None
     report = dataset.check_rows(rows)
     assert report.kept == [0]
     (found,) = report.skipped
@@ -650,8 +659,9 @@ def test_unusable_conversations_are_skipped_with_the_reason(turns, reason, tmp_p
 
 def test_texts_win_over_messages_unless_the_caller_names_the_column(tmp_path):
     path = write_rows(tmp_path / "d.jsonl", [PAIR | {"messages": TURNS}])
-    assert type(open_at(path, tmp_path)) is PathDataset
-    assert type(open_at(path, tmp_path, columns={"messages": "messages"})) is ConversationDataset
+    assert open_at(path, tmp_path).recognised() == "preference pairs as texts; columns not read: messages"
+    named = open_at(path, tmp_path, columns={"messages": "messages"})
+    assert named.recognised().startswith("conversations as messages; columns not read: prompt")
     with pytest.raises(DataError, match=r"expected the column 'talk'"):
         open_at(path, tmp_path, columns={"messages": "talk"})
 

@@ -51,7 +51,7 @@ class DeepSpeedPPOTrainer:
     # ------------------------------------------------------------ experience
 
     def generate_experience(
-        self, prompts, mask, step=0, refuse: Callable[[Figures], object] = refuse_nonfinite
+        self, prompts, mask, step=0, refuse: Callable[[Figures], object] = refuse_nonfinite, columns=None
     ) -> Experience:
         """Sample answers and look at them with all four models.
 
@@ -59,6 +59,7 @@ class DeepSpeedPPOTrainer:
             prompts, mask: [B, P], left-padded.
             step: for messages.
             refuse: called on every rank when logits of any were not finite.
+            columns: [B] dicts, the columns of the data for reward functions; None where there are none.
         """
         self.eval()
         try:
@@ -75,7 +76,7 @@ class DeepSpeedPPOTrainer:
             with self.rlhf_engine.reference_weights():
                 ref_log_probs, _ = self._answer_log_probs(self.ref_label_log_probs, input_ids, attention_mask, width)
             values = self._answer_values(input_ids, attention_mask, width) if self.critic_model is not None else None
-            score_parts = self._score_parts(input_ids, attention_mask, prompts.shape[1])
+            score_parts = self._score_parts(input_ids, attention_mask, prompts.shape[1], columns)
         ended = (answers == self.tokenizer.eos_token_id).any(dim=1)
         scores = self._final_scores(score_parts, ended)
         self.train()
@@ -148,8 +149,11 @@ class DeepSpeedPPOTrainer:
             function.name for function in self.reward_functions
         ]
 
-    def _score_parts(self, input_ids, attention_mask, prompt_width) -> torch.Tensor:
-        """[B, n]: what the reward model, if there is one, and each reward function give to the answers."""
+    def _score_parts(self, input_ids, attention_mask, prompt_width, columns=None) -> torch.Tensor:
+        """[B, n]: what the reward model, if there is one, and each reward function give to the answers.
+
+        ``columns``: [B] dicts of the data's columns, for reward functions.
+        """
         parts = []
         if self.reward_model is not None:
             values = self.reward_model(input_ids=input_ids, attention_mask=attention_mask, values_only=True)
@@ -163,7 +167,7 @@ class DeepSpeedPPOTrainer:
             )
             scores = []
             # A function that fails on one rank must not leave the others waiting.
-            agree(lambda: scores.extend(function(prompts, answers) for function in self.reward_functions))
+            agree(lambda: scores.extend(function(prompts, answers, columns) for function in self.reward_functions))
             parts += [torch.tensor(row, dtype=torch.float32, device=input_ids.device) for row in scores]
         return torch.stack(parts, dim=1)
 

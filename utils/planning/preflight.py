@@ -24,7 +24,7 @@ from utils.data.unsupervised import get_unsupervised_data
 from utils.engine.build import load_tokenizer
 from utils.model.loading import WEIGHT_FILES, load_config
 from utils.model.model_utils import check_model, check_positions
-from utils.model.reward_functions import load_reward_functions
+from utils.model.reward_functions import RewardFunction, check_columns, columns_wanted, load_reward_functions
 from utils.model.reward_model import reward_scale
 from utils.model.soft_prompt import check_soft_prompt_inputs
 from utils.model.tokenizer import check_same_tokenizer
@@ -81,6 +81,9 @@ def preflight(args, step: int) -> None:
     checks = Checks()
     settled = checks.find("flags", lambda: _flags(args, step))
     args = args if settled is None else settled
+    functions = []
+    if step == 3 and args.reward_function:
+        functions = checks.find("rewards", lambda: _reward_functions(args)) or []
     checks.run("packages", lambda: _packages(args, step))
     paths = _paths(args, step)
     configs = {}
@@ -92,7 +95,7 @@ def preflight(args, step: int) -> None:
         print_rank_0("    data          skipped: it needs the tokenizer")
     else:
         checks.run("pad and EOS", lambda: _pad(tokenizer))
-        datasets = checks.find("data", lambda: _data(args, step, tokenizer), show=True)
+        datasets = checks.find("data", lambda: _data(args, step, tokenizer, functions), show=True)
     checks.run("batches", lambda: _batches(args, step, datasets))
 
     machine = this_machine()
@@ -122,9 +125,12 @@ def _paths(args, step: int) -> dict[str, str]:
 
 def _flags(args, step: int) -> tuple[str, arguments.Settled]:
     settled = arguments.settle(args, step)
-    if step == 3:
-        load_reward_functions(args.reward_function)
     return f"they go together; training in {settled.dtype}", settled
+
+
+def _reward_functions(args) -> tuple[str, list[RewardFunction]]:
+    functions = load_reward_functions(args.reward_function)
+    return ", ".join(f"{function.weight:g} x {function.name}" for function in functions), functions
 
 
 def _packages(args, step: int) -> str:
@@ -197,9 +203,12 @@ def _pad(tokenizer) -> str:
     return f"pad {pad!r} ({tokenizer.pad_token_id}) and EOS {eos!r} ({tokenizer.eos_token_id}) differ"
 
 
-def _data(args, step: int, tokenizer) -> tuple[str, tuple]:
+def _data(args, step: int, tokenizer, functions: list[RewardFunction]) -> tuple[str, tuple]:
     limit = args.max_seq_len if step < 3 else args.max_prompt_seq_len
-    train, evaluation = datasets_of_step(args, tokenizer, step, limit)
+    wanted = columns_wanted(functions)
+    keep = {"keep_columns": wanted} if wanted else {}
+    train, evaluation = datasets_of_step(args, tokenizer, step, limit, **keep)
+    check_columns(functions, getattr(train, "columns", ()))
     rows = "prompts" if step == 3 else "rows"
     text = f"{len(train):,} {rows} to train, {len(evaluation):,} to evaluate, the longest {max(train.lengths):,} tokens"
     if step == 3 and args.unsupervised_dataset_name:
@@ -267,13 +276,18 @@ def _disk(args, paths: dict[str, str], models: dict[str, MetaModel]) -> str:
 
 
 def _longest(args, step: int, datasets):
-    """The arguments with the lengths that the rows really have, where they are known."""
-    if datasets is None or args.pad_to_max_length or (step == 1 and args.packing):
+    """The arguments with the lengths, and in step 2 the answers, that the rows really have, where they are known."""
+    if datasets is None or (step == 1 and args.packing):
         return args
+    known = {}
+    if step == 2:
+        known["answers_per_row"] = max(getattr(dataset, "answers_per_row", 2) for dataset in datasets)
+    if args.pad_to_max_length:
+        return argparse.Namespace(**vars(args) | known)
     longest = max(max(dataset.lengths) for dataset in datasets)
     limit = "max_seq_len" if step < 3 else "max_prompt_seq_len"
     padded = min(vars(args)[limit], -(-int(longest) // 8) * 8)
-    return argparse.Namespace(**vars(args) | {limit: padded})
+    return argparse.Namespace(**vars(args) | known | {limit: padded})
 
 
 def this_machine() -> Machine:
