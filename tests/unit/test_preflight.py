@@ -44,7 +44,9 @@ def dry_run(run_step, pairs_folder, cache_folder, tmp_path, capsys):
 
 
 def line_of(printed: str, check: str) -> str:
-    [line] = [line for line in printed.splitlines() if line[4:].startswith(f"{check} ")]
+    [line] = [
+        line for line in printed.splitlines() if line[:3].strip(". ").isdigit() and line[4:].startswith(f"{check} ")
+    ]
     return line
 
 

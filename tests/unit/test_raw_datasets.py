@@ -570,7 +570,7 @@ def test_prompts_alone_are_enough_until_answers_are_needed(tmp_path):
     dataset = open_at(write_rows(tmp_path / "d.jsonl", [{"prompt": "q"}] * 10), tmp_path)
     rows = dataset.get_train_data()
     assert len(dataset.check_rows(rows, need=("prompt",)).kept) == 9
-    with pytest.raises(DataError, match=r"9 x field 'chosen' is missing .*found the columns 'prompt'"):
+    with pytest.raises(DataError, match=r"9 x the dataset has no answers .*found the columns 'prompt'"):
         dataset.check_rows(rows)
     with pytest.raises(DataError, match=r"has none"):
         dataset.check_rows(rows, need=("prompt", "chosen", "rejected"))

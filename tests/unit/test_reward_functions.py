@@ -188,7 +188,7 @@ def test_step_3_compares_each_answer_with_the_column_of_its_own_row(trainer, rew
     assert torch.equal(again.input_ids, experience.input_ids)
     expected = [float(text.strip() == said[i | 1].strip()) for i, text in enumerate(said)]
     assert again.score_parts[:, 1].tolist() == expected and 4 <= sum(expected) < 8
-    assert asked[0] == {} and asked[-1] == {"keep_columns": "all"}
+    assert asked[0] == {"keep_columns": ()} and asked[-1] == {"keep_columns": "all"}
     with pytest.raises(UserError, match=r"strange asks for questions, replies .* columns of the data: question, ans"):
         answers_to(Prompts(rights), load_reward_functions([f"{rewards}:strange"]))
 

@@ -63,10 +63,9 @@ def load_prompts(args, tokenizer, batch: arguments.RLHFBatchSizes, reward_functi
         UserError: the data cannot be used, or a reward function asks for a column that they lack.
     """
     print_rank_0(batch.explain())
-    wanted = columns_wanted(reward_functions)
-    keep = {"keep_columns": wanted} if wanted else {}
-    prompts, _ = preparation.datasets_of_step(args, tokenizer, encoding.RLHF, args.max_prompt_seq_len, **keep)
-    check_columns(reward_functions, getattr(prompts, "columns", ()))
+    limit, wanted = args.max_prompt_seq_len, columns_wanted(reward_functions)
+    prompts, _ = preparation.datasets_of_step(args, tokenizer, encoding.RLHF, limit, keep_columns=wanted)
+    check_columns(reward_functions, prompts.columns)
     sampler = batching.StepBatchSampler(
         prompts.lengths, batch.prompts_per_round, batch.rounds, seed=args.seed, drop_last=True
     )

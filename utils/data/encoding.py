@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.data import prompt_format
+from utils.data.batching import ranked_pairs
 from utils.data.conversation import Conversation, Texts
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.readers import DataError
@@ -296,12 +297,13 @@ class RewardRowMaker(RowMaker):
     def row(self, remembered, encoded):
         example, rendered, _ = remembered
         rows, prompt_length, was_cut = self.pair(example, rendered, encoded)
-        if all(row == rows[0] for row in rows):
+        ranks = list(example.ranks) if isinstance(example, Conversation) else []
+        ranked = rows if ranks else []
+        if rows[0] == rows[-1] if not ranks else not ranked_pairs({"ranked_ids": ranked, "ranks": ranks}):
             self.counts.identical += 1
             return None
         self.count_cut(was_cut, all(row[-1] in self.end_ids for row in rows))
-        ranks = list(example.ranks) if isinstance(example, Conversation) else []
-        return rows[0], rows[-1], prompt_length, rows if ranks else [], ranks
+        return rows[0], rows[-1], prompt_length, ranked, ranks
 
 
 class PromptRowMaker(RowMaker):
@@ -322,12 +324,13 @@ class PromptRowMaker(RowMaker):
         return [((one, rendered, *kept), texts)]
 
     def kept_columns(self, row, example) -> str:
-        """The columns that reward functions ask for, as JSON; of chat data the prompt's turns, too."""
+        """The columns that reward functions ask for, and the prompt's turns, as JSON; null for what a row lacks."""
         wanted = self.rules.keep_columns
-        kept = {name: value for name, value in row.items() if wanted == "all" or name in wanted}
-        if isinstance(example, Conversation):
-            kept["prompt_messages"] = example.prompt
-        return json.dumps(kept, ensure_ascii=False)
+        kept = dict(row) if wanted == "all" else {name: row.get(name) for name in wanted}
+        if wanted == "all" or "prompt_messages" in wanted:
+            turns = example.as_conversation() if isinstance(example, Texts) else example
+            kept["prompt_messages"] = turns.prompt
+        return json.dumps(kept, ensure_ascii=False, default=str)
 
     def closed(self, ids, start):
         return ids
@@ -348,10 +351,19 @@ def make_row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) 
     """What makes a step's rows of a dataset.
 
     Raises:
-        DataError: no rejected answers for step 2, or no chat template where one is asked for.
+        DataError: no answers for step 1 or 2, or no chat template where one is asked for.
     """
-    if rules.train_phase == REWARD and not raw_dataset.has_rejected:
-        raise DataError(f"--data_path {raw_dataset.dataset_name}: has no rejected answers, so step 2 cannot use it")
+    if raw_dataset is not None:
+        for step, has, what in (
+            (SFT, raw_dataset.has_answer, "answers"),
+            (REWARD, raw_dataset.has_rejected, "rejected answers"),
+        ):
+            if rules.train_phase == step and not has:
+                read = raw_dataset.recognised()
+                raise DataError(
+                    f"--data_path {raw_dataset.dataset_name}: has no {what}, so step {step} cannot use it (read as "
+                    f"{read})"
+                )
     if rules.prompt_format == prompt_format.CHAT_TEMPLATE and not prompt_format.has_own_template(tokenizer):
         raise DataError("--chat_template: the tokenizer has none of its own; name one, as in --chat_template chatml")
     kind = {SFT: SftRowMaker, REWARD: RewardRowMaker, RLHF: PromptRowMaker}[rules.train_phase]

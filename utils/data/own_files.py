@@ -42,13 +42,13 @@ class PathDataset(PromptRawDataset):
     def _recognise(self, rows: Rows, columns: Mapping[str, str], name: str | None = None) -> None:
         for role, column in columns.items():
             if column not in rows.column_names:
-                raise no_such_columns(self.dataset_name, [column], rows, f"--{role}_column")
+                raise no_such_columns(f"--{role}_column: {self.dataset_name}", [column], rows)
         shape = recognise(rows, columns, name)
         if shape is None:
             expected = ["prompt", *MESSAGES_COLUMNS[:2]] if name is None else [f"those of the format {name}"]
             raise no_such_columns(self.dataset_name, expected, rows)
         self.shape = shape
-        self.has_rejected = shape.has_rejected
+        self.has_answer, self.has_rejected = shape.has_answer, shape.has_rejected
         self.unread = [column for column in rows.column_names if column not in shape.columns]
 
     def rows_of(self, split: str) -> Rows:

@@ -154,10 +154,13 @@ class BlendedDataset(ConcatDataset):
 
     Attributes:
         lengths: as in PromptDataset, in the order of the rows.
+        columns: of the data, that all of the datasets have.
+        answers_per_row: of step 2, of the row that has most.
     """
 
-    def __init__(self, datasets: Sequence[PromptDataset], seed: int):
+    def __init__(self, datasets: Sequence[PromptDataset], seed: int, columns: Sequence[str] = ()):
         super().__init__(datasets)
+        self.columns, self.answers_per_row = list(columns), max(dataset.answers_per_row for dataset in datasets)
         rows = super().__len__()
         self._order = np.arange(rows) if len(datasets) == 1 else get_shuffle_idx(seed, rows)
         self.lengths = np.concatenate([dataset.lengths for dataset in datasets])[self._order]
@@ -217,7 +220,8 @@ def _blend(opened: Sequence["_OpenSource"], split: str, limit: int | None, seed:
             f"no {split} row is left for step {opened[0].request.rules.train_phase}: with these shares (--data_split) "
             f"the datasets give this step nothing: {shares}; see the counts above"
         )
-    return BlendedDataset(parts, seed)
+    columns = [name for name in opened[0].columns() if all(name in one.columns() for one in opened)]
+    return BlendedDataset(parts, seed, columns)
 
 
 def _print_blend(split: str, opened: Sequence["_OpenSource"], parts: Sequence[PromptDataset], limit) -> None:
@@ -283,6 +287,10 @@ class _OpenSource:
 
     def _rows(self, split: str) -> Rows:
         return self.raw.get_train_data() if split == "train" else self.raw.get_eval_data()
+
+    def columns(self) -> list[str]:
+        """What a reward function may ask for of a row."""
+        return [*self.raw.raw_datasets[self.raw.train_split].column_names, "prompt_messages"]
 
     def rows_of_share(self, split: str) -> int:
         """Rows of this step's share, usable or not; the first rank counts them, so that no other opens the files."""

@@ -61,7 +61,7 @@ class PromptRawDataset:
     train_split = "train"
     # None: the train split is divided.
     eval_split: str | None = None
-    has_rejected = True
+    has_answer = has_rejected = True
     # Whether a path that contains the name means this dataset.
     may_be_in_path = True
 

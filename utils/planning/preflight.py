@@ -205,10 +205,8 @@ def _pad(tokenizer) -> str:
 
 def _data(args, step: int, tokenizer, functions: list[RewardFunction]) -> tuple[str, tuple]:
     limit = args.max_seq_len if step < 3 else args.max_prompt_seq_len
-    wanted = columns_wanted(functions)
-    keep = {"keep_columns": wanted} if wanted else {}
-    train, evaluation = datasets_of_step(args, tokenizer, step, limit, **keep)
-    check_columns(functions, getattr(train, "columns", ()))
+    train, evaluation = datasets_of_step(args, tokenizer, step, limit, keep_columns=columns_wanted(functions))
+    check_columns(functions, train.columns)
     rows = "prompts" if step == 3 else "rows"
     text = f"{len(train):,} {rows} to train, {len(evaluation):,} to evaluate, the longest {max(train.lengths):,} tokens"
     if step == 3 and args.unsupervised_dataset_name:
@@ -281,7 +279,7 @@ def _longest(args, step: int, datasets):
         return args
     known = {}
     if step == 2:
-        known["answers_per_row"] = max(getattr(dataset, "answers_per_row", 2) for dataset in datasets)
+        known["answers_per_row"] = max(dataset.answers_per_row for dataset in datasets)
     if args.pad_to_max_length:
         return argparse.Namespace(**vars(args) | known)
     longest = max(max(dataset.lengths) for dataset in datasets)
