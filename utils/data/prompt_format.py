@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from utils.data.chat_template_guard import check_template_ends
-from utils.data.special_tokens import mark_spellings
+from utils.data.special_tokens import mark_spellings, special_token_ids
 from utils.data.text_encoder import TextEncoder
 
 PLAIN, HH, CHAT_TEMPLATE = "plain", "hh", "chat_template"
@@ -174,7 +174,8 @@ def end_of_turn_id(tokenizer):
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
     closing = render(turns, tokenizer)[0].rpartition(answer)[2]
     ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
-    return next((i for i in ids if i in tokenizer.all_special_ids), None)
+    special = special_token_ids(tokenizer)
+    return next((i for i in ids if i in special), None)
 
 
 def _check_style(style):
