@@ -163,16 +163,44 @@ def test_log_probs_are_those_of_a_forward_pass_over_the_whole_answer(family):
         assert (rollout.sequences[row, prompts.shape[1] + length :] == PAD).all()
 
 
-def _ends_at(lengths):
-    """Rows get their EOS at these lengths and not before."""
+def _ends_at(lengths, tokens=EOS):
+    """Rows get their end token (one for all, or one each) at these lengths and not before."""
     lengths = torch.tensor(lengths)
+    tokens = torch.as_tensor(tokens).expand(len(lengths))
 
     def rewrite(logits, rows, position):
         logits = logits.clone()
-        logits[:, EOS] = torch.where(lengths[rows] == position + 1, 1e4, -torch.inf)
+        logits[:, tokens.unique()] = -torch.inf
+        places = torch.arange(len(rows)), tokens[rows]
+        logits[places] = torch.where(lengths[rows] == position + 1, 1e4, -torch.inf)
         return logits
 
     return rewrite
+
+
+@pytest.mark.parametrize("answer", ["own loop", "compiled", "generate()"])
+def test_each_end_token_ends_an_answer(llama, answer):
+    prompts, mask = _prompts()
+    lengths, tokens = [3, 7, 1, 5, 20], [EOS, 40, 40, 50, EOS]  # the last row never ends
+    settings = dict(rewrite_logits=_ends_at(lengths, tokens))
+    if answer == "compiled":
+        settings["compiled"] = CompiledStep(llama, 32, backend="eager")
+    generate = generate_by_transformers if answer == "generate()" else sample_answers
+    for ends, wanted in (
+        ((EOS, 40, 50), [3, 7, 1, 5, 12]),
+        ((40, EOS), [3, 7, 1, 12, 12]),
+        ((40,), [12, 7, 1, 12, 12]),
+    ):
+        rollout = generate(llama, prompts, mask, _decoding(eos=ends), **settings)
+        answers = rollout.sequences[:, prompts.shape[1] :]
+        for row, length in enumerate(wanted):
+            assert not torch.isin(answers[row, : length - 1], torch.tensor(ends)).any()
+            assert (answers[row, length:] == PAD).all()
+            if length < 12:
+                assert answers[row, length - 1] == tokens[row]
+                assert rollout.log_probs is None or (rollout.log_probs[row, length:] == 0).all()
+            else:
+                assert answers.shape[1] == 12
 
 
 def test_finished_rows_leave_the_batch_and_shared_pads_the_cache(llama):
@@ -421,6 +449,7 @@ def test_near_ties_are_no_difference_and_clear_ones_are():
     assert "gives 1, not 2" in first_difference(rollout([0, 2]), plain, logits, (7,), 0.01)
     assert "ends early" in first_difference(rollout([0]), plain, logits, (7,), 0.01)
     assert first_difference(rollout([0]), plain, logits, (0,), 0.01) is None
+    assert first_difference(rollout([0]), plain, logits, (7, 0), 0.01) is None
     right = logits.log_softmax(-1)[0, torch.arange(2), plain[0]][None]
     assert first_difference(rollout([0, 1], right), plain, logits, (7,), 0.01) is None
     assert "log-prob" in first_difference(rollout([0, 1], right - 0.5), plain, logits, (7,), 0.01)
