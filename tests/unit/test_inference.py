@@ -30,7 +30,8 @@ from inference import chatbot, serve
 from inference.conversation import AnswerStream, build_prompt
 from utils.data import prompt_format as pf
 from utils.data.preparation import create_prompt_dataset
-from utils.generation.saved_model import LanguageModel, find_stop_ids, generate_answers, load_language_model, up_to_stop
+from utils.generation.saved_model import LanguageModel, generate_answers, load_language_model, up_to_stop
+from utils.model.tokenizer import end_token_ids
 from utils.process.errors import UserError
 
 BOS, EOS, PAD = 0, 1, 2
@@ -518,7 +519,7 @@ def test_ids_that_the_model_does_not_know_are_an_error(random_lm):
 
 def test_saved_generation_settings_add_stop_ids_only_if_they_are_special(random_lm):
     model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=[EOS, PAD, 50]))
-    assert find_stop_ids(model, random_lm.tokenizer) == [EOS, PAD]
+    assert end_token_ids(model, random_lm.tokenizer) == [EOS, PAD]
 
 
 # ---------------------------------------------------------------- the web page, without a browser

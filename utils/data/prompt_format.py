@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from utils.data.chat_templates import render_template
-from utils.data.special_tokens import mark_spellings
+from utils.data.special_tokens import mark_spellings, special_token_ids
 from utils.data.text_encoder import TextEncoder
 
 HUMAN_ASSISTANT, HH, BARE, CHAT_TEMPLATE = "human_assistant", "hh", "bare", "chat_template"
@@ -246,7 +246,8 @@ def end_of_turn_id(tokenizer):
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
     closing = render(turns, tokenizer)[0].rpartition(answer)[2]
     ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
-    return next((i for i in ids if i in tokenizer.all_special_ids), None)
+    special = special_token_ids(tokenizer)
+    return next((i for i in ids if i in special), None)
 
 
 def _check_style(style):
