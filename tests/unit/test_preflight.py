@@ -189,8 +189,8 @@ def test_the_plan_as_a_table_marks_one_row_and_says_when_nothing_fits(wide, caps
 
 def test_a_ranked_list_needs_the_memory_of_all_its_answers(dry_run, model_folder, monkeypatch):
     def activations(answers: int) -> float:
-        def datasets_of_step(*given):
-            datasets = original(*given)
+        def datasets_of_step(*given, **options):
+            datasets = original(*given, **options)
             for dataset in datasets:
                 dataset.answers_per_row = answers
             return datasets
