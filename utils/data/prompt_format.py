@@ -15,10 +15,7 @@ import re
 from functools import lru_cache
 from itertools import pairwise
 
-from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
-
-from utils.data.chat_template_guard import check_template_ends
+from utils.data.chat_templates import marks_answers, render_template
 from utils.data.special_tokens import mark_spellings
 from utils.data.text_encoder import TextEncoder
 
@@ -69,29 +66,14 @@ def render(messages, tokenizer, add_generation_prompt=False):
         ValueError: no template, or one that refuses these messages, fails at them or does not end.
     """
     _check_has_template(tokenizer)
-    special = tokenizer.special_tokens_map
-    check_template_ends(tokenizer.get_chat_template(), special)
     contents = [turn | {"content": mark_spellings(turn["content"], tokenizer, turn["role"])} for turn in messages]
-    try:
-        [text], spans = render_jinja_template(
-            [contents],
-            chat_template=tokenizer.get_chat_template(),
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=has_generation_markers(tokenizer),
-            **special,
-        )
-    except Exception as error:  # a template is a program of a stranger's: it may fail in any way
-        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"the tokenizer's chat template refuses the conversation: {reason}") from error
-    return text, spans[0] if spans else []
-
-
-_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+    template, special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    return render_template(template, special, contents, add_generation_prompt=add_generation_prompt)
 
 
 def has_generation_markers(tokenizer):
     """Whether the chat template says itself what the assistant writes, by {% generation %}."""
-    return bool(_GENERATION_MARKER.search(tokenizer.get_chat_template()))
+    return marks_answers(tokenizer.get_chat_template())
 
 
 def is_formatted(text):
