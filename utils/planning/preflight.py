@@ -89,7 +89,7 @@ def preflight(args, step: int) -> None:
     configs = {}
     for name, path in paths.items():
         checks.run(name, lambda name=name, path=path: _model(args, step, name, path, configs))
-    tokenizer = checks.find("tokenizer", lambda: _tokenizer(args, step, paths))
+    tokenizer = checks.find("tokenizer", lambda: _tokenizer(args, step, paths), show=True)
     datasets = None
     if tokenizer is None:
         print_rank_0("    data          skipped: it needs the tokenizer")
