@@ -8,11 +8,11 @@ from pathlib import Path
 
 from utils.data import prompt_format
 from utils.data.raw_datasets import ANSWER_FORM, KNOWN_DATASETS, PromptRawDataset, find_known_dataset
-from utils.data.readers import READERS, DataError, Rows
+from utils.data.readers import READERS, DataError, Rows, file_kind
 from utils.data.row_texts import Message, Row, SkipRow, expect, none_if_skipped, text
-from utils.data.splits import Splits, no_such_columns, open_splits
+from utils.data.splits import EVAL_SPLITS, Splits, no_such_columns, open_splits, splits_of_hub
 
-EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")  # names of the eval split, the first found counts
+HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")  # owner/name
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 CONVERSATION_COLUMNS = ("messages", "conversation")
 
@@ -110,8 +110,12 @@ def get_raw_dataset(
     local_rank: int,
     columns: Mapping[str, str] | None = None,
     data_root: str | os.PathLike | None = None,
+    *,
+    split: str | None = None,
+    config: str | None = None,
+    shape: str | None = None,
 ) -> PromptRawDataset:
-    """Opens a dataset by its name in KNOWN_DATASETS or by a path.
+    """Opens a dataset by its name in KNOWN_DATASETS, by a path, or by its name on the hub.
 
     A known name is read from a local copy (the path itself, or `{data_root}/data/{name}`), else from the hub. Any other
     path is read as it is: see PathDataset and ConversationDataset.
@@ -119,6 +123,8 @@ def get_raw_dataset(
     Args:
         columns: own column names for such a path, by prompt, chosen, rejected, messages; None or "" as a name: the
             usual one. Known datasets know their columns.
+        split, config: what to read where a path or name holds several; see utils.data.splits.
+        shape: how the rows are laid out, where their columns shall not decide it.
 
     Raises:
         DataError: unknown name, no such file, or data that cannot be read.
@@ -129,10 +135,13 @@ def get_raw_dataset(
         raise DataError(f"columns: expected the keys {', '.join(TEXT_COLUMNS)}, messages; found {sorted(unknown)}")
     cls = find_known_dataset(dataset_name)
     if cls is not None:
-        return cls(output_path, seed, local_rank, dataset_name, data_root)
-    if not os.path.exists(dataset_name):
+        return cls(output_path, seed, local_rank, dataset_name, data_root, **_given(split=split, config=config))
+    if os.path.exists(dataset_name):
+        splits = open_splits(dataset_name, config, split)
+    elif HUB_NAME.fullmatch(dataset_name) and not file_kind(dataset_name):
+        splits = _hub_splits(dataset_name, config, split)
+    else:
         raise _unknown_dataset(dataset_name)
-    splits = open_splits(dataset_name)
     cls = ConversationDataset if _holds_conversations(splits, columns) else PathDataset
     return cls(output_path, seed, local_rank, dataset_name, data_root, columns, splits)
 
@@ -146,12 +155,28 @@ def _holds_conversations(splits: Splits, columns: Mapping[str, str]) -> bool:
     return not has_texts and "prompt" not in columns and any(name in found for name in CONVERSATION_COLUMNS)
 
 
-def _unknown_dataset(dataset_name: str) -> DataError:
+def _given(**options: str | None) -> dict[str, str]:
+    """The options that are not None: a class in the published style takes none of them."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _hub_splits(dataset_name: str, config: str | None, split: str | None) -> Splits:
+    try:
+        return splits_of_hub(dataset_name, config, [Path(dataset_name).absolute()], split)
+    except DataError as error:
+        raise DataError(f"{error}{_nearest(dataset_name)}") from error
+
+
+def _nearest(dataset_name: str) -> str:
     close = difflib.get_close_matches(dataset_name, KNOWN_DATASETS, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _unknown_dataset(dataset_name: str) -> DataError:
     return DataError(
-        f"unknown dataset {dataset_name!r}{hint}: neither a known name nor an existing path (looked for "
-        f"{Path(dataset_name).absolute()}). Known names: {', '.join(KNOWN_DATASETS)}. A path would have to be a file "
-        f"that ends in {', '.join(READERS)}, a folder with train and eval (or test, validation, dev) files of these "
-        "kinds, or a save_to_disk folder, with the columns prompt, chosen and rejected, or messages, or conversation"
+        f"unknown dataset {dataset_name!r}{_nearest(dataset_name)}: neither a known name nor an existing path (looked "
+        f"for {Path(dataset_name).absolute()}). Known names: {', '.join(KNOWN_DATASETS)}. A path would have to be a "
+        f"file that ends in {', '.join(READERS)}, a folder with train and eval (or test, validation, dev) files of "
+        "these kinds, or a save_to_disk folder, with the columns prompt, chosen and rejected, or messages, or "
+        "conversation"
     )
