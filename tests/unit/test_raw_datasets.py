@@ -765,7 +765,7 @@ def test_damaged_line_is_named(bad, message, late, tmp_path):
         ("d.parquet", b"PAR1 and no more", "d.parquet: expected a parquet file"),
         ("d.jsonl.gz", b"not packed", "d.jsonl.gz: cannot be read"),
         ("d.jsonl.gz", gzip.compress(GOOD_LINE * 100, mtime=0)[:-9], "d.jsonl.gz: cannot be read"),
-        ("d.txt", b"text", "d.txt: expected a file that ends in one of .json, .jsonl"),
+        ("d.doc", b"text", "d.doc: expected a file that ends in one of .json, .jsonl"),
     ],
 )
 def test_damaged_file_is_named(name, data, message, tmp_path):

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from utils.data import prompt_format
 from utils.data.raw_datasets import ANSWER_FORM, KNOWN_DATASETS, PromptRawDataset, find_known_dataset
-from utils.data.readers import READERS, DataError, Rows, file_kind
+from utils.data.readers import READERS, DataError, Rows
 from utils.data.row_texts import Message, Row, SkipRow, expect, none_if_skipped, text
-from utils.data.splits import EVAL_SPLITS, Splits, no_such_columns, open_splits, splits_of_hub
+from utils.data.splits import EVAL_SPLITS, Splits, is_hub_name, no_such_columns, open_splits, splits_of_hub
 
-HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")  # owner/name
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 CONVERSATION_COLUMNS = ("messages", "conversation")
 
@@ -138,7 +137,7 @@ def get_raw_dataset(
         return cls(output_path, seed, local_rank, dataset_name, data_root, **_given(split=split, config=config))
     if os.path.exists(dataset_name):
         splits = open_splits(dataset_name, config, split)
-    elif HUB_NAME.fullmatch(dataset_name) and not file_kind(dataset_name):
+    elif is_hub_name(dataset_name):
         splits = _hub_splits(dataset_name, config, split)
     else:
         raise _unknown_dataset(dataset_name)

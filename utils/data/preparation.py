@@ -214,7 +214,17 @@ class _OpenSource:
         self.files: dict[str, Path] = {}
         rules = request.rules
         try:
-            self.raw = get_raw_dataset(source.path, request.output_path, request.seed, get_local_rank(), source.columns)
+            self.raw = get_raw_dataset(
+                source.path,
+                request.output_path,
+                request.seed,
+                get_local_rank(),
+                source.columns,
+                split=source.split,
+                config=source.config,
+                shape=source.shape,
+            )
+            print_rank_0(f"data: {self.raw.describe()}")
             self._content = [self.raw.fingerprint(), tokenizer.chat_template if rules.chat_template else None]
         except DataError as error:
             raise UserError(str(error)) from error

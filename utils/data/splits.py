@@ -37,6 +37,7 @@ SPLIT_IN_NAME = re.compile(
 )
 # "-00000-of-00004-0a1b2c3d4e5f6a7b", "_3", ".part2", or a name that is nothing else: a piece of a split.
 SHARD = re.compile(r"(?:^|[-_.])(?:part|shard|chunk)?[-_]?\d+(?:[-_]of[-_]\d+(?:-[0-9a-f]{6,})?)?$", re.IGNORECASE)
+HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")  # owner/name
 ALL = "all"  # a choice: every configuration, or every training split
 HUB_SECONDS = 5  # for the hub's first answer
 
@@ -403,6 +404,11 @@ def _saved_splits(path: Path, split: str | None, flags: Flags) -> Splits:
             f"{path}: expected a save_to_disk folder, but it cannot be loaded: {error_line(error)}"
         ) from error
     return _huggingface_splits(str(path), [loaded], split, flags, lambda names: f"{names} {content_fingerprint(path)}")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it may be "owner/name" of a dataset on the hub, and not a path to a file."""
+    return HUB_NAME.fullmatch(name) is not None and file_kind(name) is None
 
 
 def splits_of_hub(

@@ -59,6 +59,9 @@ class Checks:
             self.problems += 1
         self.count += 1
         print_rank_0(f"{self.count:2}. {name:14}{outcome:9}{text}")
+        for line in noise.getvalue().splitlines():
+            if line.startswith("data"):  # what became of the rows
+                print_rank_0(f"{'':27}{line}")
         return result
 
     def run(self, name: str, check) -> bool:
