@@ -467,6 +467,7 @@ class ArrowFile(_BatchFile):
     """An Arrow file, of either kind: with an index at its end, or a plain stream, as the cache of ``datasets`` is."""
 
     FILE_MAGIC = b"ARROW1"
+    END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
     def _peek_columns(self) -> list[str]:
         with self._reader() as reader:
@@ -494,11 +495,20 @@ class ArrowFile(_BatchFile):
     def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         with self._reader(columns) as reader:
             has_index = isinstance(reader, pa.ipc.RecordBatchFileReader)
+            if not has_index:
+                self._refuse_open_end()
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if has_index else reader
             for batch in batches:
                 batch.validate(full=True)  # a damaged file may point outside itself
                 for begin in range(0, batch.num_rows, PARQUET_BATCH_ROWS):
                     yield batch.slice(begin, PARQUET_BATCH_ROWS)
+
+    def _refuse_open_end(self) -> None:
+        """Arrow takes a stream that stops between two batches for a whole one."""
+        with open(self.path, "rb") as file:
+            file.seek(-len(self.END_OF_STREAM), os.SEEK_END)
+            if file.read() != self.END_OF_STREAM:
+                raise DataError(f"{self.path}: expected the mark of a stream's end, found none: it was cut short")
 
 
 def _batch_rows(batch: pa.RecordBatch, path: str, rows_before: int) -> list[dict[str, Any]]:
