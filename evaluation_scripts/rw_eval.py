@@ -75,7 +75,7 @@ def parse_args(argv=None):
     ours.add_argument(
         "--data_path",
         "--pairs_file",
-        help="file (.json, .jsonl, .csv, .parquet) or folder with the columns prompt, chosen, rejected, or prompt, "
+        help="file (.jsonl, .csv, .parquet and others) or folder with the columns prompt, chosen, rejected, or prompt, "
         "answer (default: built-in pairs)",
     )
     ours.add_argument("--split", help="split of a folder (default: its evaluation split if it has one, else train)")
