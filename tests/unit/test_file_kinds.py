@@ -142,6 +142,15 @@ def test_damage_names_the_file_and_the_place(case, tmp_path):
         list(open_file(tmp_path / name))
 
 
+def test_an_arrow_file_that_points_outside_itself_is_refused(tmp_path):
+    offsets = pa.array([0, 300, 3], pa.int32()).buffers()[1]
+    table = pa.table({"prompt": pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"abc"))})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match=r"a.arrow, after row 0: .*out of bounds: 300 > 3"):
+        open_file(tmp_path / "a.arrow")[0]
+
+
 def test_every_ending_has_its_kind():
     assert file_kind("a.TSV.gz") == ".tsv" and file_kind("a.txt.zst") == ".txt" and file_kind("a.arrow") == ".arrow"
     assert file_kind("a.zst") is file_kind("a.arrow.zst") is file_kind("a.parquet.gz") is file_kind("a.md") is None

@@ -215,5 +215,6 @@ def test_the_data_of_a_config_is_what_a_step_gets(config, tmp_path, capsys):
     train, evaluation = datasets_of_step(args, make_tokenizer(tmp_path / "t"), 1, 64)
     assert (len(train), len(evaluation)) == (20, 26)
     told = capsys.readouterr().out
-    assert f"a blend of 20 rows, limited to 20: 15 of {tmp_path}/data, 5 of {tmp_path}/more" in told
+    used = f"15 of {tmp_path}/data, 5 of {tmp_path}/more"
+    assert f"a blend of 20 rows, limited to 20, in the proportions of their weights: {used}" in told
     assert f"data: {tmp_path}/data: train: train.jsonl; eval: eval.jsonl" in told

@@ -174,6 +174,7 @@ def _print_blend(split: str, opened: Sequence["_OpenSource"], parts: Sequence[Pr
     if len(opened) > 1:
         used = ", ".join(f"{len(part)} of {one.source.path}" for one, part in zip(opened, parts, strict=True))
         reason = f", limited to {limit}" if limit == sum(map(len, parts)) else ""
+        reason += ", in the proportions of their weights" if opened[0].source.weight is not None else ""
         print_rank_0(f"data ({split}): a blend of {sum(map(len, parts))} rows{reason}: {used}")
         for one, part in zip(opened, parts, strict=True):
             if not len(part):
