@@ -189,6 +189,7 @@ def _tokenizer(args, step: int, paths: dict) -> tuple[str, PreTrainedTokenizerBa
             args.critic_model_name_or_path,
             arguments.end_token(args),
             args.trust_remote_code,
+            args.prompt_format,
         )
     if step == 1 and args.soft_prompt is not None:
         check_soft_prompt_inputs(args, tokenizer)
