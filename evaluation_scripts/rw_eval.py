@@ -24,11 +24,10 @@ from evaluation_scripts.intervals import wilson_interval
 from evaluation_scripts.prompts import PAIRS
 from utils.data.batching import pad_rows
 from utils.data.encoding import REWARD, RewardRowMaker, TokenRules
-from utils.data.own_files import EVAL_SPLITS
 from utils.data.prompt_format import CHAT_TEMPLATE, PLAIN, format_answer, is_formatted, prompt_from_text
 from utils.data.readers import DataError, Rows
 from utils.data.row_texts import RowReport, SkipRow, text
-from utils.data.splits import no_such_columns, open_splits
+from utils.data.splits import EVAL_SPLITS, Flags, no_such_columns, open_splits
 from utils.generation.saved_model import (
     END_OF_TEXT,
     add_loading_arguments,
@@ -76,10 +75,11 @@ def parse_args(argv=None):
     ours.add_argument(
         "--data_path",
         "--pairs_file",
-        help="file (.json, .jsonl, .csv, .parquet) or folder with the columns prompt, chosen, rejected, or prompt, "
+        help="file (.jsonl, .csv, .parquet and others) or folder with the columns prompt, chosen, rejected, or prompt, "
         "answer (default: built-in pairs)",
     )
     ours.add_argument("--split", help="split of a folder (default: its evaluation split if it has one, else train)")
+    ours.add_argument("--config", help="which of several configurations of a folder, as in main, or all (the only one)")
     for name in ("prompt", *PAIR):
         ours.add_argument(f"--{name}_column", default=name, help=f"column that holds {name} ({name})")
     ours.add_argument(
@@ -100,11 +100,11 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------- what is scored
 
 
-def open_rows(path: str, split: str | None) -> Rows:
+def open_rows(path: str, split: str | None, config: str | None = None) -> Rows:
     """Rows of a file, or of one split of a folder."""
     if not Path(path).exists():
         raise UserError(f"--data_path {path}: no such file or folder")
-    splits = open_splits(path)
+    splits = open_splits(path, config, flags=Flags("--config", "--split"))
     return splits[split or next((name for name in EVAL_SPLITS if name in splits), "train")]
 
 
@@ -116,7 +116,7 @@ def read_records(args) -> list[Record]:
     if args.data_path is None:
         return PAIRS
     try:
-        rows = open_rows(args.data_path, args.split)
+        rows = open_rows(args.data_path, args.split, args.config)
         is_pairs = args.answer_column is None and {args.chosen_column, args.rejected_column} & set(rows.column_names)
         columns = {
             name: getattr(args, f"{name}_column") or name for name in ("prompt", *(PAIR if is_pairs else SINGLE))
@@ -348,8 +348,9 @@ def main(argv=None):
     args = parse_args(argv)
     if args.batch_size < 1 or args.max_seq_len < 2 or args.show < 0:
         raise UserError("--batch_size must be at least 1, --max_seq_len at least 2 and --show not negative")
-    if args.split and args.data_path is None:
-        raise UserError("--split names a split of --data_path, which is not given")
+    for name in ("split", "config"):
+        if getattr(args, name) and args.data_path is None:
+            raise UserError(f"--{name} names a {name} of --data_path, which is not given")
     if args.num_padding_at_beginning is not None:
         warn("--num_padding_at_beginning has no effect: scores are read at each row's own last token")
     records = read_records(args)

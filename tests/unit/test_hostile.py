@@ -634,7 +634,8 @@ def test_flags_out_of_range(step, flag, value, capsys):
 
 
 def _common(**changes):
-    args = dict(data_path=[], add_eot_token=False, eot_token="<e>", data_output_path="/nowhere")
+    args = dict(data_path=[], add_eot_token=False, eot_token="<e>", data_output_path="/nowhere", data_split="1,1,1")
+    args |= dict(data_config=None, dataset_split=None, dataset_config=None)
     return lambda: settle_common(argparse.Namespace(**args | changes))
 
 

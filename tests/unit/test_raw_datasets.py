@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils.data import raw_datasets, readers
+from utils.data import raw_datasets, readers, splits
 from utils.data.own_files import PathDataset, get_raw_dataset
 from utils.data.raw_datasets import KNOWN_DATASETS, PromptRawDataset, QuestionDataset, find_known_dataset
 from utils.data.readers import (
@@ -425,9 +425,9 @@ def test_local_copy_without_the_published_eval_split_is_an_error_and_a_single_fi
 
 def test_unknown_name_lists_the_known_ones_and_what_a_path_would_have_to_be(tmp_path):
     with pytest.raises(DataError) as error:
-        open_at("Dahoas/rm_static", tmp_path)
+        open_at("Dahoas_rm-static", tmp_path)
     message = str(error.value)
-    assert "unknown dataset 'Dahoas/rm_static' (did you mean 'Dahoas/rm-static'?)" in message
+    assert "unknown dataset 'Dahoas_rm-static' (did you mean 'Dahoas/rm-static'?)" in message
     assert all(name in message for name in CLASS_NAMES) and "save_to_disk folder" in message
     for name in ("", "\0", "x" * 5000, "."):
         with pytest.raises(DataError):
@@ -438,6 +438,7 @@ def test_hub_failure_says_where_was_looked_and_what_failed(tmp_path, monkeypatch
     def no_network(*args):
         raise ConnectionError("no route\nto host")
 
+    monkeypatch.setattr(splits, "_trouble_with_hub", lambda name: None)
     monkeypatch.setattr(datasets, "load_dataset", no_network)
     with pytest.raises(
         DataError, match=r"not found locally .* could not be downloaded because ConnectionError: no route to"
@@ -774,7 +775,7 @@ def test_damaged_line_is_named(bad, message, late, tmp_path):
         ("d.parquet", b"PAR1 and no more", "d.parquet: expected a parquet file"),
         ("d.jsonl.gz", b"not packed", "d.jsonl.gz: cannot be read"),
         ("d.jsonl.gz", gzip.compress(GOOD_LINE * 100, mtime=0)[:-9], "d.jsonl.gz: cannot be read"),
-        ("d.txt", b"text", "d.txt: expected a file that ends in one of .json, .jsonl"),
+        ("d.doc", b"text", "d.doc: expected a file that ends in one of .json, .jsonl"),
     ],
 )
 def test_damaged_file_is_named(name, data, message, tmp_path):

@@ -49,7 +49,7 @@ def check_models(args, tokenizer) -> None:
     actor, critic, code = args.actor_model_name_or_path, args.critic_model_name_or_path, args.trust_remote_code
     lengths = {"--max_prompt_seq_len": args.max_prompt_seq_len, "--max_answer_seq_len": args.max_answer_seq_len}
     if critic is not None:
-        check_same_tokenizer(tokenizer, actor, critic, arguments.end_token(args), code)
+        check_same_tokenizer(tokenizer, actor, critic, arguments.end_token(args), code, args.prompt_format)
         check_model(AutoModel, critic, code, trained_head=True, lengths=lengths)
         if args.normalize_reward:
             reward_scale(load_config(critic, code))

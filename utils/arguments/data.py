@@ -1,11 +1,15 @@
 """Flags of data: which datasets, which columns, how texts become ids."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.arguments.kinds import cache_folder, not_negative, positive
 from utils.data.chat_templates import template_names
 from utils.data.prompt_format import CHAT_TEMPLATE, FORMATS
+from utils.data.sources import sources_of_step
 from utils.process.errors import UserError
+
+DEFAULT_DATA_PATH = ["Dahoas/rm-static"]
 
 
 def add_data_arguments(parser, step: int) -> None:
@@ -14,8 +18,29 @@ def add_data_arguments(parser, step: int) -> None:
     add(
         "--data_path",
         nargs="*",
-        default=["Dahoas/rm-static"],
-        help="datasets to blend: names of known datasets, local/jsonfile, local/demo, or paths of your own files",
+        default=DEFAULT_DATA_PATH,
+        help="datasets to blend: names of known datasets, local/jsonfile, local/demo, paths of your own files, or "
+        "names (owner/name) of datasets on the hub",
+    )
+    add(
+        "--data_config",
+        default=None,
+        help="a .yaml or .json file that lists the datasets to blend instead of --data_path, each with its path "
+        "and, if need be, its split, config, columns, format, weight, max_rows and data_split",
+    )
+    add(
+        "--dataset_split",
+        nargs="*",
+        default=None,
+        help="where a dataset has several training splits: which one, as in train_prefs (test_prefs is then found); "
+        "also with its evaluation split, as in train_a,test_b. One value for all datasets, or one for each, - for none",
+    )
+    add(
+        "--dataset_config",
+        nargs="*",
+        default=None,
+        help="where a dataset has several configurations (folders or variants): which one, as in main; several with "
+        "commas between them; all. One value for all datasets, or one for each, - for none",
     )
     add(
         "--data_split",
@@ -103,10 +128,25 @@ def settle_format(args) -> None:
         args.prompt_format = CHAT_TEMPLATE
 
 
-def refuse_inside_data(args) -> None:
+def check_data(args) -> None:
+    """Refuse flags of data that cannot work together, and a --data_config that cannot be used.
+
+    Raises:
+        UserError: with the flag, or the file, entry and key.
+    """
+    if args.data_config is not None:
+        for name in ("data_path", "sft_only_data_path", "dataset_split", "dataset_config"):
+            value = getattr(args, name, None)
+            if value and value is not DEFAULT_DATA_PATH:
+                raise UserError(f"--{name} and --data_config both say which data to read; give one of them")
+    refuse_inside_data(args, [source.path for source in sources_of_step(args)])
+
+
+def refuse_inside_data(args, paths: Sequence[str]) -> None:
     """What a run writes into a folder of data, the next run would read as data."""
-    for data in (Path(path) for path in args.data_path if Path(path).is_dir()):
+    for data in (Path(path) for path in paths if Path(path).is_dir()):
         for name in ("data_output_path", "output_dir", "checkpoint_dir"):
             written = getattr(args, name)
             if written is not None and Path(written).resolve().is_relative_to(data.resolve()):
-                raise UserError(f"--{name} {written} lies in --data_path {data}, so it would be read as data; move it")
+                flag = "--data_path" if args.data_config is None else "the dataset"
+                raise UserError(f"--{name} {written} lies in {flag} {data}, so it would be read as data; move it")

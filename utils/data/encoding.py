@@ -239,7 +239,10 @@ class SftRowMaker(RowMaker):
         [rendered], [encoded], leading = self.fitting(example, rendered, encoded)
         start = encoded.token_at(rendered.start)
         ids = self.closed(encoded.ids, start)
-        spans = [self.span(encoded, rendered, ids, *answer) for answer in rendered.answers] or [(start, len(ids))]
+        if isinstance(example, Texts):
+            spans = [(start, len(ids))]
+        else:
+            spans = [self.span(encoded, rendered, ids, *answer) for answer in rendered.answers]
         drop = self.tokens_to_drop(len(ids), start, leading)
         kept = cut(ids, self.rules.max_seq_len, leading, drop)
         spans = moved_spans(spans, leading, drop, len(kept))

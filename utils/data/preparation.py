@@ -230,6 +230,7 @@ def _print_blend(split: str, opened: Sequence["_OpenSource"], parts: Sequence[Pr
     if len(opened) > 1:
         used = ", ".join(f"{len(part)} of {one.source.path}" for one, part in zip(opened, parts, strict=True))
         reason = f", limited to {limit}" if limit == sum(map(len, parts)) else ""
+        reason += ", in the proportions of their weights" if opened[0].source.weight is not None else ""
         print_rank_0(f"data ({split}): a blend of {sum(map(len, parts))} rows{reason}: {used}")
         for one, part in zip(opened, parts, strict=True):
             if not len(part):
@@ -270,13 +271,22 @@ class _OpenSource:
         self.files: dict[str, Path] = {}
         rules = request.rules
         try:
-            self.raw = get_raw_dataset(source.path, request.output_path, request.seed, get_local_rank(), source.columns)
+            self.raw = get_raw_dataset(
+                source.path,
+                request.output_path,
+                request.seed,
+                get_local_rank(),
+                source.columns,
+                split=source.split,
+                config=source.config,
+                shape=source.shape,
+            )
             self.raw.keep_also(rules.keep_columns)
             by_template = rules.prompt_format == prompt_format.CHAT_TEMPLATE
+            print_rank_0(f"data: {self.raw.describe()}; read as {self.raw.recognised()}")
             self._content = [self.raw.fingerprint(), tokenizer.chat_template if by_template else None]
         except DataError as error:
             raise UserError(str(error)) from error
-        print_rank_0(f"data: {source.path}: {self.raw.recognised()}")
         check_same_on_all_nodes({"the checksum of data and tokenizer": content_key(tokenizer, *self._content)})
         self._content += [self.raw.dataset_name, vars(rules), source.data_split, request.seed]
 

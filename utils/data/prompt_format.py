@@ -113,13 +113,26 @@ def render(messages, tokenizer, add_generation_prompt=False, template=None, tool
         ValueError: no template, or one that refuses these messages, fails at them or does not end.
     """
     _check_has_template(tokenizer)
-    contents = [
-        {key: _marked(value, tokenizer, turn["role"]) for key, value in turn.items() if key not in ("role", "weight")}
-        | {"role": turn["role"]}
+    template, tools = template or tokenizer.get_chat_template(), marked_tools(tools, tokenizer)
+    return render_template(
+        template, tokenizer.special_tokens_map, marked_turns(messages, tokenizer), tools, add_generation_prompt
+    )
+
+
+def marked_turns(messages, tokenizer):
+    """Messages as a template gets them: special tokens that they spell are marked, weights of training are gone."""
+    return [
+        {
+            key: value if key == "role" else _marked(value, tokenizer, turn["role"])
+            for key, value in turn.items()
+            if key != "weight"
+        }
         for turn in messages
     ]
-    template, tools = template or tokenizer.get_chat_template(), _marked(tools, tokenizer, "system")
-    return render_template(template, tokenizer.special_tokens_map, contents, tools, add_generation_prompt)
+
+
+def marked_tools(tools, tokenizer):
+    return _marked(tools, tokenizer, "system")
 
 
 def _marked(value, tokenizer, role):

@@ -157,12 +157,18 @@ def describe_end_tokens(ids: list[int], tokenizer) -> str:
 
 
 def check_same_tokenizer(
-    tokenizer, actor_name_or_path, critic_name_or_path, add_special_tokens=None, trust_remote_code=False
+    tokenizer,
+    actor_name_or_path,
+    critic_name_or_path,
+    add_special_tokens=None,
+    trust_remote_code=False,
+    asked_format=None,
 ) -> None:
-    """UserError unless the critic reads ids as the actor writes them.
+    """UserError unless the critic reads ids as the actor writes them; another prompt format is said.
 
     Args:
         tokenizer: the actor's, loaded with the same ``add_special_tokens``.
+        asked_format: in which the run writes prompts, where its flags say so; None: as the actor's tokenizer remembers.
     """
     critic = load_hf_tokenizer(
         critic_name_or_path, add_special_tokens=add_special_tokens, trust_remote_code=trust_remote_code
@@ -172,4 +178,10 @@ def check_same_tokenizer(
             f"the tokenizers differ: actor {actor_name_or_path} has {len(tokenizer)} tokens and EOS "
             f"{tokenizer.eos_token!r}, critic {critic_name_or_path} has {len(critic)} and {critic.eos_token!r}. "
             "Train the reward model from a model with the actor's tokenizer"
+        )
+    written, judged = asked_format or prompt_format.remembered(tokenizer), prompt_format.remembered(critic)
+    if None not in (written, judged) and written != judged:
+        print_rank_0(
+            f"WARNING: prompts are written as {written}, and the reward model {critic_name_or_path} was trained on "
+            f"{judged}: its scores say little about them; train it in this format, or give --prompt_format {judged}"
         )

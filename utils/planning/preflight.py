@@ -89,7 +89,7 @@ def preflight(args, step: int) -> None:
     configs = {}
     for name, path in paths.items():
         checks.run(name, lambda name=name, path=path: _model(args, step, name, path, configs))
-    tokenizer = checks.find("tokenizer", lambda: _tokenizer(args, step, paths))
+    tokenizer = checks.find("tokenizer", lambda: _tokenizer(args, step, paths), show=True)
     datasets = None
     if tokenizer is None:
         print_rank_0("    data          skipped: it needs the tokenizer")
@@ -189,6 +189,7 @@ def _tokenizer(args, step: int, paths: dict) -> tuple[str, PreTrainedTokenizerBa
             args.critic_model_name_or_path,
             arguments.end_token(args),
             args.trust_remote_code,
+            args.prompt_format,
         )
     if step == 1 and args.soft_prompt is not None:
         check_soft_prompt_inputs(args, tokenizer)
