@@ -161,7 +161,7 @@ class MessageReader:
 
     def _pair(self, turn: Mapping, keys: tuple[str, str], name: str) -> list[Message]:
         """A question and its answer; a question alone where the answer is null."""
-        self.note_unused(turn, keys, name)
+        self.note_unused(turn, keys, f"{name}[]")
         asks, answers = keys
         question = user(_text(turn[asks], asks))
         return [question] if turn.get(answers) is None else [question, assistant(_text(turn[answers], answers))]
@@ -174,7 +174,7 @@ class MessageReader:
         message: Message = {"role": ROLES[given] or given}
         key = "content" if turn.get("content") is not None or "value" not in turn else "value"
         content = turn.get(key)
-        self.note_unused(turn, KNOWN_KEYS, name)
+        self.note_unused(turn, KNOWN_KEYS, f"{name}[]")
         if message["role"] in ("system", "developer") and content in EMPTY and key in turn:
             self.unused[f"{name}[].{key} of system turns that are empty"] += 1
             return []
@@ -208,7 +208,7 @@ class MessageReader:
         """Counts the fields of a turn, or of what a list holds, that are not among the known ones."""
         for key, value in given.items():
             if key not in known and without_nulls(value) not in EMPTY:
-                self.unused[f"{name}[].{key}"] += 1
+                self.unused[f"{name}.{key}"] += 1
 
 
 def _role(turn: Mapping) -> Any:

@@ -183,7 +183,7 @@ class NamedRoles(Shape):
 
     Attributes:
         label: of unpaired feedback: whether the answer was liked.
-        question: texts are bare questions and answers: the prompt format writes them.
+        conversation: texts, too, are turns that the prompt format writes; else they stand as they are.
         context, history: columns of what a question is about, and of turns before it.
     """
 
@@ -191,7 +191,7 @@ class NamedRoles(Shape):
     chosen: str | None = None
     rejected: str | None = None
     label: str | None = None
-    question: bool = False
+    conversation: bool = False
     context: str | None = None
     history: str | None = None
 
@@ -203,7 +203,7 @@ class NamedRoles(Shape):
             raise SkipRow("the dataset has no such answer")
         # All columns decide, so that the steps write a row alike whatever of it they need.
         columns = [name for name in (self.prompt, self.chosen, self.rejected) if name]
-        if self.question or self.speaks or any(is_messages(row.get(name)) for name in columns):
+        if self.conversation or any(is_messages(row.get(name)) for name in columns):
             return [self._conversation(row, names)]
         prompt = text(row, self.prompt)
         answers = tuple(text(row, name) for name in names)
@@ -450,7 +450,7 @@ class RankedList(Shape):
             return self.reader.read(item, self.answers)
         if isinstance(item, Mapping):
             key = next((key for key in self.TEXT_KEYS if item.get(key) is not None), None)
-            self.reader.note_unused(item, (key, self._key_of([item])[0]), self.answers)
+            self.reader.note_unused(item, (key, self._key_of([item])[0]), f"{self.answers}[]")
             item = item.get(key)
         return answered({self.answers: item}, self.answers)
 
@@ -554,7 +554,7 @@ class Trees(Shape):
         if role is None:
             raise SkipRow("field 'role': expected prompter or assistant, found another or none")
         if not self.flat:  # of flat ones they are columns
-            self.reader.note_unused(node, TREE_KEYS, "prompt")
+            self.reader.note_unused(node, TREE_KEYS, "prompt[]")
         return {"role": role, "content": text(node, "text")}
 
     def _best_path(self, root: Mapping) -> list[Message]:

@@ -160,8 +160,11 @@ def _roles(
         chosen=chosen,
         rejected=rejected,
         label=label,
-        question=question,
+        conversation=question,
         **(found.asking(prompt) if question else {}),
+    )
+    shape.conversation |= shape.speaks or any(
+        is_messages(value) for name in (prompt, chosen, rejected) if name for value in found.values(name)
     )
     shape.columns += [name for name in (chosen, rejected, label, shape.context, shape.history) if name]
     shape.description = _words_for(found, shape)
@@ -177,10 +180,8 @@ def _words_for(found: Found, shape: NamedRoles) -> str:
     words = f"{kind} {form}"
     if any(as_messages) and shape.chosen:
         words += ", which begin with the prompt" if _repeats(found, shape.chosen) else ", prompt explicit"
-    elif not any(as_messages) and shape.question:
-        words += ", written as questions" + (f" with {shape.context}" if shape.context else "")
-    elif not any(as_messages) and shape.speaks:
-        words += ", written as conversations"
+    elif shape.conversation:
+        words += ", written as conversations" + (f" with {shape.context}" if shape.context else "")
     return words
 
 
