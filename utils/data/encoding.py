@@ -50,6 +50,7 @@ class PreparationCounts:
 
     Attributes:
         read: rows used and skipped, with reasons and places.
+        without_answer: rows that were dropped, since nothing to learn was left of them.
         glued: rows whose prompt and answer have no blank between them; glued_examples: how the first ones read there.
         unused: fields of turns that nothing is done with, and in how many turns they are.
     """
@@ -59,6 +60,7 @@ class PreparationCounts:
     truncated: int = 0
     without_eos: int = 0
     identical: int = 0
+    without_answer: int = 0
     glued: int = 0
     glued_examples: list[str] = field(default_factory=list)
     unused: dict[str, int] = field(default_factory=dict)
@@ -71,6 +73,8 @@ class PreparationCounts:
             parts.append(f"{self.without_eos} of them lost an answer's end")
         if self.identical:
             parts.append(f"{self.identical} pairs dropped, their answers being identical")
+        if self.without_answer:
+            parts.append(f"{self.without_answer} dropped, no answer being left of them within the length")
         if self.unused:
             parts.append("not used: " + ", ".join(f"{name} ({count} turns)" for name, count in self.unused.items()))
         return ", ".join(parts)
@@ -246,6 +250,9 @@ class SftRowMaker(RowMaker):
         drop = self.tokens_to_drop(len(ids), start, leading)
         kept = cut(ids, self.rules.max_seq_len, leading, drop)
         spans = moved_spans(spans, leading, drop, len(kept))
+        if not spans and answers_only:
+            self.counts.without_answer += 1
+            return None
         self.count_cut(not fits, kept[-1] in self.end_ids)
         end_id = -1 if self.by_template else self.eos
         return kept, list(chain.from_iterable(spans)), answers_only, end_id
