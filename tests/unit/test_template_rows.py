@@ -203,7 +203,7 @@ def test_reasoning_and_calls_are_written_or_their_rows_are_skipped(tmp_path):
 
 def test_a_row_whose_answer_does_not_fit_is_dropped_and_counted(tmp_path):
     tokenizer, tells = tokenizer_of("smollm2", tmp_path), []
-    given = Conversation([system("cat " * 90), user("cat")], ([assistant("red")],))
+    given = Conversation([system("cat " * 120), user("cat")], ([assistant("red")],))
     assert len(rows_of(tokenizer, SFT, given, conversation(1), max_seq_len=120, tells=tells)) == 1
     assert tells[1].without_answer == 1 and "1 dropped, no answer being left" in str(tells[1])
 
