@@ -17,7 +17,7 @@ from utils.data.batching import ranked_pairs
 from utils.data.conversation import Conversation, Texts
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.readers import DataError
-from utils.data.rendering import ConversationWriter, Rendered, as_written, one_per_answer, shorter
+from utils.data.rendering import ConversationWriter, Rendered, as_it_stands, as_written, one_per_answer, shorter
 from utils.data.row_texts import RowReport, SkipRow
 from utils.data.text_encoder import EncodedText, TextEncoder
 
@@ -149,9 +149,13 @@ class RowMaker:
         answers_only = self.by_template or isinstance(example, Conversation)
         if isinstance(example, Texts) and as_written(example, self.rules.prompt_format):
             self.note_glued(example)
-            written = [(example, [Rendered(text, len(example.prompt)) for text in example.wholes or (example.prompt,)])]
+            written = [(example, as_it_stands(example))]
         else:
-            written = self.written(example.as_conversation() if isinstance(example, Texts) else example)
+            conversation = example.as_conversation() if isinstance(example, Texts) else example
+            written = self.written(conversation)
+            answer = conversation.answers[0] if conversation.answers else ()
+            for name in self.writer.left_out([*conversation.prompt, *answer]):
+                self.counts.unused[name] = self.counts.unused.get(name, 0) + 1
         return [((one, rendered, answers_only), [part.text for part in rendered]) for one, rendered in written]
 
     def note_glued(self, example: Texts) -> None:
@@ -197,7 +201,7 @@ class RowMaker:
     def fits(self, rendered: list[Rendered], encoded: list[EncodedText]) -> bool:
         limit = self.rules.max_seq_len
         return all(
-            len(text.ids) < limit or len(self.closed(text.ids, text.token_at(one.start))) <= limit
+            len(text.ids) < limit or len(self.closed(text.ids, text.token_at(one.last))) <= limit
             for one, text in zip(rendered, encoded, strict=True)
         )
 
@@ -242,11 +246,8 @@ class SftRowMaker(RowMaker):
         fits = self.fits(rendered, encoded)
         [rendered], [encoded], leading = self.fitting(example, rendered, encoded)
         start = encoded.token_at(rendered.start)
-        ids = self.closed(encoded.ids, start)
-        if isinstance(example, Texts):
-            spans = [(start, len(ids))]
-        else:
-            spans = [self.span(encoded, rendered, ids, *answer) for answer in rendered.answers]
+        ids = self.closed(encoded.ids, encoded.token_at(rendered.last))
+        spans = [self.span(encoded, rendered, ids, *answer) for answer in rendered.answers]
         drop = self.tokens_to_drop(len(ids), start, leading)
         kept = cut(ids, self.rules.max_seq_len, leading, drop)
         spans = moved_spans(spans, leading, drop, len(kept))
@@ -260,7 +261,7 @@ class SftRowMaker(RowMaker):
     def span(self, encoded: EncodedText, rendered: Rendered, ids: list[int], start: int, end: int) -> tuple[int, int]:
         """[start, end) in tokens of an answer given in characters, its end token included where the text has one."""
         first = encoded.token_at(start)
-        if start == rendered.start:
+        if start == rendered.last:
             return first, len(ids)
         if self.by_template and (closing := self.closing(ids, first)) is not None:
             return first, closing + 1
@@ -298,7 +299,7 @@ class RewardRowMaker(RowMaker):
         fits = self.fits(rendered, encoded)
         rendered, encoded, leading = self.fitting(example, rendered, encoded)
         starts = [text.token_at(one.start) for text, one in zip(encoded, rendered, strict=True)]
-        rows = [self.closed(text.ids, start) for text, start in zip(encoded, starts, strict=True)]
+        rows = [self.closed(text.ids, text.token_at(one.last)) for text, one in zip(encoded, rendered, strict=True)]
         drop = max(self.tokens_to_drop(len(ids), start, leading) for ids, start in zip(rows, starts, strict=True))
         drop = max(0, min(drop, min(starts) - leading))  # what is dropped must lie in the prompt of all
         kept = [cut(ids, self.rules.max_seq_len, leading, drop) for ids in rows]

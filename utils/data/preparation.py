@@ -381,7 +381,7 @@ def encode_rows(
     if read < len(indices):
         report.origin.append(f"limited to {limit}")
     encoder.counts.read = str(report)
-    encoder.counts.unused = encoder.raw.unused_fields()
+    encoder.counts.unused |= encoder.raw.unused_fields()
 
 
 def _encode_chunks(encoder: RowEncoder, rows: Rows, indices: np.ndarray, writer, pool: ThreadPoolExecutor) -> None:
