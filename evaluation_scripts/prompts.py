@@ -1,9 +1,17 @@
 """What the evaluation scripts ask and score: built-in prompts and pairs, and the reading of the user's own."""
 
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from utils.data.readers import DataError, open_file
+from utils.data.conversation import Conversation, Message, Texts
+from utils.data.own_files import EVAL_SPLITS, get_raw_dataset
+from utils.data.raw_datasets import KNOWN_DATASETS, PromptRawDataset
+from utils.data.readers import DataError, Rows
+from utils.data.row_texts import SkipRow
 from utils.process.errors import UserError
+
+Example = Texts | Conversation
 
 # The same six topics in each language: help with a task, an explanation for a child, a poem, a comparison,
 # a piece of history, practical advice.
@@ -73,31 +81,63 @@ PAIRS = [
 ]
 
 
-def read_rows(path: str, fields: tuple[str, ...]) -> list[dict]:
-    """Rows of a .json, .jsonl, .csv or .parquet file, each with text in the named fields.
+def open_dataset(path: str, columns: Mapping[str, str | None] | None = None) -> PromptRawDataset:
+    """A file, a folder or a known dataset, recognised as the training steps recognise it.
 
-    Raises UserError that names file, row and field.
+    Args:
+        columns: own column names of files by what they hold, as in get_raw_dataset.
+
+    Raises:
+        DataError: it cannot be read, or its rows have no shape that is known.
     """
-    try:
-        rows = open_file(path)
-        for number, row in enumerate(rows):
-            for field in fields:
-                if not isinstance(row.get(field), str) or not row[field].strip():
-                    raise UserError(f"{rows.where(number)}: no text in the field {field!r}")
-        return list(rows)
-    except DataError as error:
-        raise UserError(str(error)) from error
+    if path not in KNOWN_DATASETS and not Path(path).exists():
+        raise DataError(f"{path}: no such file or folder")
+    # The folder is for the index files of a dataset that is divided; here splits are read whole.
+    return get_raw_dataset(path, tempfile.gettempdir(), 0, -1, columns)
 
 
-def read_prompts(path: str) -> list[str]:
-    """Prompts of a file: of .txt the lines that are not blank, of any kind that read_rows knows the field "prompt"."""
+def rows_of_split(dataset: PromptRawDataset, split: str | None) -> Rows:
+    """Rows of a split; None: of the evaluation split if the dataset has one, else of "train"."""
+    splits = dataset.raw_datasets
+    return dataset.rows_of(split or next((name for name in EVAL_SPLITS if name in splits), "train"))
+
+
+def readable(text: str | Sequence[Message]) -> str:
+    """A prompt or an answer for reading: a text or a single turn as it stands, several with their roles."""
+    if isinstance(text, str):
+        return text
+    if len(text) == 1:
+        return text[0]["content"]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
+
+
+def read_prompts(path: str) -> list[Example]:
+    """Prompts of a file: of .txt the lines that are not blank; of any data that the steps read, its rows' prompts.
+
+    Raises:
+        UserError: names file, row and field.
+    """
     if Path(path).suffix != ".txt":
-        return [row["prompt"] for row in read_rows(path, ("prompt",))]
+        return _prompts_of_data(path)
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [Texts(line.strip()) for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompts")
+    return prompts
+
+
+def _prompts_of_data(path: str) -> list[Example]:
+    try:
+        dataset = open_dataset(path)
+        rows, prompts = rows_of_split(dataset, None), []
+        for position, row in enumerate(rows):
+            try:
+                prompts += dataset.examples(row, ("prompt",))
+            except SkipRow as reason:
+                raise UserError(f"{rows.where(position)}: {reason}") from reason
+    except DataError as error:
+        raise UserError(str(error)) from error
     return prompts

@@ -113,7 +113,7 @@ def check_system_prompt(lm: LanguageModel, text: str | None, max_input_tokens: i
     try:
         prompt = lm.prompts.write(Conversation([system(text), user("?")]), max_input_tokens)
     except SkipRow as reason:
-        raise UserError(f"--system_prompt: {lm.name} cannot be told anything before its questions: {reason}") from reason
+        raise UserError(f"--system_prompt: {lm.name} has no place for one: {reason}") from reason
     if prompt.lost:
         raise UserError(f"--system_prompt: it is too long for the {max_input_tokens} tokens that {lm.name} is given")
 

@@ -197,9 +197,7 @@ class Host:
         turns = [*session.turns, user(message)]
 
         def build_prompts(turns):
-            return [
-                build_prompt(turns, lm, limit, self.system_prompt) for lm, limit in zip(lms, limits, strict=True)
-            ]
+            return [build_prompt(turns, lm, limit, self.system_prompt) for lm, limit in zip(lms, limits, strict=True)]
 
         # Both see the same part of the conversation, which is the prompt of the vote.
         seen_turns = turns[max(dropped for _, dropped in build_prompts(turns)) :]

@@ -52,9 +52,13 @@ class AskedFormat(NamedTuple):
         reason: a few words for the log, "its own format, hh".
     """
 
-    name: str = HUMAN_ASSISTANT
-    known: bool = False
-    reason: str = HUMAN_ASSISTANT
+    name: str
+    known: bool
+    reason: str
+
+
+_NAMES_NONE = f"{HUMAN_ASSISTANT} (it names no format of its own; --prompt_format chooses another)"
+UNNAMED = AskedFormat(HUMAN_ASSISTANT, False, _NAMES_NONE)  # of a model that tells nothing
 
 
 def choose_format(path: str, tokenizer, asked: str | None) -> AskedFormat:
@@ -86,8 +90,7 @@ def _choice(tokenizer, asked: str | None) -> AskedFormat:
         return AskedFormat(own, True, f"its own format, {own}")
     if prompt_format.has_own_template(tokenizer):
         return AskedFormat(CHAT_TEMPLATE, False, "its tokenizer's chat template (it names no format of its own)")
-    reason = f"{HUMAN_ASSISTANT} (it names no format of its own; --prompt_format chooses another)"
-    return AskedFormat(HUMAN_ASSISTANT, False, reason)
+    return UNNAMED
 
 
 # ---------------------------------------------------------------- prompts

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from utils.data.batching import pad_rows, to_device
 from utils.data.prompt_format import end_of_turn_id, truncate_left
 from utils.ds_utils import TORCH_DTYPES
-from utils.generation.asking import AskedFormat, PromptWriter, add_prompt_format_argument, choose_format
+from utils.generation.asking import UNNAMED, AskedFormat, PromptWriter, add_prompt_format_argument, choose_format
 from utils.model.inputs import embedding_rows
 from utils.model.model_utils import check_model, grow_embedding
 from utils.model.soft_prompt import SoftPromptModel, base_of_soft_prompt, load_soft_prompt, soft_prompt_config
@@ -50,7 +50,7 @@ class LanguageModel:
     stop_ids: list[int]  # an answer ends at the first of these
     max_positions: int | None  # longest prompt + answer in tokens; None: the configuration names no limit
     in_4bit: bool = False
-    asked: AskedFormat = AskedFormat()
+    asked: AskedFormat = UNNAMED
     allow_special_tokens: bool = False
 
     @property
