@@ -39,6 +39,7 @@ MARKED = {"prompt": " Human: say red Assistant:", "chosen": " red"}
 PARAGRAPHS = {"prompt": "\n\nHuman: say red\n\nAssistant:", "chosen": " red"}
 UNMARKED = {"prompt": "\n Say red.", "chosen": " red"}
 CONVERSATION = {"messages": [{"role": "user", "content": "Say red. "}, {"role": "assistant", "content": "red"}]}
+BARE_CONVERSATION = {"messages": [CONVERSATION["messages"][0] | {"content": "Say red."}, CONVERSATION["messages"][1]]}
 
 
 def trained_ids(tmp_path, tokenizer, row, prompt_format=None):
@@ -59,7 +60,7 @@ def trained_ids(tmp_path, tokenizer, row, prompt_format=None):
         (UNMARKED, None, "\n Say red."),
         (CONVERSATION, pf.HUMAN_ASSISTANT, "Say red. "),
         (CONVERSATION, pf.HH, "Say red. "),
-        (CONVERSATION, pf.BARE, "Say red. "),
+        (BARE_CONVERSATION, pf.BARE, "Say red."),
     ],
 )
 def test_the_template_writes_the_rows_of_the_training_data(tmp_path, row, prompt_format, question):
@@ -75,18 +76,15 @@ def test_the_template_writes_the_rows_of_the_training_data(tmp_path, row, prompt
 def test_what_the_training_data_never_held_is_refused(tmp_path):
     tokenizer = make_tokenizer(tmp_path)
     system = [{"role": "system", "content": "Be kind."}, TURNS[0]]
-    for style, turns in (
-        (pf.HH, system),
-        (pf.BARE, TURNS),
-        (pf.HUMAN_ASSISTANT, [TURNS[0], TURNS[2]]),
-        (pf.BARE, system),
-    ):
+    two = [TURNS[0], TURNS[2]]
+    for style, turns in ((pf.HH, two), (pf.BARE, TURNS), (pf.HUMAN_ASSISTANT, two), (pf.BARE, system)):
         pf.remember(tokenizer, style)
         with pytest.raises(Exception, match=r"trained (without|on single)|take turns"):
             served_ids(tokenizer, turns)
-    pf.remember(tokenizer, pf.HUMAN_ASSISTANT)
-    text = tokenizer.apply_chat_template(system, tokenize=False, add_generation_prompt=True)
-    assert text == "<s> Be kind. Human: say 'red' Assistant:"  # as conversations with a system message are written
+    for style in (pf.HUMAN_ASSISTANT, pf.HH):  # as conversations with a system message are written
+        pf.remember(tokenizer, style)
+        text = tokenizer.apply_chat_template(system, tokenize=False, add_generation_prompt=True)
+        assert text == "<s>" + pf.format_prompt(system, style)
 
 
 @pytest.mark.parametrize("style", FORMATS)
