@@ -22,12 +22,12 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from evaluation_scripts.intervals import bootstrap_interval
-from training.step3_rlhf_finetuning.ppo_math import answer_mask, gather_log_probs
+from training.step3_rlhf_finetuning.ppo_math import answer_mask, gather_log_probs, is_end_token
 from utils.data.batching import pad_rows
 from utils.demo.judge import judge, judge_rates
 from utils.demo.world import held_out_prompts
 from utils.model.inputs import model_inputs
-from utils.model.tokenizer import load_hf_tokenizer
+from utils.model.tokenizer import end_token_ids, load_hf_tokenizer
 from utils.process.console import progress
 from utils.process.errors import run_script
 from utils.process.seeds import set_random_seed
@@ -38,7 +38,7 @@ RATES = ("manner", "right", "ended")
 
 
 @torch.no_grad()
-def sample_answers(model, tokenizer, prompts, max_new_tokens, batch_size):
+def sample_answers(model, tokenizer, prompts, max_new_tokens, batch_size, end_ids: list[int]):
     """One sampled answer per prompt: [(prompt ids, mask, full sequences)] per batch."""
     batches = []
     for start in range(0, len(prompts), batch_size):
@@ -53,19 +53,19 @@ def sample_answers(model, tokenizer, prompts, max_new_tokens, batch_size):
             top_k=0,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=end_ids,
         )
         batches.append((ids, mask, sequences))
     return batches
 
 
 @torch.no_grad()
-def kl_per_answer(model, reference, tokenizer, batches) -> float:
+def kl_per_answer(model, reference, batches, end_ids: list[int]) -> float:
     """Mean over answers of the sum of log p - log q over their tokens, at answers sampled from ``model``: nats."""
     total, rows = 0.0, 0
     for ids, mask, sequences in batches:
         answers = sequences[:, ids.shape[1] :]
-        real = answer_mask(answers, tokenizer.eos_token_id)
+        real = answer_mask(answers, end_ids)
         full_mask = torch.cat([mask, real], dim=1)
         log_probs = []
         for network in (model, reference):
@@ -76,13 +76,13 @@ def kl_per_answer(model, reference, tokenizer, batches) -> float:
     return total / rows
 
 
-def judge_answers(tokenizer, prompts, batches) -> tuple[dict[str, float], np.ndarray]:
+def judge_answers(tokenizer, prompts, batches, end_ids: list[int]) -> tuple[dict[str, float], np.ndarray]:
     """Rates over all answers, and which answers are right: [answers] 0 or 1."""
     answers, ended = [], []
     for ids, _, sequences in batches:
         generated = sequences[:, ids.shape[1] :]
         answers += tokenizer.batch_decode(generated, skip_special_tokens=True)
-        ended += (generated == tokenizer.eos_token_id).any(dim=1).tolist()
+        ended += is_end_token(generated, end_ids).any(dim=1).tolist()
     right = [judge(*case).right for case in zip(prompts, answers, ended, strict=True)]
     return judge_rates(prompts, answers, ended), np.array(right, dtype=float)
 
@@ -122,7 +122,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=200, help="how many held-out prompts each model answers")
     parser.add_argument("--answers_per_prompt", type=int, default=4, help="sampled answers to each prompt")
     parser.add_argument(
-        "--max_new_tokens", type=int, default=40, help="tokens of an answer; one without EOS by then has not ended"
+        "--max_new_tokens", type=int, default=40, help="tokens of an answer; one without an end by then has not ended"
     )
     parser.add_argument("--batch_size", type=int, default=100, help="prompts answered at a time")
     parser.add_argument("--seed", type=int, default=1234, help="of the sampled answers")
@@ -145,9 +145,10 @@ def judge_models(output: Path, args) -> dict[str, dict]:
     for name, folder in progress(folders.items(), "judging", len(folders)):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         set_random_seed(args.seed)
-        batches = sample_answers(model, tokenizer, prompts, args.max_new_tokens, args.batch_size)
-        models[name], right[name] = judge_answers(tokenizer, prompts, batches)
-        models[name]["kl"] = kl_per_answer(model, reference, tokenizer, batches)
+        end_ids = end_token_ids(model, tokenizer)
+        batches = sample_answers(model, tokenizer, prompts, args.max_new_tokens, args.batch_size, end_ids)
+        models[name], right[name] = judge_answers(tokenizer, prompts, batches, end_ids)
+        models[name]["kl"] = kl_per_answer(model, reference, batches, end_ids)
     for name in models:  # each prompt counts once, whatever the number of answers to it
         change = (right[name] - right["SFT"]).reshape(args.answers_per_prompt, args.prompts).mean(axis=0)
         models[name]["right_change"] = bootstrap_interval(change.tolist())

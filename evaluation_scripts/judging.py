@@ -67,11 +67,16 @@ def judge_by_reward_model(records: list[dict], prompts: Sequence[Example], path:
     free_memory()
 
 
-def judge_by_function(records: list[dict], function: RewardFunction) -> None:
-    """Score every answer with a function that takes (prompts, answers); prompts as the model was asked."""
+def judge_by_function(records: list[dict], function: RewardFunction, rows: list[dict]) -> None:
+    """Score every answer with a function of the user's own; prompts as the model was asked.
+
+    Args:
+        rows: of the file of prompts; their fields are the columns that the function may ask for.
+    """
     prompts = [record["formatted_prompt"] for record in records for _ in record["answers"]]
     answers = [answer for record in records for answer in record["answers"]]
-    add_scores(records, function.name, function(prompts, answers))
+    columns = [rows[record["prompt_number"]] for record in records for _ in record["answers"]]
+    add_scores(records, function.name, function(prompts, answers, columns))
 
 
 @dataclass

@@ -20,9 +20,8 @@ from evaluation_scripts.judging import (
     judge_by_function,
     judge_by_reward_model,
 )
-from evaluation_scripts.prompts import PROMPTS, Example, read_prompts, readable
+from evaluation_scripts.prompts import PROMPTS, Example, prompts_of_lines, read_prompts, readable
 from evaluation_scripts.report import html_report, markdown_report, shown_answer
-from utils.data.conversation import Texts
 from utils.data.prompt_format import cut_at_next_human
 from utils.data.row_texts import SkipRow
 from utils.data.special_tokens import unmarked
@@ -40,7 +39,7 @@ from utils.generation.saved_model import (
     room_for_prompt,
     warn,
 )
-from utils.model.reward_functions import load_reward_functions
+from utils.model.reward_functions import check_columns, load_reward_functions
 from utils.process.errors import UserError, run_script
 from utils.process.files import check_writable, write_jsonl, write_text
 from utils.process.seeds import set_random_seed
@@ -116,8 +115,8 @@ def add_own_arguments(group) -> None:
         metavar="FILE.py:NAME",
         nargs="+",
         default=[],
-        help="score every answer with functions (prompts, answers) -> scores, as step 3's --reward_function does "
-        "(default: none)",
+        help="score every answer with functions of prompts, answers and fields of --prompts_file, as step 3's "
+        "--reward_function does (default: none)",
     )
     group.add_argument("--batch_size", type=int, default=8, help="prompts per batch (8)")
     group.add_argument(
@@ -290,7 +289,11 @@ def main(argv=None):
     modes = generation_modes(args)
     models = model_titles(args)
     functions = load_reward_functions(args.judge_function, "--judge_function")
-    prompts = read_prompts(args.prompts_file) if args.prompts_file else [*map(Texts, PROMPTS[args.language])]
+    if args.prompts_file:
+        prompts, rows = read_prompts(args.prompts_file)
+    else:
+        prompts, rows = prompts_of_lines(PROMPTS[args.language])
+    check_columns(functions, [name for name in rows[0] if all(name in row for row in rows)])
     for _, path in models:
         check_model_folder(path, allow_soft_prompt=True)
     if args.judge_reward_model:
@@ -305,7 +308,7 @@ def main(argv=None):
     if args.judge_reward_model:
         judge_by_reward_model(records, prompts, args.judge_reward_model, args)
     for function in functions:
-        judge_by_function(records, function)
+        judge_by_function(records, function, rows)
     found = comparisons(records)
 
     # 4. Show the answers prompt by prompt, and what the judges say.

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.data.conversation import Conversation, Message, Texts
-from utils.data.own_files import EVAL_SPLITS, get_raw_dataset
-from utils.data.raw_datasets import KNOWN_DATASETS, PromptRawDataset
+from utils.data.own_files import PathDataset, get_raw_dataset
+from utils.data.raw_datasets import PromptRawDataset, find_known_dataset
 from utils.data.readers import DataError, Rows
 from utils.data.row_texts import SkipRow
+from utils.data.splits import EVAL_SPLITS, Flags, is_hub_name, open_splits
+from utils.model.reward_functions import PROMPT_MESSAGES
 from utils.process.errors import UserError
 
 Example = Texts | Conversation
@@ -81,25 +83,40 @@ PAIRS = [
 ]
 
 
-def open_dataset(path: str, columns: Mapping[str, str | None] | None = None) -> PromptRawDataset:
-    """A file, a folder or a known dataset, recognised as the training steps recognise it.
+def open_dataset(
+    path: str, columns: Mapping[str, str | None] | None = None, config: str | None = None, split: str | None = None
+) -> PromptRawDataset:
+    """A file, a folder, a known dataset or one of the hub, recognised as the training steps recognise it.
 
     Args:
         columns: own column names of files by what they hold, as in get_raw_dataset.
+        config, split: where there are several; the rows of the split are then those of "train".
 
     Raises:
         DataError: it cannot be read, or its rows have no shape that is known.
     """
-    if path not in KNOWN_DATASETS and not Path(path).exists():
-        raise DataError(f"{path}: no such file or folder")
+    columns = {name: column for name, column in (columns or {}).items() if column}
     # The folder is for the index files of a dataset that is divided; here splits are read whole.
-    return get_raw_dataset(path, tempfile.gettempdir(), 0, -1, columns)
+    place, flags = (tempfile.gettempdir(), 0, -1), Flags("--config", "--split")
+    if find_known_dataset(path) is not None or not Path(path).exists():
+        if find_known_dataset(path) is None and not is_hub_name(path):
+            raise DataError(f"{path}: no such file or folder")
+        return get_raw_dataset(path, *place, columns, split=split, config=config)
+    splits = open_splits(path, config, split, flags)
+    held_out = next((name for name in EVAL_SPLITS if name in splits), None)
+    try:
+        splits["train"]
+    except DataError:
+        if split is not None or held_out is None:
+            raise
+        splits = open_splits(path, config, held_out, flags)  # without rows to train on
+    return PathDataset(*place, path, None, columns, splits)
 
 
-def rows_of_split(dataset: PromptRawDataset, split: str | None) -> Rows:
-    """Rows of a split; None: of the evaluation split if the dataset has one, else of "train"."""
-    splits = dataset.raw_datasets
-    return dataset.rows_of(split or next((name for name in EVAL_SPLITS if name in splits), "train"))
+def rows_to_judge(dataset: PromptRawDataset, split: str | None = None) -> Rows:
+    """The rows of the split that the dataset was opened with; None: of its evaluation split if it has one, else all."""
+    found = (name for name in EVAL_SPLITS if name in dataset.raw_datasets)
+    return dataset.rows_of("train" if split else next(found, "train"))
 
 
 def readable(text: str | Sequence[Message]) -> str:
@@ -111,8 +128,21 @@ def readable(text: str | Sequence[Message]) -> str:
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
 
 
-def read_prompts(path: str) -> list[Example]:
-    """Prompts of a file: of .txt the lines that are not blank; of any data that the steps read, its rows' prompts.
+def prompts_of_lines(lines: Sequence[str]) -> tuple[list[Example], list[dict]]:
+    """As read_prompts gives them."""
+    prompts = [Texts(line) for line in lines]
+    return prompts, [_with_messages({"prompt": prompt.prompt}, prompt) for prompt in prompts]
+
+
+def _with_messages(row: Mapping, prompt: Example) -> dict:
+    """A row with its prompt's turns, under the name by which functions that judge ask for them."""
+    turns = prompt.as_conversation() if isinstance(prompt, Texts) else prompt
+    return {**row, PROMPT_MESSAGES: turns.prompt}
+
+
+def read_prompts(path: str) -> tuple[list[Example], list[dict]]:
+    """Prompts of a file, and the row of each: of .txt the lines that are not blank; of any data that the steps read,
+    its rows' prompts and all their fields.
 
     Raises:
         UserError: names file, row and field.
@@ -123,21 +153,25 @@ def read_prompts(path: str) -> list[Example]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    prompts = [Texts(line.strip()) for line in lines if line.strip()]
-    if not prompts:
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
         raise UserError(f"{path} holds no prompts")
-    return prompts
+    return prompts_of_lines(lines)
 
 
-def _prompts_of_data(path: str) -> list[Example]:
+def _prompts_of_data(path: str) -> tuple[list[Example], list[dict]]:
+    prompts, rows_of_prompts = [], []
     try:
         dataset = open_dataset(path)
-        rows, prompts = rows_of_split(dataset, None), []
+        dataset.keep_also("all")
+        rows = rows_to_judge(dataset)
         for position, row in enumerate(rows):
             try:
-                prompts += dataset.examples(row, ("prompt",))
+                found = dataset.examples(row, ("prompt",))
             except SkipRow as reason:
                 raise UserError(f"{rows.where(position)}: {reason}") from reason
+            prompts += found
+            rows_of_prompts += [_with_messages(row, prompt) for prompt in found]
     except DataError as error:
         raise UserError(str(error)) from error
-    return prompts
+    return prompts, rows_of_prompts

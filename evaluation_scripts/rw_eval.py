@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation_scripts.intervals import wilson_interval
-from evaluation_scripts.prompts import PAIRS, Example, open_dataset, readable, rows_of_split
+from evaluation_scripts.prompts import PAIRS, Example, open_dataset, readable, rows_to_judge
 from utils.data.batching import pad_rows
 from utils.data.conversation import Conversation, Message, Texts, assistant, user
 from utils.data.encoding import REWARD, Pair, RewardRowMaker, TokenRules
@@ -115,10 +115,11 @@ def parse_args(argv=None):
     ours.add_argument(
         "--data_path",
         "--pairs_file",
-        help="file (.json, .jsonl, .csv, .parquet), folder or known dataset, in any form that step 2 reads, or with "
-        "single answers (default: built-in pairs)",
+        help="file (.jsonl, .csv, .parquet and others), folder or name of a dataset, in any form that step 2 reads, or "
+        "with single answers (default: built-in pairs)",
     )
     ours.add_argument("--split", help="split of a folder (default: its evaluation split if it has one, else train)")
+    ours.add_argument("--config", help="which of several configurations of a folder, as in main, or all (the only one)")
     for name in COLUMNS:
         ours.add_argument(f"--{name}_column", help=f"column of your own files that holds {name} (its usual name)")
     ours.add_argument(
@@ -149,15 +150,15 @@ def open_data(args) -> tuple[PromptRawDataset, tuple[str, ...]]:
         DataError: it has neither, or cannot be read.
     """
     columns = {name: getattr(args, f"{name}_column") for name in COLUMNS}
-    single = ("prompt", "chosen")
+    where, single = (args.config, args.split), ("prompt", "chosen")
     if args.answer_column is not None:
-        return open_dataset(args.data_path, columns | {"chosen": args.answer_column}), single
-    dataset = open_dataset(args.data_path, columns)
+        return open_dataset(args.data_path, columns | {"chosen": args.answer_column}, *where), single
+    dataset = open_dataset(args.data_path, columns, *where)
     if dataset.has_rejected:
         return dataset, (*single, "rejected")
     prompt, names = columns["prompt"] or "prompt", dataset.raw_datasets["train"].column_names
     if columns["chosen"] is None and {prompt, SINGLE_COLUMN} <= set(names):
-        dataset = open_dataset(args.data_path, columns | {"prompt": prompt, "chosen": SINGLE_COLUMN})
+        dataset = open_dataset(args.data_path, columns | {"prompt": prompt, "chosen": SINGLE_COLUMN}, *where)
     return dataset, single
 
 
@@ -170,7 +171,7 @@ def read_records(args) -> list[Record]:
         return [question_record(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in PAIRS]
     try:
         dataset, need = open_data(args)
-        rows, records, report = rows_of_split(dataset, args.split), [], RowReport(args.data_path)
+        rows, records, report = rows_to_judge(dataset, args.split), [], RowReport(args.data_path)
         for position, row in enumerate(rows):
             try:
                 place = rows.where(position)
@@ -181,7 +182,8 @@ def read_records(args) -> list[Record]:
         report.raise_if_none(rows, need)
     except DataError as error:
         raise UserError(str(error)) from error
-    print(f"{args.data_path}: read as {dataset.recognised()}", file=sys.stderr)
+    unused = "".join(f"; not used: {name} ({count} turns)" for name, count in dataset.unused_fields().items())
+    print(f"{args.data_path}: read as {dataset.recognised()}{unused}", file=sys.stderr)
     if report.skipped:
         warn(str(report))
     return records
@@ -424,8 +426,9 @@ def main(argv=None):
     args = parse_args(argv)
     if args.batch_size < 1 or args.max_seq_len < 2 or args.show < 0:
         raise UserError("--batch_size must be at least 1, --max_seq_len at least 2 and --show not negative")
-    if args.split and args.data_path is None:
-        raise UserError("--split names a split of --data_path, which is not given")
+    for name in ("split", "config"):
+        if getattr(args, name) and args.data_path is None:
+            raise UserError(f"--{name} names a {name} of --data_path, which is not given")
     if args.num_padding_at_beginning is not None:
         warn("--num_padding_at_beginning has no effect: scores are read at each row's own last token")
     records = read_records(args)

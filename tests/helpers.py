@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from utils.model.model_utils import create_critic_model
 from utils.model.tokenizer import load_hf_tokenizer
@@ -101,6 +101,19 @@ def make_model(folder: Path, family: str = "llama", pad: str | None = "<pad>", s
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
+
+
+def add_end_token(folder: Path, token: str = "<|turn|>") -> int:
+    """Give a saved model a second token that ends answers, as chat models have it; returns its id.
+
+    It is special but has no role in the tokenizer, and the generation settings name it beside EOS.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(AddedToken(token, special=True, normalized=False))
+    tokenizer.save_pretrained(folder)
+    new = tokenizer.convert_tokens_to_ids(token)
+    GenerationConfig(eos_token_id=[new, tokenizer.eos_token_id]).save_pretrained(folder)
+    return new
 
 
 def write_pairs(path: Path, count: int) -> Path:

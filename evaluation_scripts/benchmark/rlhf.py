@@ -227,10 +227,12 @@ def make_prompts(args, rows: int, pad_to_max: bool, seed: int):
     return torch.randint(3, 20000, (rows, width), generator=generator).masked_fill(mask == 0, PAD), mask
 
 
-def ends_at(lengths, eos: int):
-    """Rows get their EOS at these lengths and not before; longer than the limit: never."""
+def ends_at(lengths, trainer):
+    """Rows get their EOS at these lengths, and no end token before; longer than the limit: never."""
+    eos = trainer.tokenizer.eos_token_id
 
     def rewrite(logits, rows, position):
+        logits[:, trainer.end_token_ids] = -torch.inf
         logits[:, eos] = torch.where(lengths[rows] == position + 1, 1e4, -torch.inf).to(logits.dtype)
         return logits
 
@@ -268,7 +270,7 @@ def measure_case(args) -> None:
     for what, measure in [("generation", measure_generation)] + [("PPO step", measure_step)] * (not args.skip_step):
         for lengths, rows in cases:
             ids, mask = make_prompts(args, rows, pad_to_max=args.way == "plain", seed=get_rank())
-            rewrite = ends_at(schedules(args, rows)[lengths], trainer.tokenizer.eos_token_id)
+            rewrite = ends_at(schedules(args, rows)[lengths], trainer)
             figures[f"{what}, batch {rows}, {lengths} lengths, s"] = measure(args, trainer, ids, mask, rewrite)
     figures["peak memory of rank 0, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     write_figures(figures)
@@ -301,7 +303,7 @@ def measure_latency(args) -> None:
     decoding, block = trainer.decoding(), torch.ones(2**27)
     bandwidth = block.nbytes / fastest(args, block.sum)
     weights = matmul_parameters(trainer.actor_model) * (4 if args.dtype == "fp32" else 2)
-    rewrite = ends_at(schedules(args, 1)["full"], trainer.tokenizer.eos_token_id)
+    rewrite = ends_at(schedules(args, 1)["full"], trainer)
     figures = {"read bandwidth": f"{bandwidth / 1e9:.1f} GB/s", "weights": f"{weights / 1e6:.0f} MB"}
     generators = {"plain": HybridEngine(trainer.actor_model, False), "ours": trainer.rlhf_engine.generator}
     if args.compiled:

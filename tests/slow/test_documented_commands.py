@@ -115,6 +115,11 @@ def sandbox(tmp_path_factory, model_folder):
         "def polite(prompts, answers):\n    return [float('please' in answer) for answer in answers]\n\n\n"
         "def short(prompts, answers):\n    return [-float(len(answer)) for answer in answers]\n"
     )
+    (folder / "exact.py").write_text(
+        "def exact(completions, answer, **columns):\n    return [float(a in c) for c, a in zip(completions, answer)]\n"
+    )
+    sums = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(20)]
+    (folder / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     return folder
 
 

@@ -192,6 +192,19 @@ def test_prompts_of_several_turns_are_asked_as_messages_and_shown_with_their_rol
         compared_prompts(monkeypatch, [folders["bare"], folders["hh"]], *flags)
 
 
+def test_functions_that_judge_get_the_fields_and_the_turns_of_the_prompts(monkeypatch, folders, tmp_path):
+    code, prompts, answers = (tmp_path / name for name in ("judges.py", "prompts.jsonl", "answers.jsonl"))
+    code.write_text(
+        "def fits(prompts, answers, prompt_messages, wanted):\n"
+        "    return [float(w) + len(m) + ('Human: and' in p) for p, m, w in zip(prompts, prompt_messages, wanted)]\n"
+    )
+    prompts.write_text(json.dumps({"messages": TALK, "wanted": 10}))
+    flags = ["--prompts_file", str(prompts), "--jsonl", str(answers), "--judge_function", f"{code}:fits"]
+    compared_prompts(monkeypatch, [folders["bare"], folders["hh"]], *flags, "--prompt_format", "hh")
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["scores"]["fits"] for row in rows] == [[14.0], [14.0]]
+
+
 @pytest.mark.parametrize("prompt_format", pf.FORMATS)
 def test_a_reward_model_scores_in_the_format_of_training(monkeypatch, judges, tmp_path, prompt_format):
     turns = TALK if prompt_format != "bare" else TALK[:1]
@@ -435,6 +448,33 @@ def test_every_shape_of_step_2_is_read(tmp_path, capsys):
 def own_columns():
     names = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
     return [word for name, column in names.items() for word in (f"--{name}_column", column)]
+
+
+def test_held_out_rows_alone_a_split_and_a_configuration_are_found(tmp_path):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+    def write(name, prompt):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(row | {"prompt": prompt}))
+
+    def prompts(folder, *flags):
+        args = rw_eval.parse_args(["--model_name_or_path", "x", "--data_path", str(tmp_path / folder), *flags])
+        return [record.prompt for record in rw_eval.read_records(args)]
+
+    write("alone/test.jsonl", "test")
+    assert prompts("alone") == ["test"]
+    for name in ("train", "test"):
+        write(f"both/main/{name}.jsonl", name)
+        write(f"both/other/{name}.jsonl", f"other {name}")
+    assert prompts("both", "--config", "main") == ["test"]
+    assert prompts("both", "--config", "other", "--split", "train") == ["other train"]
+    with pytest.raises(UserError, match="--config"):
+        prompts("both")
+
+
+def test_what_turns_hold_beside_their_text_is_told(tmp_path, capsys):
+    records_of(tmp_path, [{"messages": [user("q") | {"score": 1}, assistant("a")]}])
+    assert "not used: messages[].score (1 turns)" in capsys.readouterr().err
 
 
 def test_all_pairs_of_a_ranked_list_count(judges, tmp_path, capsys, monkeypatch):

@@ -21,7 +21,11 @@ BAD = {  # case: (flags, message)
     "an empty file": ("--data_path {tmp}/empty.jsonl", r"empty\.jsonl"),
     "rows without a field": ("--data_path {tmp}/fieldless.jsonl", r"(?s)fieldless\.jsonl.*chosen"),
     "a line that is not JSON": ("--data_path {tmp}/broken.jsonl", r"(?s)broken\.jsonl.*line 2"),
-    "an unknown dataset": ("--data_path someone/unknown", r"(?s)someone/unknown.*Dahoas/rm-static"),
+    "an unknown dataset": ("--data_path someone_unknown", r"(?s)someone_unknown.*Dahoas/rm-static"),
+    "a dataset that the hub cannot give": (
+        "--data_path someone/unknown",
+        r"someone/unknown[^\n]*\n[^\n]*hf download --repo-type dataset someone/unknown --local-dir \S+; then [^\n]*$",
+    ),
     "LoRA that matches nothing": ("--lora_dim 4 --lora_module_name decoder.layers.", r"(?s)matches no.*q_proj"),
     "only LoRA without LoRA": ("--only_optimize_lora", r"--lora_dim"),
     "adapters that would not hold what trained": (

@@ -122,6 +122,7 @@ def test_a_trained_model_is_saved_with_it_and_a_later_step_does_not_use_it(
     data = flags("--dtype fp32 --max_train_samples 8", data_path=pairs_folder, data_output_path=cache_folder)
     run_step(1, [*data, *flags(model_name_or_path=model_folder, output_dir=tmp_path / "sft")])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft")
+    assert pf.remembered(tokenizer) == pf.HUMAN_ASSISTANT
     expected = tokenizer(" Human: say red Assistant:")["input_ids"]
     assert served_ids(tokenizer, [{"role": "user", "content": "say red"}]) == expected
     with pytest.raises(UserError, match="none of its own"):

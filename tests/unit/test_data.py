@@ -299,33 +299,34 @@ TURNS = [
 ]
 
 
-def test_each_turn_is_bos_question_eos_bos_answer_eos_and_only_answers_are_learned(tmp_path):
+def test_a_conversation_is_one_text_in_every_step_and_each_answer_is_learned_with_its_end(tmp_path):
     tokenizer = make_tokenizer(tmp_path / "t")
-    rows = [{"messages": TURNS}, {"messages": TURNS[:2]}] * 3
-    train, _ = _dataset(tmp_path, tokenizer, SFT, rows=rows, data_split="1,0,0")
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    pieces = [tokenizer(turn["content"], add_special_tokens=False)["input_ids"] for turn in TURNS]
-    row = next(train[i] for i in range(len(train)) if len(train[i]["answer_spans"]) == 4)
-    assert row["input_ids"] == [i for piece in pieces for i in [bos, *piece, eos]]
+    rows = [{"messages": TURNS}] * 3
+    row = _dataset(tmp_path, tokenizer, SFT, rows=rows, data_split="1,0,0")[0][0]
+    text = " Human: say red Assistant: red Human: say blue, please Assistant: blue blue"
+    eos = tokenizer.eos_token_id
+    assert row["input_ids"] == [*tokenizer(text)["input_ids"], eos]
     labels = DataCollatorSFT(tokenizer.pad_token_id, 64)([row])["labels"][0].tolist()
-    expected = []
-    for turn, piece in zip(TURNS, pieces, strict=True):
-        expected += [-100, *piece, eos] if turn["role"] == "assistant" else [-100] * (len(piece) + 2)
-    assert labels[: len(expected)] == expected
+    first, second = (
+        len(tokenizer(text[: text.index(f"{answer}")])["input_ids"]) for answer in (" red Human", " blue b")
+    )
+    red, blue = (tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in (" red", " blue blue"))
+    expected = [-100] * len(labels)
+    # The answer in the middle is followed by a question, and yet the model is to end there.
+    expected[first : first + len(red) + 1] = [*red, eos]
+    expected[second : second + len(blue) + 1] = [*blue, eos]
+    assert labels == expected
+    prompt = _dataset(tmp_path, tokenizer, RLHF, rows=rows, data_split="0,0,1")[0][0]["input_ids"]
+    assert prompt == row["input_ids"][:second]
 
 
-def test_the_published_form_of_one_turn(tmp_path):
-    """ids bos q q q eos bos a a eos, labels -100 x 6, a a eos."""
+def test_the_published_form_of_a_conversation_reads_as_messages(tmp_path):
     tokenizer = make_tokenizer(tmp_path / "t")
     rows = [{"conversation": [{"human": "qqq", "assistant": "aa"}]}] * 3
-    train, _ = _dataset(tmp_path, tokenizer, SFT, rows=rows, data_split="1,0,0")
-    row = train[0]
-    q, a = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("qqq", "aa"))
-    assert (len(q), len(a)) == (3, 2)
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    assert row["input_ids"] == [bos, *q, eos, bos, *a, eos]
-    labels = DataCollatorSFT(tokenizer.pad_token_id, 64)([row])["labels"][0].tolist()
-    assert labels[:9] == [-100] * 6 + [*a, eos]
+    row = _dataset(tmp_path, tokenizer, SFT, rows=rows, data_split="1,0,0")[0][0]
+    assert tokenizer.decode(row["input_ids"]) == "<s> Human: qqq Assistant: aa</s>"
+    start, end = row["answer_spans"]
+    assert tokenizer.decode(row["input_ids"][start:end]) == " aa</s>" and row["answers_only"]
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
@@ -360,16 +361,36 @@ def test_pairs_go_through_the_chat_template_when_asked(tmp_path):
     assert "Human" not in tokenizer.decode(prompts[0]["input_ids"])
 
 
-def test_a_long_conversation_loses_its_beginning_and_keeps_its_last_answer(tmp_path):
+@pytest.mark.parametrize("template", [False, True])
+def test_a_long_conversation_loses_its_oldest_turns_whole_and_keeps_its_head(tmp_path, template):
     tokenizer = make_tokenizer(tmp_path / "t")
-    train, _ = _dataset(tmp_path, tokenizer, SFT, rows=[{"messages": TURNS * 4}] * 3, data_split="1,0,0", max_len=24)
-    row = train[0]
-    assert len(row["input_ids"]) == 24
-    assert row["input_ids"][0] == tokenizer.bos_token_id
-    assert row["input_ids"][-1] == tokenizer.eos_token_id
-    start, end = row["answer_spans"][-2:]
-    assert tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=True) == "blue blue"
-    assert all(0 < s < e <= 24 for s, e in zip(row["answer_spans"][::2], row["answer_spans"][1::2], strict=True))
+    if template:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    system = {"role": "system", "content": "please"}
+    rows = [{"messages": [system, *TURNS * 4]}] * 3
+    whole = _dataset(
+        tmp_path, tokenizer, SFT, rows=[{"messages": [system, *TURNS]}] * 3, max_len=99, chat_template=template
+    )
+    expected = whole[0][0]["input_ids"]
+    for room in (0, 3):  # tokens that the oldest turns would leave free
+        train, _ = _dataset(
+            tmp_path,
+            tokenizer,
+            SFT,
+            rows=rows,
+            data_split="1,0,0",
+            max_len=len(expected) + room,
+            chat_template=template,
+        )
+        assert train[0]["input_ids"] == expected
+    # A question that alone is too long loses its beginning, behind the head.
+    rows = [{"messages": [system, {"role": "user", "content": "cat " * 50 + "dog"}, TURNS[1]]}] * 3
+    train, _ = _dataset(tmp_path, tokenizer, SFT, rows=rows, data_split="1,0,0", max_len=40, chat_template=template)
+    text = tokenizer.decode(train[0]["input_ids"])
+    head = "<s><|im_start|>system\nplease<|im_end|>\n<|im_start|>user\n" if template else "<s> please Human:"
+    assert text.startswith(head) and " dog" in text and len(train[0]["input_ids"]) == 40
+    assert text.endswith("red<|im_end|>" if template else " Assistant: red</s>")
 
 
 def test_columns_can_be_named(tmp_path):

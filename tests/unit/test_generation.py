@@ -56,7 +56,7 @@ def _prompts(widths=WIDTHS, seed=1):
     return torch.randint(3, VOCABULARY, mask.shape).masked_fill(mask == 0, PAD), mask
 
 
-def _decoding(limit=12, eos=EOS, vocabulary=VOCABULARY, **settings):
+def _decoding(limit=12, eos=(EOS,), vocabulary=VOCABULARY, **settings):
     return Decoding(limit, eos, PAD, vocabulary, **settings)
 
 
@@ -133,10 +133,11 @@ def test_log_probs_are_tempered_and_see_all_tokens_that_top_k_cuts():
 def test_greedy_answers_equal_generate_on_a_left_padded_batch(family):
     model = _model(family)
     prompts, mask = _prompts()
-    endless = generate_by_transformers(model, prompts, mask, _decoding(eos=-1, temperature=0.0)).sequences
-    # The end is a token that rows come to at different times, some of them perhaps never.
-    eos = endless[0, prompts.shape[1] + 3].item()
-    for decoding in (_decoding(eos=eos, temperature=0.0), _decoding(eos=-1, temperature=0.0, vocabulary=80)):
+    endless = generate_by_transformers(model, prompts, mask, _decoding(eos=(), temperature=0.0)).sequences
+    # The ends are tokens that rows come to at different times, some of them perhaps never.
+    ends = endless[0, prompts.shape[1] + 3].item(), endless[1, prompts.shape[1] + 5].item()
+    for settings in (dict(eos=ends[:1]), dict(eos=ends), dict(eos=(), vocabulary=80)):
+        decoding = _decoding(temperature=0.0, **settings)
         plain = generate_by_transformers(model, prompts, mask, decoding).sequences
         assert torch.equal(sample_answers(model, prompts, mask, decoding).sequences, plain)
         with fused_linears(model, find_shared_inputs(model)):
@@ -162,16 +163,44 @@ def test_log_probs_are_those_of_a_forward_pass_over_the_whole_answer(family):
         assert (rollout.sequences[row, prompts.shape[1] + length :] == PAD).all()
 
 
-def _ends_at(lengths):
-    """Rows get their EOS at these lengths and not before."""
+def _ends_at(lengths, tokens=EOS):
+    """Rows get their end token (one for all, or one each) at these lengths and not before."""
     lengths = torch.tensor(lengths)
+    tokens = torch.as_tensor(tokens).expand(len(lengths))
 
     def rewrite(logits, rows, position):
         logits = logits.clone()
-        logits[:, EOS] = torch.where(lengths[rows] == position + 1, 1e4, -torch.inf)
+        logits[:, tokens.unique()] = -torch.inf
+        places = torch.arange(len(rows)), tokens[rows]
+        logits[places] = torch.where(lengths[rows] == position + 1, 1e4, -torch.inf)
         return logits
 
     return rewrite
+
+
+@pytest.mark.parametrize("answer", ["own loop", "compiled", "generate()"])
+def test_each_end_token_ends_an_answer(llama, answer):
+    prompts, mask = _prompts()
+    lengths, tokens = [3, 7, 1, 5, 20], [EOS, 40, 40, 50, EOS]  # the last row never ends
+    settings = dict(rewrite_logits=_ends_at(lengths, tokens))
+    if answer == "compiled":
+        settings["compiled"] = CompiledStep(llama, 32, backend="eager")
+    generate = generate_by_transformers if answer == "generate()" else sample_answers
+    for ends, wanted in (
+        ((EOS, 40, 50), [3, 7, 1, 5, 12]),
+        ((40, EOS), [3, 7, 1, 12, 12]),
+        ((40,), [12, 7, 1, 12, 12]),
+    ):
+        rollout = generate(llama, prompts, mask, _decoding(eos=ends), **settings)
+        answers = rollout.sequences[:, prompts.shape[1] :]
+        for row, length in enumerate(wanted):
+            assert not torch.isin(answers[row, : length - 1], torch.tensor(ends)).any()
+            assert (answers[row, length:] == PAD).all()
+            if length < 12:
+                assert answers[row, length - 1] == tokens[row]
+                assert rollout.log_probs is None or (rollout.log_probs[row, length:] == 0).all()
+            else:
+                assert answers.shape[1] == 12
 
 
 def test_finished_rows_leave_the_batch_and_shared_pads_the_cache(llama):
@@ -211,7 +240,7 @@ def test_a_seed_fixes_the_tokens(llama):
     runs = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        runs.append(sample_answers(llama, prompts, mask, _decoding(eos=-1)).sequences)
+        runs.append(sample_answers(llama, prompts, mask, _decoding(eos=())).sequences)
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
 
@@ -252,7 +281,7 @@ def test_logits_that_are_not_finite_are_an_error_after_the_last_token(llama, tem
     forwards = []
     handle = llama.register_forward_hook(lambda *_: forwards.append(1))
     with pytest.raises(FloatingPointError, match=r"\[3\]"):
-        answer(llama, prompts, mask, _decoding(eos=-1, limit=6, temperature=temperature), rewrite_logits=spoil)
+        answer(llama, prompts, mask, _decoding(eos=(), limit=6, temperature=temperature), rewrite_logits=spoil)
     handle.remove()
     assert len(forwards) == 6
 
@@ -414,15 +443,16 @@ def test_near_ties_are_no_difference_and_clear_ones_are():
     def rollout(tokens, log_probs=None):
         return Rollout(torch.tensor([[9, *tokens]]), log_probs, len(tokens))
 
-    assert first_difference(rollout([0, 1]), plain, logits, 7, 0.01) is None
-    assert first_difference(rollout([1, 2]), plain, logits, 7, 0.01) is None  # after a tie anything may come
-    assert "gives 0, not 1" in first_difference(rollout([1, 1]), plain, logits, 7, 1e-4)
-    assert "gives 1, not 2" in first_difference(rollout([0, 2]), plain, logits, 7, 0.01)
-    assert "ends early" in first_difference(rollout([0]), plain, logits, 7, 0.01)
-    assert first_difference(rollout([0]), plain, logits, 0, 0.01) is None
+    assert first_difference(rollout([0, 1]), plain, logits, (7,), 0.01) is None
+    assert first_difference(rollout([1, 2]), plain, logits, (7,), 0.01) is None  # after a tie anything may come
+    assert "gives 0, not 1" in first_difference(rollout([1, 1]), plain, logits, (7,), 1e-4)
+    assert "gives 1, not 2" in first_difference(rollout([0, 2]), plain, logits, (7,), 0.01)
+    assert "ends early" in first_difference(rollout([0]), plain, logits, (7,), 0.01)
+    assert first_difference(rollout([0]), plain, logits, (0,), 0.01) is None
+    assert first_difference(rollout([0]), plain, logits, (7, 0), 0.01) is None
     right = logits.log_softmax(-1)[0, torch.arange(2), plain[0]][None]
-    assert first_difference(rollout([0, 1], right), plain, logits, 7, 0.01) is None
-    assert "log-prob" in first_difference(rollout([0, 1], right - 0.5), plain, logits, 7, 0.01)
+    assert first_difference(rollout([0, 1], right), plain, logits, (7,), 0.01) is None
+    assert "log-prob" in first_difference(rollout([0, 1], right - 0.5), plain, logits, (7,), 0.01)
 
 
 def test_lora_is_folded_for_the_phase_fused_with_its_neighbours_and_put_back(llama):

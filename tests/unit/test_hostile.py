@@ -549,13 +549,21 @@ REWARDS = {
     "no such function": ("def g(p, a): pass", "r.py:f", "has no function f, only g"),
     "a number for a function": ("f = 1", "r.py:f", "has no function f"),
     "no such file": ("", "nowhere.py:f", "there is no file"),
-    "a weight without bounds": ("def f(p, a): return [1]", "r.py:f:1e999", "is no number"),
-    "an error in its work": ("def f(p, a): raise ValueError('no')", "r.py:f", "raised ValueError: no"),
-    "an exit in its work": ("import sys\ndef f(p, a): sys.exit(0)", "r.py:f", "raised SystemExit"),
-    "other arguments": ("def f(): return []", "r.py:f", "raised TypeError"),
-    "no scores": ("def f(p, a): return None", "r.py:f", "raised TypeError"),
-    "scores in words": ("def f(p, a): return ['high']", "r.py:f", "gave 'high'"),
-    "a score too many": ("def f(p, a): return [1, 2]", "r.py:f", "gave 2 scores for 1"),
+    "a weight without bounds": ("def f(prompts, answers): return [1]", "r.py:f:1e999", "is no number"),
+    "an error in its work": ("def f(prompts, answers): raise ValueError('no')", "r.py:f", "raised ValueError: no"),
+    "an exit in its work": ("import sys\ndef f(**columns): sys.exit(0)", "r.py:f", "raised SystemExit"),
+    "other arguments": (
+        "def f(p, a): return []",
+        "r.py:f",
+        "f asks for p, a .* there is no p, a. There are: ",
+    ),
+    "arguments without names": ("def f(prompts, /): return []", "r.py:f", "prompts can only be passed by position"),
+    "a signature that is hidden": ("f = min", "r.py:f", "its parameters cannot be read"),
+    "no arguments": ("def f(): return []", "r.py:f", "gave 0 scores for 1"),
+    "no scores": ("def f(answers): return None", "r.py:f", "raised TypeError"),
+    "scores in words": ("def f(answers): return ['high']", "r.py:f", "gave 'high'"),
+    "a score that is missing": ("def f(answers): return [None]", "r.py:f", "gave None"),
+    "a score too many": ("def f(answers): return [1, 2]", "r.py:f", "gave 2 scores for 1"),
 }
 
 
@@ -626,7 +634,8 @@ def test_flags_out_of_range(step, flag, value, capsys):
 
 
 def _common(**changes):
-    args = dict(data_path=[], add_eot_token=False, eot_token="<e>", data_output_path="/nowhere")
+    args = dict(data_path=[], add_eot_token=False, eot_token="<e>", data_output_path="/nowhere", data_split="1,1,1")
+    args |= dict(data_config=None, dataset_split=None, dataset_config=None)
     return lambda: settle_common(argparse.Namespace(**args | changes))
 
 

@@ -30,7 +30,8 @@ from inference import chatbot, serve
 from inference.conversation import AnswerStream, build_prompt
 from utils.data import prompt_format as pf
 from utils.generation.asking import AskedFormat, PromptWriter
-from utils.generation.saved_model import LanguageModel, find_stop_ids, generate_answers, load_language_model, up_to_stop
+from utils.generation.saved_model import LanguageModel, generate_answers, load_language_model, up_to_stop
+from utils.model.tokenizer import end_token_ids
 from utils.process.errors import UserError
 
 BOS, EOS, PAD = 0, 1, 2
@@ -523,7 +524,7 @@ def test_ids_that_the_model_does_not_know_are_an_error(random_lm):
 
 def test_saved_generation_settings_add_stop_ids_only_if_they_are_special(random_lm):
     model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=[EOS, PAD, 50]))
-    assert find_stop_ids(model, random_lm.tokenizer) == [EOS, PAD]
+    assert end_token_ids(model, random_lm.tokenizer) == [EOS, PAD]
 
 
 # ---------------------------------------------------------------- the web page, without a browser
@@ -728,9 +729,9 @@ def test_tables_escape_what_models_and_prompts_say(folders, tmp_path, ending):
 
 
 def test_answers_of_every_way_are_judged_and_reported(folders, tmp_path, capsys):
-    prompts, code = tmp_path / "prompts.txt", tmp_path / "judges.py"
-    prompts.write_text("hi\ntalk\n")
-    code.write_text("def greeting(prompts, answers):\n    return [float('hello' in answer) for answer in answers]\n")
+    prompts, code = tmp_path / "prompts.jsonl", tmp_path / "judges.py"
+    prompts.write_text('{"prompt": "hi", "wanted": "hello"}\n{"prompt": "talk", "wanted": "hello"}\n')
+    code.write_text("def greeting(answers, wanted):\n    return [float(w in a) for a, w in zip(answers, wanted)]\n")
     flags = ["--prompts_file", str(prompts), "--judge_reward_model", folders["reward"]]
     flags += ["--judge_function", f"{code}:greeting", "--num_beams", "2", "--num_beam_groups", "2"]
     report, answers = tmp_path / "report.html", tmp_path / "answers.jsonl"
@@ -848,3 +849,11 @@ def test_a_row_without_a_prompt_is_named(tmp_path):
     path.write_text('{"prompt": "a"}\n{"prompt": null}\n')
     with pytest.raises(UserError, match=r"line 2.*'prompt'"):
         read_prompts(str(path))
+
+
+def test_a_judge_that_asks_for_a_field_that_the_prompts_lack_is_refused_before_loading(folders, tmp_path):
+    (tmp_path / "judges.py").write_text("def exact(answers, wanted):\n    return [0.0] * len(answers)\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hi", "wanted": "x"}\n{"prompt": "talk", "level": 1}\n')
+    flags = ["--prompts_file", str(tmp_path / "prompts.jsonl"), "--judge_function", f"{tmp_path}/judges.py:exact"]
+    with pytest.raises(UserError, match=r"exact asks for answers, wanted .*columns of the data: prompt\."):
+        compare(folders, *flags)

@@ -35,6 +35,18 @@ def test_the_first_eos_is_an_action_and_what_follows_is_not():
     assert mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]]
 
 
+def test_the_first_end_token_of_whichever_kind_is_the_last_action():
+    eos, turn, pad = 2, 30, 0
+    answers = torch.tensor([[5, turn, 6, eos], [5, eos, turn, pad], [turn, pad, pad, pad], [5, pad, 6, 7]])
+    ends = (eos, turn)
+    assert ppo_math.answer_mask(answers, ends).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert ppo_math.is_end_token(answers, ends).any(dim=1).tolist() == [True, True, True, False]
+    # Where padding is an end token too, what fills a row behind its end changes nothing.
+    assert ppo_math.answer_mask(answers[1:3], (*ends, pad)).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
+    for ids in (eos, [eos], torch.tensor(eos), torch.tensor([eos])):  # one id is as good as a list of it
+        assert ppo_math.answer_mask(answers, ids).sum(1).tolist() == [4, 2, 4, 4]
+
+
 def test_kl_estimators_equal_hand_values_and_k3_is_never_negative():
     log_p, log_q = torch.tensor([math.log(0.5)]), torch.tensor([math.log(0.25)])
     assert ppo_math.kl_per_token(log_p, log_q, "k1").item() == pytest.approx(math.log(2))

@@ -44,7 +44,9 @@ def dry_run(run_step, pairs_folder, cache_folder, tmp_path, capsys):
 
 
 def line_of(printed: str, check: str) -> str:
-    [line] = [line for line in printed.splitlines() if line[4:].startswith(f"{check} ")]
+    [line] = [
+        line for line in printed.splitlines() if line[:3].strip(". ").isdigit() and line[4:].startswith(f"{check} ")
+    ]
     return line
 
 
@@ -183,3 +185,21 @@ def test_the_plan_as_a_table_marks_one_row_and_says_when_nothing_fits(wide, caps
     assert "nothing fits" in capsys.readouterr().out
     with pytest.raises(UserError, match="do not divide"):
         plan.main([*common, "--gpus", "3"])
+
+
+def test_a_ranked_list_needs_the_memory_of_all_its_answers(dry_run, model_folder, monkeypatch):
+    def activations(answers: int) -> float:
+        def datasets_of_step(*given, **options):
+            datasets = original(*given, **options)
+            for dataset in datasets:
+                dataset.answers_per_row = answers
+            return datasets
+
+        monkeypatch.setattr(preflight, "datasets_of_step", datasets_of_step)
+        size = "--max_seq_len 512 --per_device_train_batch_size 64 --pad_to_max_length"
+        printed, _ = dry_run(2, "--model_name_or_path", model_folder, *size.split())
+        [line] = [line for line in printed.splitlines() if line.startswith("  activations, at most")]
+        return float(line.split()[-1])
+
+    original = preflight.datasets_of_step
+    assert activations(6) == pytest.approx(3 * activations(2), rel=0.1)

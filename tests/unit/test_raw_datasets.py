@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils.data import raw_datasets, readers
-from utils.data.own_files import ConversationDataset, PathDataset, get_raw_dataset
+from utils.data import raw_datasets, readers, splits
+from utils.data.own_files import PathDataset, get_raw_dataset
 from utils.data.raw_datasets import KNOWN_DATASETS, PromptRawDataset, QuestionDataset, find_known_dataset
 from utils.data.readers import (
     ConcatRows,
@@ -425,9 +425,9 @@ def test_local_copy_without_the_published_eval_split_is_an_error_and_a_single_fi
 
 def test_unknown_name_lists_the_known_ones_and_what_a_path_would_have_to_be(tmp_path):
     with pytest.raises(DataError) as error:
-        open_at("Dahoas/rm_static", tmp_path)
+        open_at("Dahoas_rm-static", tmp_path)
     message = str(error.value)
-    assert "unknown dataset 'Dahoas/rm_static' (did you mean 'Dahoas/rm-static'?)" in message
+    assert "unknown dataset 'Dahoas_rm-static' (did you mean 'Dahoas/rm-static'?)" in message
     assert all(name in message for name in CLASS_NAMES) and "save_to_disk folder" in message
     for name in ("", "\0", "x" * 5000, "."):
         with pytest.raises(DataError):
@@ -438,6 +438,7 @@ def test_hub_failure_says_where_was_looked_and_what_failed(tmp_path, monkeypatch
     def no_network(*args):
         raise ConnectionError("no route\nto host")
 
+    monkeypatch.setattr(splits, "_trouble_with_hub", lambda name: None)
     monkeypatch.setattr(datasets, "load_dataset", no_network)
     with pytest.raises(
         DataError, match=r"not found locally .* could not be downloaded because ConnectionError: no route to"
@@ -570,7 +571,7 @@ def test_prompts_alone_are_enough_until_answers_are_needed(tmp_path):
     dataset = open_at(write_rows(tmp_path / "d.jsonl", [{"prompt": "q"}] * 10), tmp_path)
     rows = dataset.get_train_data()
     assert len(dataset.check_rows(rows, need=("prompt",)).kept) == 9
-    with pytest.raises(DataError, match=r"9 x field 'chosen' is missing .*found the columns 'prompt'"):
+    with pytest.raises(DataError, match=r"9 x the dataset has no answers .*found the columns 'prompt'"):
         dataset.check_rows(rows)
     with pytest.raises(DataError, match=r"has none"):
         dataset.check_rows(rows, need=("prompt", "chosen", "rejected"))
@@ -596,8 +597,13 @@ TURNS = [
 
 def open_conversations(tmp_path, rows, name="chat.jsonl"):
     dataset = open_at(write_rows(tmp_path / name, rows), tmp_path)
-    assert type(dataset) is ConversationDataset and not dataset.has_rejected
+    assert type(dataset) is PathDataset and not dataset.has_rejected
     return dataset
+
+
+def messages_of(dataset, row, need=("prompt", "chosen")):
+    [example] = dataset.examples(row, need)
+    return [*example.prompt, *(turn for answer in example.answers for turn in answer)]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
@@ -606,7 +612,7 @@ def test_messages_and_human_assistant_turns_are_the_same_conversation(ending, tm
     for column, value in (("messages", TURNS), ("conversation", pairs)):
         dataset = open_conversations(tmp_path, [{column: value}] * 10, f"{column}.{ending}")
         row = dataset.get_train_data()[0]
-        assert dataset.get_messages(row) == TURNS
+        assert messages_of(dataset, row) == TURNS
         assert dataset.get_prompt(row) == " Human: q1 Assistant: a1 Human: q2 Assistant:"
         assert dataset.get_chosen(row) == " a2"
         assert dataset.get_prompt_and_chosen(row) == " Human: q1 Assistant: a1 Human: q2 Assistant: a2"
@@ -616,8 +622,12 @@ def test_system_message_comes_first_and_an_open_question_is_a_prompt(tmp_path):
     rows = [{"messages": [{"role": "system", "content": "Be kind."}, *TURNS[:3]]}, {"conversation": [{"human": "q"}]}]
     dataset = open_conversations(tmp_path, rows)
     assert dataset.get_prompt(rows[0]) == " Be kind. Human: q1 Assistant: a1 Human: q2 Assistant:"
-    assert dataset.get_chosen(rows[0]) is None
-    assert dataset.skip_reason(rows[0]) == "field 'messages' ends without an answer"
+    # What follows the last answer is nothing to learn.
+    assert messages_of(dataset, rows[0]) == rows[0]["messages"][:3]
+    assert dataset.get_chosen(rows[0]) == " a1"
+    unanswered = {"messages": TURNS[:1]}
+    assert dataset.get_prompt(unanswered) == " Human: q1 Assistant:" and dataset.get_chosen(unanswered) is None
+    assert dataset.skip_reason(unanswered) == "field 'messages' holds no answer"
 
 
 @pytest.mark.parametrize(
@@ -630,7 +640,8 @@ def test_system_message_comes_first_and_an_open_question_is_a_prompt(tmp_path):
         ([{"role": "user"}], "'content' is missing"),
         ([{"role": "user", "content": 3}], "expected a string, found a number"),
         ([{"role": "user", "content": " "}], "is empty"),
-        ([{"role": "tool", "content": "x"}], "expected the role system, user or assistant"),
+        ([{"role": "tool", "content": "x"}], "another order"),
+        ([{"role": "narrator", "content": "x"}], "expected the role system, developer, user, assistant, tool"),
         ([{"content": "x"}], "expected the role"),
         ([{"role": "system", "content": "x"}], "another order"),
         ([TURNS[1], TURNS[0]], "another order"),
@@ -641,7 +652,6 @@ def test_system_message_comes_first_and_an_open_question_is_a_prompt(tmp_path):
 def test_unusable_conversations_are_skipped_with_the_reason(turns, reason, tmp_path):
     dataset = open_conversations(tmp_path, [{"messages": TURNS}, {"messages": turns}])
     rows = dataset.raw_datasets["train"]
-    assert dataset.get_messages(rows[1]) is None
     report = dataset.check_rows(rows)
     assert report.kept == [0]
     (found,) = report.skipped
@@ -650,8 +660,9 @@ def test_unusable_conversations_are_skipped_with_the_reason(turns, reason, tmp_p
 
 def test_texts_win_over_messages_unless_the_caller_names_the_column(tmp_path):
     path = write_rows(tmp_path / "d.jsonl", [PAIR | {"messages": TURNS}])
-    assert type(open_at(path, tmp_path)) is PathDataset
-    assert type(open_at(path, tmp_path, columns={"messages": "messages"})) is ConversationDataset
+    assert open_at(path, tmp_path).recognised() == "preference pairs as texts; columns not read: messages"
+    named = open_at(path, tmp_path, columns={"messages": "messages"})
+    assert named.recognised().startswith("conversations as messages; columns not read: prompt")
     with pytest.raises(DataError, match=r"expected the column 'talk'"):
         open_at(path, tmp_path, columns={"messages": "talk"})
 
@@ -764,7 +775,7 @@ def test_damaged_line_is_named(bad, message, late, tmp_path):
         ("d.parquet", b"PAR1 and no more", "d.parquet: expected a parquet file"),
         ("d.jsonl.gz", b"not packed", "d.jsonl.gz: cannot be read"),
         ("d.jsonl.gz", gzip.compress(GOOD_LINE * 100, mtime=0)[:-9], "d.jsonl.gz: cannot be read"),
-        ("d.txt", b"text", "d.txt: expected a file that ends in one of .json, .jsonl"),
+        ("d.doc", b"text", "d.doc: expected a file that ends in one of .json, .jsonl"),
     ],
 )
 def test_damaged_file_is_named(name, data, message, tmp_path):

@@ -1,11 +1,14 @@
 """PPO with real engines in this process: ratios, masks, invariances, EMA, ptx, fast generation."""
 
 import argparse
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import flags, make_model, make_reward_model
-from transformers import AutoModelForCausalLM
+from helpers import add_end_token, flags, make_model, make_reward_model
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from training.step3_rlhf_finetuning.experience import Experience
 from training.step3_rlhf_finetuning.ppo_math import answer_mask
@@ -20,6 +23,7 @@ from utils.module.lora import lora_layers
 from utils.process.errors import UserError
 from utils.process.launch import init_distributed
 from utils.process.seeds import set_random_seed
+from utils.run.results import save_hf_format
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
@@ -189,6 +193,99 @@ def test_a_missing_eos_costs_the_penalty(folders, monkeypatch):
     with_penalty = _experience(trainer).scores
     trainer.args.missing_eos_penalty = None
     assert (_experience(trainer).scores - with_penalty).tolist() == pytest.approx([0, 2.5, 0, 2.5])
+
+
+@pytest.fixture(scope="module")
+def folders_with_two_ends(tmp_path_factory):
+    """As ``folders``, where <|turn|> ends answers beside EOS, for the generation settings alone."""
+    base = tmp_path_factory.mktemp("two ends")
+    actor = make_model(base / "actor", "llama")
+    turn = add_end_token(actor)
+    return turn, (actor, make_reward_model(base / "reward", actor))
+
+
+def _tokens_at(places: dict[tuple[int, int], int], never: list[int]):
+    """Logits that choose a token at (row, position of the answer), and never one of ``never`` elsewhere."""
+
+    def rewrite(logits, rows, position):
+        logits = logits.clone()
+        logits[:, never] = -torch.inf
+        for i, row in enumerate(rows.tolist()):
+            if (row, position) in places:
+                logits[i, places[row, position]] = 1e4
+        return logits
+
+    return rewrite
+
+
+@pytest.mark.parametrize("more", ["", "--enable_hybrid_engine"])
+def test_an_answer_ends_at_each_end_token_of_the_model(folders_with_two_ends, more, capsys, tmp_path):
+    turn, folders = folders_with_two_ends
+    trainer = _trainer(folders, f"--missing_eos_penalty 2.5 --kl_ctl 0.1 {more}")
+    assert f"answers end at '</s>' (0), '<|turn|>' ({turn})" in capsys.readouterr().out
+    eos = trainer.tokenizer.eos_token_id
+    generator = trainer.rlhf_engine.generator
+    rewrite = _tokens_at({(0, 2): turn, (1, 4): eos, (3, 0): turn}, never=[turn, eos])
+    generator.generate = partial(type(generator).generate, generator, rewrite_logits=rewrite)
+    experience = _experience(trainer)
+    ids, width = experience.input_ids, experience.prompt_width
+    assert [ids[0, width + 2], ids[1, width + 4], ids[3, width]] == [turn, eos, turn]
+    pad = trainer.tokenizer.pad_token_id
+    assert all(
+        (ids[row, width + length :] == pad).all() for row, length in ((0, 3), (1, 5), (3, 1))
+    )  # it stopped there
+    assert experience.attention_mask[:, width:].sum(1).tolist() == [3, 5, 12, 1]
+    assert experience.answer_mask.sum(1).tolist() == [3, 5, 12, 0]  # the last one says nothing
+    assert experience.ended.tolist() == [1, 1, 0, 1]
+    assert trainer.experience_metrics(experience)["eos_rate"] == pytest.approx(2 / 3)
+    # The end token is the last action: with a log-prob, an advantage, and the score of its answer on it.
+    assert experience.advantages[0, 2] != 0 and experience.log_probs[0, 2] != 0
+    kl = 0.1 * (experience.log_probs - experience.ref_log_probs)[0, 2]
+    torch.testing.assert_close(experience.rewards[0, 2], experience.scores[0].clamp(-5, 5) - kl)
+    assert (experience.rewards[0, 3:] == 0).all()
+    torch.testing.assert_close(experience.score_parts[:, 0] - experience.scores, torch.tensor([0, 0, 2.5, 0]))
+    # The reward model's score is its value at the end token, whichever it is, as for that answer alone.
+    for row, length in ((0, 3), (1, 5)):
+        alone = torch.tensor([[*PROMPTS[row], *ids[row, width : width + length].tolist()]])
+        with torch.no_grad():
+            value = trainer.reward_model(input_ids=alone, attention_mask=torch.ones_like(alone), values_only=True)
+        torch.testing.assert_close(experience.score_parts[row, 0], value[0, -1], atol=1e-5, rtol=1e-5)
+    assert trainer.train_rlhf(_window(experience))["actor_step_applied"]
+    # What is saved ends its answers there too.
+    save_hf_format(trainer.actor_model, trainer.tokenizer, SimpleNamespace(output_dir=tmp_path))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert saved.generation_config.eos_token_id == [eos, turn] and saved.config.eos_token_id == eos
+
+
+def test_a_pad_token_that_is_the_unknown_token_may_be_sampled_and_ends_nothing(tmp_path):
+    actor = make_model(tmp_path / "actor", "llama", pad=None)
+    tokenizer = AutoTokenizer.from_pretrained(actor)
+    tokenizer.add_special_tokens({"unk_token": "<s>", "pad_token": "<s>"})
+    tokenizer.save_pretrained(actor)
+    trainer = _trainer((actor, make_reward_model(tmp_path / "reward", actor)))
+    unk, eos = trainer.tokenizer.unk_token_id, trainer.tokenizer.eos_token_id
+    assert unk == trainer.tokenizer.pad_token_id != eos and trainer.end_token_ids == [eos]
+    generator = trainer.rlhf_engine.generator
+    places = {(0, 1): unk, (0, 4): eos, (1, 0): unk, (1, 2): eos}
+    generator.generate = partial(type(generator).generate, generator, rewrite_logits=_tokens_at(places, [unk, eos]))
+    experience = _experience(trainer)
+    assert experience.answer_mask.sum(1).tolist() == [5, 3, 12, 12]
+    assert experience.ended.tolist() == [1, 1, 0, 0]
+
+
+def test_an_end_token_whose_id_lies_above_missing_ones_is_sampled_and_scored(tmp_path):
+    actor = make_model(tmp_path / "actor", "llama")
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<pad>": 2, "</s>": 320}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>").save_pretrained(actor)
+    trainer = _trainer((actor, make_reward_model(tmp_path / "reward", actor)))
+    assert len(trainer.tokenizer) < 320 and trainer.end_token_ids == [320]
+    generator = trainer.rlhf_engine.generator
+    rewrite = _tokens_at({(0, 3): 320, (2, 5): 320}, never=[320])
+    generator.generate = partial(type(generator).generate, generator, rewrite_logits=rewrite)
+    experience = _experience(trainer)
+    assert experience.answer_mask.sum(1).tolist() == [4, 12, 6, 12]
+    assert experience.log_probs.isfinite().all() and experience.log_probs[0, 3] < 0
+    assert trainer.train_rlhf(_window(experience))["ratio"] == pytest.approx(1, abs=1e-5)
 
 
 def test_ema_equals_its_closed_form_in_fp32(folders):

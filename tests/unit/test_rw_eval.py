@@ -214,7 +214,7 @@ def test_single_answers_of_a_folder_s_split_by_their_columns(folder, judge, tmp_
     assert "3 of 3 prompts are no ' Human: ... Assistant:' text; they are scored as they stand" in printed.err
     evaluate(folder, "--data_path", tmp_path, *columns, "--split", "train", "--output", output)
     assert "train 0" in output.read_text() and "test 0" not in output.read_text()
-    with pytest.raises(UserError, match=r"split 'dev', found only: test, train"):
+    with pytest.raises(UserError, match=r"--split dev: no such split; there are test, train"):
         evaluate(folder, "--data_path", tmp_path, "--split", "dev")
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Step 2, reward model: teach a model to score answers, from pairs of which people liked one better.
+"""Step 2, reward model: teach a model to score answers, from pairs or rankings of them by people.
 
 one process:    python main.py --model_name_or_path facebook/opt-125m --data_path local/demo --output_dir out
 many:           deepspeed main.py --model_name_or_path facebook/opt-350m --zero_stage 0 --output_dir out
 
-The loss is the mean over the pairs of an optimizer step, however they fall on ranks, micro-batches and accumulation;
-the model is saved as a sequence-classification model with one label, with the mean and standard deviation of its
-scores.
+The loss is the mean over the prompts of an optimizer step, however they fall on ranks, micro-batches and accumulation,
+and for a prompt the mean over its pairs of answers; the model is saved as a sequence-classification model with one
+label, with the mean and standard deviation of its scores.
 """
 
 import math
@@ -54,10 +54,13 @@ def load_model(args, tokenizer, ds_config):
 
 @torch.no_grad()
 def evaluate(engine, loader, device, iterations: int) -> dict[str, float]:
-    """Means over all ranks' pairs: loss, accuracy (a tie is half right), scores; mean and std of all their scores."""
+    """Means over all ranks' pairs: loss, accuracy (a tie is half right), scores; mean and std of all answers' scores.
+
+    The pairs of a ranked list count as one together; each of its answers counts once.
+    """
     engine.eval()
-    # pairs, loss, right ones, chosen, rejected, all scores, their squares; fp64, since the std is a small difference
-    sums = torch.zeros(7, device=device, dtype=torch.float64)
+    # pairs, loss, right ones, chosen, rejected, answers, their scores, the squares; fp64: the std is a small difference
+    sums = torch.zeros(8, device=device, dtype=torch.float64)
     total = min(len(loader), iterations or len(loader))
     for i, batch in enumerate(progress(loader, "evaluating", total)):
         if i == total:
@@ -66,21 +69,22 @@ def evaluate(engine, loader, device, iterations: int) -> dict[str, float]:
         outputs, weights = engine(**batch), batch["pair_weights"].double()
         chosen, rejected = outputs["chosen_mean_scores"].double(), outputs["rejected_mean_scores"].double()
         rows = [weights, pair_accuracy(chosen, rejected) * weights, chosen * weights, rejected * weights]
-        rows += [(chosen + rejected) * weights, (chosen**2 + rejected**2) * weights]
+        one, other = batching.answer_shares(batch).unbind(1)
+        rows += [one + other, chosen * one + rejected * other, chosen**2 * one + rejected**2 * other]
         pairs, *others = [row.sum() for row in rows]
         sums += torch.stack([pairs, outputs["loss"].double(), *others])
     engine.train()
-    pairs, loss, right, chosen, rejected, scores, squares = all_reduce_sum(sums).tolist()
-    pairs = max(pairs, 1)
-    mean = scores / (2 * pairs)
+    pairs, loss, right, chosen, rejected, answers, scores, squares = all_reduce_sum(sums).tolist()
+    pairs, answers = max(pairs, 1), max(answers, 1)
+    mean = scores / answers
     return {
         "loss": loss / pairs,
         "accuracy": right / pairs,
         "chosen_score": chosen / pairs,
         "rejected_score": rejected / pairs,
         "score_mean": mean,
-        "score_std": math.sqrt(max(squares / (2 * pairs) - mean**2, 0.0)),
-        "pairs": pairs,
+        "score_std": math.sqrt(max(squares / answers - mean**2, 0.0)),
+        "pairs": round(pairs, 3),  # thirds add up to almost 1
     }
 
 
@@ -138,7 +142,7 @@ def main():
         windows = batching.accumulation_windows(train_loader, args.gradient_accumulation_steps)
         bar = progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch - first_step)
         for step, window in enumerate(bar, first_step):
-            pairs, tokens = batching.count_window(window, batching.count_pairs, device)
+            pairs, tokens, answers = batching.count_window(window, batching.count_pairs, device)
             for batch in update.micro_batches(window):
                 batch = batching.to_device(batch, device)
                 outputs, weights = engine(**batch), batch["pair_weights"]
@@ -153,7 +157,7 @@ def main():
             bar.note(perf.pace(tokens, seconds))
             figures |= {"lr": engine.get_lr()[0], "skipped_steps": nonfinite.skipped}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
-                figures |= perf.print_throughput(engine, args, seconds, int(tokens), int(2 * pairs))
+                figures |= perf.print_throughput(engine, args, seconds, int(tokens), int(answers))
             steps = checkpoints.steps + 1
             writer.write(steps, figures)
             if args.eval_interval and steps % args.eval_interval == 0:

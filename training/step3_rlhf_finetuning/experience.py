@@ -18,12 +18,12 @@ class Experience:
     """
 
     input_ids: torch.Tensor  # [B, P + A] prompt and answer
-    attention_mask: torch.Tensor  # [B, P + A] real tokens, the EOS included
-    answer_mask: torch.Tensor  # [B, A] answer tokens that train: 1 up to and with the first EOS
+    attention_mask: torch.Tensor  # [B, P + A] real tokens, the end token included
+    answer_mask: torch.Tensor  # [B, A] answer tokens that train: 1 up to and with the first end token
     log_probs: torch.Tensor  # [B, A] of the policy that sampled
     ref_log_probs: torch.Tensor  # [B, A] of the reference
     scores: torch.Tensor  # [B] of whole answers: reward model and reward functions, after the missing-EOS penalty
-    ended: torch.Tensor  # [B] 1 where an EOS came
+    ended: torch.Tensor  # [B] 1 where an end token came
     score_parts: torch.Tensor  # [B, n] what the reward model and each reward function gave, unweighted
     values: torch.Tensor | None = None  # [B, A] of the state before each answer token; None without a critic
     rewards: torch.Tensor | None = None  # [B, A] KL penalty and score, filled in by compute_rewards

@@ -32,7 +32,7 @@ from utils.engine.nonfinite import NonFiniteSteps
 from utils.engine.steps import moving_average
 from utils.model.loading import load_config
 from utils.model.model_utils import check_model
-from utils.model.reward_functions import load_reward_functions
+from utils.model.reward_functions import check_columns, columns_wanted, load_reward_functions
 from utils.model.reward_model import reward_scale
 from utils.model.tokenizer import check_same_tokenizer
 from utils.planning.preflight import preflight
@@ -49,17 +49,23 @@ def check_models(args, tokenizer) -> None:
     actor, critic, code = args.actor_model_name_or_path, args.critic_model_name_or_path, args.trust_remote_code
     lengths = {"--max_prompt_seq_len": args.max_prompt_seq_len, "--max_answer_seq_len": args.max_answer_seq_len}
     if critic is not None:
-        check_same_tokenizer(tokenizer, actor, critic, arguments.end_token(args), code)
+        check_same_tokenizer(tokenizer, actor, critic, arguments.end_token(args), code, args.prompt_format)
         check_model(AutoModel, critic, code, trained_head=True, lengths=lengths)
         if args.normalize_reward:
             reward_scale(load_config(critic, code))
     check_model(AutoModelForCausalLM, actor, code, lengths=lengths)
 
 
-def load_prompts(args, tokenizer, batch: arguments.RLHFBatchSizes):
-    """(prompts, their sampler, batches of a round of generation, updates in an epoch)."""
+def load_prompts(args, tokenizer, batch: arguments.RLHFBatchSizes, reward_functions):
+    """(prompts, their sampler, batches of a round of generation, updates in an epoch).
+
+    Raises:
+        UserError: the data cannot be used, or a reward function asks for a column that they lack.
+    """
     print_rank_0(batch.explain())
-    prompts, _ = preparation.datasets_of_step(args, tokenizer, encoding.RLHF, args.max_prompt_seq_len)
+    limit, wanted = args.max_prompt_seq_len, columns_wanted(reward_functions)
+    prompts, _ = preparation.datasets_of_step(args, tokenizer, encoding.RLHF, limit, keep_columns=wanted)
+    check_columns(reward_functions, prompts.columns)
     sampler = batching.StepBatchSampler(
         prompts.lengths, batch.prompts_per_round, batch.rounds, seed=args.seed, drop_last=True
     )
@@ -78,13 +84,13 @@ def make_trainer(args, tokenizer, reward_functions, optimizer_steps: int) -> Dee
 
 def generate(trainer, prompt_batches, args, step: int, times: StepTimes, refuse) -> Experience:
     """Rounds of generation: answers of the current policy, seen by all four models."""
-    rounds = []
+    rounds, copies = [], args.num_generations_per_prompt
     for prompt_batch in prompt_batches:
-        prompt, mask = (
-            prompt_batch[name].repeat_interleave(args.num_generations_per_prompt, dim=0)
-            for name in ("prompt", "prompt_att_mask")
-        )
-        rounds.append(trainer.generate_experience(prompt, mask, step, refuse))
+        prompt, mask = (prompt_batch[n].repeat_interleave(copies, dim=0) for n in ("prompt", "prompt_att_mask"))
+        columns = prompt_batch.get("columns")
+        if columns is not None:
+            columns = [row for row in columns for _ in range(copies)]
+        rounds.append(trainer.generate_experience(prompt, mask, step, refuse, columns))
         times.generate += trainer.generate_time
         times.generated_positions += trainer.generated_steps
     return Experience.concat(rounds, trainer.tokenizer.pad_token_id)
@@ -120,7 +126,7 @@ def main():
     # 2. Tokenizer and prompts, after a look whether both models' files are all there and fit
     tokenizer = build.load_tokenizer(args, args.actor_model_name_or_path)
     check_models(args, tokenizer)
-    prompts, sampler, loader, updates = load_prompts(args, tokenizer, batch)
+    prompts, sampler, loader, updates = load_prompts(args, tokenizer, batch, reward_functions)
     unsupervised = UnsupervisedBatches(args, tokenizer) if args.unsupervised_dataset_name else None
 
     # 3. The engines and the trainer

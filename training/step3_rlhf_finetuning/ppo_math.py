@@ -1,7 +1,7 @@
 """The mathematics of PPO from human feedback, as free functions of tensors.
 
 Shapes: B rows, A answer positions (all answers of a batch begin in one column), V vocabulary. ``mask`` [B, A] is 1 at
-real answer tokens, the first EOS included, and 0 after it. All in fp32.
+real answer tokens, the first end token (EOS) included, and 0 after it. All in fp32.
 
 Sources: PPO, Schulman et al. 2017, https://arxiv.org/abs/1707.06347. GAE, Schulman et al. 2015, https://arxiv.org/abs/1506.02438.
 RLHF, Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, and Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
@@ -10,7 +10,7 @@ KL estimators, http://joschu.net/blog/kl-approx.html. Details, Huang et al. 2024
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,17 @@ def _this_process_only(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def answer_mask(answer_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
-    """Real answer tokens: up to and with the first EOS, whatever id pads have. [B, A] ids -> [B, A] of 0 and 1."""
-    is_eos = (answer_ids == eos_token_id).long()
+def is_end_token(answer_ids: torch.Tensor, eos_token_id: int | Sequence[int]) -> torch.Tensor:
+    """Which tokens end an answer, by one id or any of several: a bool for each."""
+    return torch.isin(answer_ids, torch.as_tensor(eos_token_id, dtype=answer_ids.dtype, device=answer_ids.device))
+
+
+def answer_mask(answer_ids: torch.Tensor, eos_token_id: int | Sequence[int]) -> torch.Tensor:
+    """Real answer tokens: up to and with the first EOS, of whichever id, and whatever id pads have.
+
+    [B, A] ids -> [B, A] of 0 and 1.
+    """
+    is_eos = is_end_token(answer_ids, eos_token_id).long()
     return (is_eos.cumsum(1) - is_eos == 0).long()
 
 

@@ -17,6 +17,7 @@ from utils.model.inputs import model_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.reward_functions import RewardFunction
 from utils.model.reward_model import end_scores, reward_scale
+from utils.model.tokenizer import vocabulary_size
 from utils.process.console import print_rank_0
 from utils.process.ranks import agree, all_reduce_sum
 
@@ -29,6 +30,7 @@ class DeepSpeedPPOTrainer:
     def __init__(self, rlhf_engine, args, reward_functions: Sequence[RewardFunction] = ()):
         self.rlhf_engine, self.args, self.reward_functions = rlhf_engine, args, list(reward_functions)
         self.tokenizer = rlhf_engine.tokenizer
+        self.end_token_ids, self.vocabulary = rlhf_engine.end_token_ids, vocabulary_size(rlhf_engine.tokenizer)
         self.actor_model, self.critic_model = rlhf_engine.actor, rlhf_engine.critic
         self.reward_model = rlhf_engine.reward
         self.actor_label_log_probs = self.ref_label_log_probs = LabelLogProbs(self.actor_model)
@@ -51,7 +53,7 @@ class DeepSpeedPPOTrainer:
     # ------------------------------------------------------------ experience
 
     def generate_experience(
-        self, prompts, mask, step=0, refuse: Callable[[Figures], object] = refuse_nonfinite
+        self, prompts, mask, step=0, refuse: Callable[[Figures], object] = refuse_nonfinite, columns=None
     ) -> Experience:
         """Sample answers and look at them with all four models.
 
@@ -59,6 +61,7 @@ class DeepSpeedPPOTrainer:
             prompts, mask: [B, P], left-padded.
             step: for messages.
             refuse: called on every rank when logits of any were not finite.
+            columns: [B] dicts, the columns of the data for reward functions; None where there are none.
         """
         self.eval()
         try:
@@ -67,7 +70,7 @@ class DeepSpeedPPOTrainer:
             refuse({"actor": {"logits in generation": math.nan}})
             raise
         answers = input_ids[:, prompts.shape[1] :]
-        real = ppo_math.answer_mask(answers, self.tokenizer.eos_token_id)
+        real = ppo_math.answer_mask(answers, self.end_token_ids)
         attention_mask = torch.cat([mask, real], dim=1)
         width = answers.shape[1]
         with torch.no_grad():
@@ -75,11 +78,11 @@ class DeepSpeedPPOTrainer:
             with self.rlhf_engine.reference_weights():
                 ref_log_probs, _ = self._answer_log_probs(self.ref_label_log_probs, input_ids, attention_mask, width)
             values = self._answer_values(input_ids, attention_mask, width) if self.critic_model is not None else None
-            score_parts = self._score_parts(input_ids, attention_mask, prompts.shape[1])
-        ended = (answers == self.tokenizer.eos_token_id).any(dim=1)
+            score_parts = self._score_parts(input_ids, attention_mask, prompts.shape[1], columns)
+        ended = ppo_math.is_end_token(answers, self.end_token_ids).any(dim=1)
         scores = self._final_scores(score_parts, ended)
         self.train()
-        # An answer that is nothing but EOS says nothing the reward model was trained to judge.
+        # An answer that is nothing but an end token says nothing the reward model was trained to judge.
         usable = (torch.isfinite(scores) & (real.sum(1) > ended.long())).unsqueeze(1)
         trains = real * usable
         log_probs, ref_log_probs, values = (
@@ -106,17 +109,17 @@ class DeepSpeedPPOTrainer:
         args = self.args
         return Decoding(
             max_new_tokens=args.max_answer_seq_len,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_ids=tuple(self.end_token_ids),
             pad_token_id=self.tokenizer.pad_token_id,
             # Rows of the embedding beyond the tokenizer mean nothing, and the critic may not have them.
-            vocabulary=len(self.tokenizer),
+            vocabulary=self.vocabulary,
             temperature=args.temperature if args.do_sample else 0.0,
             top_k=args.top_k,
             top_p=args.top_p,
         )
 
     def _generate_sequence(self, prompts, mask, step) -> torch.Tensor:
-        """[B, P] -> [B, P + A], A the longest answer of this rank; after a row's EOS come pads.
+        """[B, P] -> [B, P + A], A the longest answer of this rank; after a row's end token come pads.
 
         Raises:
             FloatingPointError: on all ranks, when logits of any were not finite.
@@ -148,8 +151,11 @@ class DeepSpeedPPOTrainer:
             function.name for function in self.reward_functions
         ]
 
-    def _score_parts(self, input_ids, attention_mask, prompt_width) -> torch.Tensor:
-        """[B, n]: what the reward model, if there is one, and each reward function give to the answers."""
+    def _score_parts(self, input_ids, attention_mask, prompt_width, columns=None) -> torch.Tensor:
+        """[B, n]: what the reward model, if there is one, and each reward function give to the answers.
+
+        ``columns``: [B] dicts of the data's columns, for reward functions.
+        """
         parts = []
         if self.reward_model is not None:
             values = self.reward_model(input_ids=input_ids, attention_mask=attention_mask, values_only=True)
@@ -163,7 +169,7 @@ class DeepSpeedPPOTrainer:
             )
             scores = []
             # A function that fails on one rank must not leave the others waiting.
-            agree(lambda: scores.extend(function(prompts, answers) for function in self.reward_functions))
+            agree(lambda: scores.extend(function(prompts, answers, columns) for function in self.reward_functions))
             parts += [torch.tensor(row, dtype=torch.float32, device=input_ids.device) for row in scores]
         return torch.stack(parts, dim=1)
 
@@ -190,7 +196,7 @@ class DeepSpeedPPOTrainer:
             model_inputs(label_log_probs.model, input_ids, attention_mask),
             labels,
             temperature=self.temperature,
-            vocabulary=len(self.tokenizer),  # rows of the embedding beyond the tokenizer are never sampled
+            vocabulary=self.vocabulary,  # rows of the embedding beyond the tokenizer are never sampled
             with_entropy=with_entropy,
         )
         zeros = torch.zeros(real.shape, device=real.device)

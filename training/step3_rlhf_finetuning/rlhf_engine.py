@@ -11,6 +11,7 @@ from utils.engine import build
 from utils.engine.steps import moving_average
 from utils.generation.hybrid_engine import HybridEngine
 from utils.model.model_utils import add_lora_layers, create_critic_model, create_hf_model
+from utils.model.tokenizer import describe_end_tokens, end_token_ids
 from utils.module.lora import lora_disabled
 from utils.process.console import print_rank_0
 
@@ -19,7 +20,7 @@ class DeepSpeedRLHFEngine:
     """Builds the engines and holds them as attributes.
 
     Attributes:
-        actor: the policy, trained. generator: its HybridEngine.
+        actor: the policy, trained. generator: its HybridEngine. end_token_ids: each of them ends an answer.
         ref: the policy as it was at the start, frozen; None where that is the actor with its adapters off.
         actor_ema: fp32 exponential moving average of the actor, or None.
         critic: a RewardModel that predicts the return, trained; starts from the reward model. None without GAE.
@@ -63,6 +64,9 @@ class DeepSpeedRLHFEngine:
                 max_out_tokens=args.max_prompt_seq_len + args.max_answer_seq_len,
             )
             model = self._causal_lm(path, config, dropout=args.actor_dropout)
+            self.end_token_ids = end_token_ids(model, self.tokenizer)
+            if len(self.end_token_ids) > 1:
+                print_rank_0(f"answers end at {describe_end_tokens(self.end_token_ids, self.tokenizer)}")
             return build.trained_engine(model, args, config, self.num_total_iters, "actor")
 
     def _init_ref(self, path):

@@ -158,7 +158,8 @@ def add_rlhf_arguments(parser) -> None:
         nargs="+",
         default=[],
         metavar="FILE.py:NAME[:WEIGHT]",
-        help="functions of (prompts, answers) that give each answer a score, added to the reward model's; none for off",
+        help="functions that give each answer a score, added to the reward model's; each gets what its parameters are "
+        "called: prompts, answers, columns of the data; none for off",
     )
     add(
         "--reward_model_weight",

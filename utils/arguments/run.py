@@ -7,7 +7,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from transformers.utils import is_flash_attn_2_available
 
-from utils.arguments.data import refuse_inside_data
+from utils.arguments.data import check_data, settle_format
 from utils.arguments.kinds import not_negative, positive, size
 from utils.process.errors import UserError
 from utils.process.files import check_output_dir
@@ -15,7 +15,7 @@ from utils.process.launch import COMM_TIMEOUT
 from utils.process.ranks import check_same_on_all_nodes
 
 # Flags whose values may differ between nodes: where things lie there.
-OF_A_NODE = re.compile("rank|path|_dir|resume|deepspeed_config|reward_function|dataset_name|num_workers")
+OF_A_NODE = re.compile("rank|path|_dir|resume|deepspeed_config|data_config|reward_function|dataset_name|num_workers")
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -109,7 +109,8 @@ def check_checkpoints(args) -> None:
 
 def settle_common(args) -> None:
     """Fill in, and check, what depends on the machine."""
-    refuse_inside_data(args)
+    check_data(args)
+    settle_format(args)
     check_output_dir(args.data_output_path, "--data_output_path")
     if args.add_eot_token and not args.eot_token.strip():
         raise UserError("--eot_token: a token that ends answers has letters or signs, and this one is blank")

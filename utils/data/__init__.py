@@ -1,6 +1,6 @@
 """Data, from a row of text to a batch of ids.
 
-    readers          rows of files (json, jsonl, csv, parquet), of lists and of the datasets library
+    readers          rows of files (json, jsonl, csv, tsv, txt, parquet, arrow), of lists and of the datasets library
     splits           train and eval rows of a file, a folder, a saved dataset or the hub
     row_texts        texts of a row, or the reason why it cannot be used
     raw_datasets     the known datasets by name: which texts of a row are prompt, chosen, rejected

@@ -1,7 +1,9 @@
 """From id rows to padded batches: the order of rows, packing, padding, collators."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -195,9 +197,31 @@ def count_batch(batch: dict) -> tuple[int, int, int]:
     return int(labels.sum()), int((segments > 0).sum()), int(segments.max(dim=1).values.sum()) if len(segments) else 0
 
 
-def count_pairs(batch: dict) -> tuple[float, int]:
-    """(pairs, real tokens) of a batch of step 2; fillers are no pairs."""
-    return float(batch["pair_weights"].sum()), int(batch["attention_mask"].sum())
+def answers_of_pairs(batch: dict) -> torch.Tensor:
+    """[pairs, 2]: the rows of the chosen and of the rejected answer in a batch of step 2."""
+    if "pairs" in batch:
+        return batch["pairs"]
+    weights = batch["pair_weights"]
+    return torch.arange(2 * len(weights), device=weights.device).view(2, -1).T
+
+
+def pairs_of_answers(batch: dict) -> torch.Tensor:
+    """[answers]: in how many pairs each answer of a batch of step 2 stands; 0 for fillers."""
+    real = answers_of_pairs(batch)[batch["pair_weights"] > 0]
+    answers = len(batch["input_ids"]) if "pairs" in batch else 2 * len(batch["pair_weights"])
+    return torch.bincount(real.flatten(), minlength=answers)
+
+
+def answer_shares(batch: dict) -> torch.Tensor:
+    """[pairs, 2] fp64: what the two answers of each pair count, so that over all its pairs an answer counts once."""
+    shares = 1.0 / pairs_of_answers(batch).clamp(min=1).double()
+    return shares[answers_of_pairs(batch)] * (batch["pair_weights"] > 0).unsqueeze(1)
+
+
+def count_pairs(batch: dict) -> tuple[float, int, int]:
+    """(pairs, real tokens, answers) of a batch of step 2: a ranked list is one pair, fillers are nothing."""
+    compared = pairs_of_answers(batch) > 0
+    return float(batch["pair_weights"].sum()), int(batch["attention_mask"][compared].sum()), int(compared.sum())
 
 
 def count_window(window: list[dict], count: Callable[[dict], tuple], device) -> list[float]:
@@ -261,9 +285,24 @@ class DataCollatorPacked:
         return {name: pad_rows(rows, fill.get(name, 0))[0] for name, rows in columns.items()}
 
 
+def ranked_pairs(row: dict) -> list[tuple[int, int]]:
+    """(better, worse) places among the answers of a row of step 2; (0, 1) of a plain pair."""
+    ids, ranks = row.get("ranked_ids"), row.get("ranks")
+    if not ids:
+        return [(0, 1)]
+    return [(i, j) for i, j in combinations(range(len(ids)), 2) if ranks[i] != ranks[j] and ids[i] != ids[j]]
+
+
 @dataclass
 class DataCollatorReward:
-    """Rows of step 2 -> {input_ids, attention_mask [2 * pairs, length], pair_weights [pairs]}, chosen first."""
+    """Rows of step 2 -> {input_ids, attention_mask [answers, length], pair_weights [pairs]}.
+
+    A row is a pair, or has answers that are ranked: ``ranked_ids``, best first, and their ``ranks``. Where all are
+    pairs, chosen answers come first and then rejected ones, in the same order. A batch with ranked rows also has
+    ``pairs`` [pairs, 2], the places of the chosen and the rejected answer: every pair of a ranked row but those of one
+    rank or of identical ids, in which nothing is to be learned. They weigh 1 together, so that a prompt with many
+    answers counts no more than one with two.
+    """
 
     pad_token_id: int
     max_length: int
@@ -271,19 +310,39 @@ class DataCollatorReward:
 
     def __call__(self, rows):
         filler = {"chosen_ids": [self.pad_token_id], "rejected_ids": [self.pad_token_id]}
+        if any(row and row.get("ranked_ids") for row in rows):
+            return self._with_ranked(rows, filler)
         full = [filler if row is None else row for row in rows]
-        ids, mask = pad_rows(
-            [row["chosen_ids"] for row in full] + [row["rejected_ids"] for row in full],
-            self.pad_token_id,
-            to_length=self.max_length if self.pad_to_max_length else None,
-        )
         weights = torch.tensor([0.0 if row is None else 1.0 for row in rows])
-        return {"input_ids": ids, "attention_mask": mask, "pair_weights": weights}
+        return {
+            **self._padded([row["chosen_ids"] for row in full] + [row["rejected_ids"] for row in full]),
+            "pair_weights": weights,
+        }
+
+    def _padded(self, answers) -> dict[str, torch.Tensor]:
+        to_length = self.max_length if self.pad_to_max_length else None
+        ids, mask = pad_rows(answers, self.pad_token_id, to_length=to_length)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _with_ranked(self, rows, filler) -> dict[str, torch.Tensor]:
+        answers, pairs, weights = [], [], []
+        for row in rows:
+            of_row = ranked_pairs(row) if row else []
+            count = len(of_row)
+            if not of_row:
+                row, of_row = filler, [(0, 1)]
+            pairs += [(len(answers) + better, len(answers) + worse) for better, worse in of_row]
+            weights += [1 / count if count else 0.0] * len(of_row)
+            answers += row.get("ranked_ids") or [row["chosen_ids"], row["rejected_ids"]]
+        return {**self._padded(answers), "pair_weights": torch.tensor(weights), "pairs": torch.tensor(pairs)}
 
 
 @dataclass
 class DataCollatorRLHF:
-    """Prompts of step 3, left-padded so that answers begin in one column {prompt, prompt_att_mask}, [batch, length]."""
+    """Prompts of step 3, left-padded so that answers begin in one column {prompt, prompt_att_mask}, [batch, length].
+
+    Rows that keep columns of the data, as JSON, bring them along: "columns", a list of one dict per row.
+    """
 
     pad_token_id: int
     max_token_len: int
@@ -296,7 +355,10 @@ class DataCollatorRLHF:
             side="left",
             to_length=self.max_token_len if self.pad_to_max_length else None,
         )
-        return {"prompt": ids, "prompt_att_mask": mask}
+        batch = {"prompt": ids, "prompt_att_mask": mask}
+        if any("columns" in row for row in rows):
+            batch["columns"] = [json.loads(row["columns"]) for row in rows]
+        return batch
 
 
 def to_device(batch, device):

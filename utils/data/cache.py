@@ -23,7 +23,8 @@ class PromptDataset(Dataset):
     Rows are dicts of Python lists and numbers with the columns that encoding.py names for the step.
 
     Attributes:
-        lengths: [rows] tokens of each row, of the longer answer of a pair: what padding will cost.
+        lengths: [rows] tokens of each row, of the longest answer of several: what padding will cost.
+        answers_per_row: of step 2, of the row that has most.
     """
 
     def __init__(self, table: pa.Table, train_phase: int):
@@ -31,6 +32,10 @@ class PromptDataset(Dataset):
         names = [name for name in ("input_ids", "chosen_ids", "rejected_ids") if name in table.column_names]
         columns = [pc.list_value_length(table[name]).to_numpy() for name in names]
         self.lengths = np.max(columns, axis=0) if len(table) else np.zeros(0, np.int32)
+        self.answers_per_row = 2 if "chosen_ids" in names else 1
+        if "ranked_ids" in table.column_names and len(table):
+            self.lengths = np.maximum(self.lengths, _longest_inside(table["ranked_ids"]))
+            self.answers_per_row = max(2, pc.max(pc.list_value_length(table["ranked_ids"])).as_py())
 
     @classmethod
     def from_file(cls, file: Path, train_phase: int) -> "PromptDataset":
@@ -46,6 +51,16 @@ class PromptDataset(Dataset):
 
     def __getitem__(self, index):
         return {name: self.table[name][int(index)].as_py() for name in self.table.column_names}
+
+
+def _longest_inside(column: pa.ChunkedArray) -> np.ndarray:
+    """[rows] of a column of lists of lists: how long the longest inner list is; 0 where there is none."""
+    longest = np.zeros(len(column), np.int32)
+    for chunk, start in zip(column.chunks, np.cumsum([0, *map(len, column.chunks)]), strict=False):
+        if len(chunk.flatten()):
+            lengths, rows = pc.list_value_length(chunk.flatten()).to_numpy(), pc.list_parent_indices(chunk).to_numpy()
+            np.maximum.at(longest, rows + start, lengths)
+    return longest
 
 
 def content_key(tokenizer, *parts) -> str:
@@ -76,3 +91,5 @@ def print_counts(split: str, file: Path, used: int | None = None) -> None:
     counts = PreparationCounts(**json.loads(report.read_text()))
     less = "" if used is None or used == counts.kept else f"; of these rows only {used} fit the blend"
     print_rank_0(f"data ({split}): {counts}{less}")
+    for warning in counts.warnings():
+        print_rank_0(f"data ({split}): WARNING: {warning}")

@@ -35,6 +35,7 @@ _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # ---------------------------------------------------------------- rendering
 
 
+@lru_cache(maxsize=32)
 def marks_answers(template: str) -> bool:
     """Whether a template says itself what the assistant writes, by {% generation %}."""
     return bool(_GENERATION_MARKER.search(template))
@@ -221,8 +222,10 @@ def _refusal(writer: _Writer, messages: Messages, tools: list[dict] | None, prom
         return str(error)
     if any(word not in text for word in words):
         return "it leaves them out"
-    null = any(message["content"] is None for message in messages)
-    return "it writes None where there is no content" if null and "None" in text else None
+    empty = [message | {"content": message["content"] or ""} for message in messages]
+    if "None" in text and "None" not in (writer.text_or_none(empty, tools, prompt) or ""):
+        return "it writes None where there is no content"
+    return None
 
 
 # ---------------------------------------------------------------- turns that are written anew

@@ -5,7 +5,7 @@ A row is (ids, length) all the way to the batch: masks come from lengths, never 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import ClassVar, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.data import prompt_format
+from utils.data.batching import ranked_pairs
 from utils.data.conversation import Conversation, Texts
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.readers import DataError
@@ -20,6 +21,7 @@ from utils.data.rendering import ConversationWriter, Rendered, as_written, one_p
 from utils.data.row_texts import RowReport, SkipRow
 from utils.data.text_encoder import EncodedText, TextEncoder
 
+GLUED_EXAMPLES = 2
 SFT, REWARD, RLHF = 1, 2, 3  # the steps, as train_phase counts them
 NEEDED_TEXTS = {SFT: ("prompt", "chosen"), REWARD: ("prompt", "chosen", "rejected"), RLHF: ("prompt",)}
 
@@ -44,13 +46,22 @@ class TokenRules:
 
 @dataclass
 class PreparationCounts:
-    """What happened to the rows of one dataset split, printed with every run so that no loss is silent."""
+    """What happened to the rows of one dataset split, printed with every run so that no loss is silent.
 
-    read: str = ""  # rows used and skipped, with reasons and places
+    Attributes:
+        read: rows used and skipped, with reasons and places.
+        glued: rows whose prompt and answer have no blank between them; glued_examples: how the first ones read there.
+        unused: fields of turns that nothing is done with, and in how many turns they are.
+    """
+
+    read: str = ""
     kept: int = 0
     truncated: int = 0
     without_eos: int = 0
     identical: int = 0
+    glued: int = 0
+    glued_examples: list[str] = field(default_factory=list)
+    unused: dict[str, int] = field(default_factory=dict)
 
     def __str__(self):
         parts = [self.read]
@@ -60,7 +71,19 @@ class PreparationCounts:
             parts.append(f"{self.without_eos} of them lost an answer's end")
         if self.identical:
             parts.append(f"{self.identical} pairs dropped, their answers being identical")
+        if self.unused:
+            parts.append("not used: " + ", ".join(f"{name} ({count} turns)" for name, count in self.unused.items()))
         return ", ".join(parts)
+
+    def warnings(self) -> list[str]:
+        if not self.glued:
+            return []
+        examples = " and ".join(map(repr, self.glued_examples))
+        return [
+            f"in {self.glued} rows the answer begins right behind the prompt's last character, as in {examples}: if "
+            "prompts are questions, --prompt_format human_assistant (or --chat_template) writes them as such; bare "
+            "texts are learned as they stand"
+        ]
 
 
 def prompt_tokens_to_drop(length: int, prompt_length: int, max_length: int, leading: int) -> int:
@@ -121,10 +144,21 @@ class RowMaker:
     def samples_of(self, example: Texts | Conversation, row) -> list[tuple]:
         answers_only = self.by_template or isinstance(example, Conversation)
         if isinstance(example, Texts) and as_written(example, self.rules.prompt_format):
+            self.note_glued(example)
             written = [(example, [Rendered(text, len(example.prompt)) for text in example.wholes or (example.prompt,)])]
         else:
             written = self.written(example.as_conversation() if isinstance(example, Texts) else example)
         return [((one, rendered, answers_only), [part.text for part in rendered]) for one, rendered in written]
+
+    def note_glued(self, example: Texts) -> None:
+        start = len(example.prompt)
+        if not example.wholes or not example.wholes[0][start - 1 : start + 1].isascii():  # scripts without blanks
+            return
+        before, after = example.wholes[0][start - 1], example.wholes[0][start : start + 1]
+        if not before.isspace() and not after.isspace():
+            self.counts.glued += 1
+            if self.counts.glued <= GLUED_EXAMPLES:
+                self.counts.glued_examples.append(example.wholes[0][max(0, start - 30) : start + 30])
 
     def written(self, conversation: Conversation) -> list[tuple[Conversation, list[Rendered]]]:
         return [(conversation, [self.writer.answered(conversation, answer) for answer in conversation.answers])]
@@ -205,7 +239,10 @@ class SftRowMaker(RowMaker):
         [rendered], [encoded], leading = self.fitting(example, rendered, encoded)
         start = encoded.token_at(rendered.start)
         ids = self.closed(encoded.ids, start)
-        spans = [self.span(encoded, rendered, ids, *answer) for answer in rendered.answers] or [(start, len(ids))]
+        if isinstance(example, Texts):
+            spans = [(start, len(ids))]
+        else:
+            spans = [self.span(encoded, rendered, ids, *answer) for answer in rendered.answers]
         drop = self.tokens_to_drop(len(ids), start, leading)
         kept = cut(ids, self.rules.max_seq_len, leading, drop)
         spans = moved_spans(spans, leading, drop, len(kept))
@@ -263,12 +300,13 @@ class RewardRowMaker(RowMaker):
     def row(self, remembered, encoded):
         example, rendered, _ = remembered
         rows, prompt_length, was_cut = self.pair(example, rendered, encoded)
-        if all(row == rows[0] for row in rows):
+        ranks = list(example.ranks) if isinstance(example, Conversation) else []
+        ranked = rows if ranks else []
+        if rows[0] == rows[-1] if not ranks else not ranked_pairs({"ranked_ids": ranked, "ranks": ranks}):
             self.counts.identical += 1
             return None
         self.count_cut(was_cut, all(row[-1] in self.end_ids for row in rows))
-        ranks = list(example.ranks) if isinstance(example, Conversation) else []
-        return rows[0], rows[-1], prompt_length, rows if ranks else [], ranks
+        return rows[0], rows[-1], prompt_length, ranked, ranks
 
 
 class PromptRowMaker(RowMaker):
@@ -289,12 +327,13 @@ class PromptRowMaker(RowMaker):
         return [((one, rendered, *kept), texts)]
 
     def kept_columns(self, row, example) -> str:
-        """The columns that reward functions ask for, as JSON; of chat data the prompt's turns, too."""
+        """The columns that reward functions ask for, and the prompt's turns, as JSON; null for what a row lacks."""
         wanted = self.rules.keep_columns
-        kept = {name: value for name, value in row.items() if wanted == "all" or name in wanted}
-        if isinstance(example, Conversation):
-            kept["prompt_messages"] = example.prompt
-        return json.dumps(kept, ensure_ascii=False)
+        kept = dict(row) if wanted == "all" else {name: row.get(name) for name in wanted}
+        if wanted == "all" or "prompt_messages" in wanted:
+            turns = example.as_conversation() if isinstance(example, Texts) else example
+            kept["prompt_messages"] = turns.prompt
+        return json.dumps(kept, ensure_ascii=False, default=str)
 
     def closed(self, ids, start):
         return ids
@@ -315,10 +354,19 @@ def make_row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) 
     """What makes a step's rows of a dataset.
 
     Raises:
-        DataError: no rejected answers for step 2, or no chat template where one is asked for.
+        DataError: no answers for step 1 or 2, or no chat template where one is asked for.
     """
-    if rules.train_phase == REWARD and not raw_dataset.has_rejected:
-        raise DataError(f"--data_path {raw_dataset.dataset_name}: has no rejected answers, so step 2 cannot use it")
+    if raw_dataset is not None:
+        for step, has, what in (
+            (SFT, raw_dataset.has_answer, "answers"),
+            (REWARD, raw_dataset.has_rejected, "rejected answers"),
+        ):
+            if rules.train_phase == step and not has:
+                read = raw_dataset.recognised()
+                raise DataError(
+                    f"--data_path {raw_dataset.dataset_name}: has no {what}, so step {step} cannot use it (read as "
+                    f"{read})"
+                )
     if rules.prompt_format == prompt_format.CHAT_TEMPLATE and not prompt_format.has_own_template(tokenizer):
         raise DataError("--chat_template: the tokenizer has none of its own; name one, as in --chat_template chatml")
     kind = {SFT: SftRowMaker, REWARD: RewardRowMaker, RLHF: PromptRowMaker}[rules.train_phase]

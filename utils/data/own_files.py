@@ -1,4 +1,4 @@
-"""The user's own files and datasets of the hub that have no class of their own, and the way from a name to its dataset."""
+"""The user's own files and datasets of the hub without a class of their own, and the way from a name to its dataset."""
 
 import difflib
 import os
@@ -12,9 +12,8 @@ from utils.data.raw_datasets import KNOWN_DATASETS, PromptRawDataset, find_known
 from utils.data.readers import READERS, DataError, Rows, text_fingerprint
 from utils.data.row_texts import Row, SkipRow
 from utils.data.shapes import MESSAGES_COLUMNS, SHAPES, Shape, recognise
-from utils.data.splits import Splits, no_such_columns, open_splits
+from utils.data.splits import EVAL_SPLITS, Splits, is_hub_name, no_such_columns, open_splits, splits_of_hub
 
-EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")  # names of the eval split, the first found counts
 COLUMN_ROLES = ("prompt", "chosen", "rejected", "messages", "system", "tools")
 
 
@@ -27,6 +26,10 @@ class PathDataset(PromptRawDataset):
 
     shape: Shape
 
+    def __init__(self, *args, shape: str | None = None, **kwargs):
+        self._shape_name = shape
+        super().__init__(*args, **kwargs)
+
     def _find_splits(self, dataset_name: str, data_root: Path) -> Splits:
         return open_splits(dataset_name)
 
@@ -36,19 +39,19 @@ class PathDataset(PromptRawDataset):
         # Content in the name keeps the index files of two files of one name apart, and is the same on every machine.
         self.dataset_name_clean = f"{re.sub('[^0-9A-Za-z]+', '_', Path(dataset_name).stem)}_{splits.fingerprint[:8]}"
         self.eval_split = next((split for split in EVAL_SPLITS if split in splits), None)
-        self._recognise(splits["train"], columns)
+        self._recognise(splits["train"], columns, self._shape_name)
         self._grouped: dict[str, Rows] = {}
 
     def _recognise(self, rows: Rows, columns: Mapping[str, str], name: str | None = None) -> None:
         for role, column in columns.items():
             if column not in rows.column_names:
-                raise no_such_columns(self.dataset_name, [column], rows, f"--{role}_column")
+                raise no_such_columns(f"--{role}_column: {self.dataset_name}", [column], rows)
         shape = recognise(rows, columns, name)
         if shape is None:
             expected = ["prompt", *MESSAGES_COLUMNS[:2]] if name is None else [f"those of the format {name}"]
             raise no_such_columns(self.dataset_name, expected, rows)
         self.shape = shape
-        self.has_rejected = shape.has_rejected
+        self.has_answer, self.has_rejected = shape.has_answer, shape.has_rejected
         self.unread = [column for column in rows.column_names if column not in shape.columns]
 
     def rows_of(self, split: str) -> Rows:
@@ -66,6 +69,15 @@ class PathDataset(PromptRawDataset):
     def recognised(self) -> str:
         unread = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
         return self.shape.description + unread
+
+    def unused_fields(self) -> dict[str, int]:
+        found = dict(self.shape.reader.unused)
+        self.shape.reader.unused.clear()
+        return found
+
+    def keep_also(self, names: tuple[str, ...] | str) -> None:
+        super().keep_also(names)
+        self.unread = [column for column in self.unread if names != "all" and column not in names]
 
     def examples(self, row: Row, need: Sequence[str]) -> list[Texts | Conversation]:
         if "chosen" in need and not self.shape.has_answer:
@@ -113,9 +125,12 @@ def get_raw_dataset(
     local_rank: int,
     columns: Mapping[str, str] | None = None,
     data_root: str | os.PathLike | None = None,
+    *,
+    split: str | None = None,
+    config: str | None = None,
     shape: str | None = None,
 ) -> PromptRawDataset:
-    """Opens a dataset by its name in KNOWN_DATASETS or by a path.
+    """Opens a dataset by its name in KNOWN_DATASETS, by a path, or by its name on the hub.
 
     A known name is read from a local copy (the path itself, or `{data_root}/data/{name}`), else from the hub. Any other
     path is read as what its columns tell: see shapes.py.
@@ -123,6 +138,7 @@ def get_raw_dataset(
     Args:
         columns: own column names for such a path, by prompt, chosen, rejected, messages, system, tools; None or "" as a
             name: the usual one. Known datasets know their columns.
+        split, config: what to read where a path or name holds several; see utils.data.splits.
         shape: a name of shapes.SHAPES, where the columns alone do not tell.
 
     Raises:
@@ -138,19 +154,38 @@ def get_raw_dataset(
         raise DataError(f"{dataset_name}: unknown format {shape!r}{hint}: choose one of {', '.join(SHAPES)}")
     cls = find_known_dataset(dataset_name)
     if cls is not None:
-        return cls(output_path, seed, local_rank, dataset_name, data_root)
-    if not os.path.exists(dataset_name):
+        return cls(output_path, seed, local_rank, dataset_name, data_root, **_given(split=split, config=config))
+    if os.path.exists(dataset_name):
+        splits = open_splits(dataset_name, config, split)
+    elif is_hub_name(dataset_name):
+        splits = _hub_splits(dataset_name, config, split)
+    else:
         raise _unknown_dataset(dataset_name)
-    dataset = PathDataset(output_path, seed, local_rank, dataset_name, data_root, columns, open_splits(dataset_name))
-    return dataset
+    return PathDataset(output_path, seed, local_rank, dataset_name, data_root, columns, splits, shape=shape)
+
+
+def _given(**options: str | None) -> dict[str, str]:
+    """The options that are not None: a class in the published style takes none of them."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _hub_splits(dataset_name: str, config: str | None, split: str | None) -> Splits:
+    try:
+        return splits_of_hub(dataset_name, config, [Path(dataset_name).absolute()], split)
+    except DataError as error:
+        raise DataError(f"{error}{_nearest(dataset_name)}") from error
+
+
+def _nearest(dataset_name: str) -> str:
+    close = difflib.get_close_matches(dataset_name, KNOWN_DATASETS, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _unknown_dataset(dataset_name: str) -> DataError:
-    close = difflib.get_close_matches(dataset_name, KNOWN_DATASETS, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
     return DataError(
-        f"unknown dataset {dataset_name!r}{hint}: neither a known name nor an existing path (looked for "
-        f"{Path(dataset_name).absolute()}). Known names: {', '.join(KNOWN_DATASETS)}. A path would have to be a file "
-        f"that ends in {', '.join(READERS)}, a folder with train and eval (or test, validation, dev) files of these "
-        "kinds, or a save_to_disk folder, with the columns prompt, chosen and rejected, or messages, or conversation"
+        f"unknown dataset {dataset_name!r}{_nearest(dataset_name)}: neither a known name nor an existing path (looked "
+        f"for {Path(dataset_name).absolute()}). Known names: {', '.join(KNOWN_DATASETS)}. A path would have to be a "
+        f"file that ends in {', '.join(READERS)}, a folder with train and eval (or test, validation, dev) files of "
+        "these kinds, or a save_to_disk folder, with the columns prompt, chosen and rejected, or messages, or "
+        "conversation"
     )

@@ -16,6 +16,7 @@ import pyarrow as pa
 from torch.utils.data import ConcatDataset
 
 from utils.data import prompt_format
+from utils.data.batching import IGNORE_INDEX, learned_labels
 from utils.data.cache import PromptDataset, cache_writer, content_key, print_counts
 from utils.data.encoding import NEEDED_TEXTS, SFT, RowEncoder, TokenRules
 from utils.data.own_files import get_raw_dataset
@@ -60,16 +61,20 @@ class DataRequest:
 # ---------------------------------------------------------------- what a step calls
 
 
-def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int):
+def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int, keep_columns: tuple[str, ...] | str = ()):
     """(train, eval) datasets as a step's flags ask for them.
 
-    The tokenizer gets a chat template that writes the training data's form of a prompt, if it has none of its own.
+    The tokenizer remembers the format in which prompts are written, and gets a template that writes it for servers.
+
+    Args:
+        keep_columns: of step 3, see TokenRules.
 
     Raises:
         UserError: as prepare_datasets.
     """
+    style = format_of_run(args, tokenizer)
     request = DataRequest(
-        TokenRules(train_phase, max_seq_len, args.truncation_side, args.chat_template, args.allow_special_tokens),
+        TokenRules(train_phase, max_seq_len, args.truncation_side, style, args.allow_special_tokens, keep_columns),
         sources_of_step(args),
         args.data_output_path,
         args.seed,
@@ -79,8 +84,55 @@ def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int):
         workers=args.preprocessing_num_workers,
     )
     train, evaluation = prepare_datasets(request, tokenizer)
-    prompt_format.carry_template(tokenizer, style_of_rows(train, tokenizer))
+    prompt_format.remember(tokenizer, style or style_of_rows(train, tokenizer))
+    show_rows(train, tokenizer, args.show_rows, getattr(args, "mask_prompt", False))
     return train, evaluation
+
+
+def format_of_run(args, tokenizer) -> str | None:
+    """The prompt format of a run: that of the flags, else that of the model's own training, else none (TokenRules)."""
+    style, remembered = args.prompt_format, prompt_format.remembered(tokenizer)
+    if style is not None:
+        print_rank_0(f"prompt format: {style} (--prompt_format or --chat_template)")
+    elif remembered is not None:
+        print_rank_0(f"prompt format: {remembered}, on which the model was trained (--prompt_format for another)")
+    return style or remembered
+
+
+def show_rows(dataset, tokenizer, count: int, mask_prompt: bool = False) -> None:
+    """Print rows as the model sees them, what is learned of them between double brackets."""
+    for index in range(min(count, len(dataset))):
+        row = dataset[index]
+        if "input_ids" not in row:
+            parts = {"chosen": row["chosen_ids"], "rejected": row["rejected_ids"]}
+            if row["ranked_ids"]:
+                parts = {f"rank {rank}": ids for rank, ids in zip(row["ranks"], row["ranked_ids"], strict=True)}
+        else:
+            parts = {"prompt" if "answer_spans" not in row else "ids": row["input_ids"]}
+        for name, ids in parts.items():
+            learned = [-100] * len(ids)
+            if "answer_spans" in row:
+                learned = learned_labels(row, mask_prompt)
+            text = _with_brackets(tokenizer, ids, learned)
+            print_rank_0(f"row {index + 1}, {name} ({len(ids)} tokens): {text}")
+
+
+def _with_brackets(tokenizer, ids: list[int], labels: list[int]) -> str:
+    """The decoded ids; runs of labels between [[ and ]], a label that is not the id itself behind a bar."""
+    pieces, begin = [], 0
+    for position in range(1, len(ids) + 1):
+        learned = labels[begin] != IGNORE_INDEX
+        same = position < len(ids) and (labels[position] != IGNORE_INDEX) == learned
+        if same and (not learned or labels[position] == ids[position]) and (not learned or labels[begin] == ids[begin]):
+            continue
+        text = tokenizer.decode(ids[begin:position], clean_up_tokenization_spaces=False)
+        if learned and labels[begin] != ids[begin]:
+            text = f"[[|{tokenizer.decode([labels[begin]])}]]{text}"
+        elif learned:
+            text = f"[[{text}]]"
+        pieces.append(text)
+        begin = position
+    return repr("".join(pieces))
 
 
 def style_of_rows(dataset, tokenizer, looked_at: int = 50) -> str:
@@ -90,7 +142,7 @@ def style_of_rows(dataset, tokenizer, looked_at: int = 50) -> str:
         row = dataset[position]
         ids = row.get("input_ids") or row["chosen_ids"]
         written = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        styles[prompt_format.TURNS if row.get("answers_only") else prompt_format.written_style(written)] += 1
+        styles[prompt_format.written_style(written)] += 1
     return styles.most_common(1)[0][0]
 
 
@@ -102,10 +154,13 @@ class BlendedDataset(ConcatDataset):
 
     Attributes:
         lengths: as in PromptDataset, in the order of the rows.
+        columns: of the data, that all of the datasets have.
+        answers_per_row: of step 2, of the row that has most.
     """
 
-    def __init__(self, datasets: Sequence[PromptDataset], seed: int):
+    def __init__(self, datasets: Sequence[PromptDataset], seed: int, columns: Sequence[str] = ()):
         super().__init__(datasets)
+        self.columns, self.answers_per_row = list(columns), max(dataset.answers_per_row for dataset in datasets)
         rows = super().__len__()
         self._order = np.arange(rows) if len(datasets) == 1 else get_shuffle_idx(seed, rows)
         self.lengths = np.concatenate([dataset.lengths for dataset in datasets])[self._order]
@@ -165,7 +220,8 @@ def _blend(opened: Sequence["_OpenSource"], split: str, limit: int | None, seed:
             f"no {split} row is left for step {opened[0].request.rules.train_phase}: with these shares (--data_split) "
             f"the datasets give this step nothing: {shares}; see the counts above"
         )
-    return BlendedDataset(parts, seed)
+    columns = [name for name in opened[0].columns() if all(name in one.columns() for one in opened)]
+    return BlendedDataset(parts, seed, columns)
 
 
 def _print_blend(split: str, opened: Sequence["_OpenSource"], parts: Sequence[PromptDataset], limit) -> None:
@@ -174,6 +230,7 @@ def _print_blend(split: str, opened: Sequence["_OpenSource"], parts: Sequence[Pr
     if len(opened) > 1:
         used = ", ".join(f"{len(part)} of {one.source.path}" for one, part in zip(opened, parts, strict=True))
         reason = f", limited to {limit}" if limit == sum(map(len, parts)) else ""
+        reason += ", in the proportions of their weights" if opened[0].source.weight is not None else ""
         print_rank_0(f"data ({split}): a blend of {sum(map(len, parts))} rows{reason}: {used}")
         for one, part in zip(opened, parts, strict=True):
             if not len(part):
@@ -214,8 +271,20 @@ class _OpenSource:
         self.files: dict[str, Path] = {}
         rules = request.rules
         try:
-            self.raw = get_raw_dataset(source.path, request.output_path, request.seed, get_local_rank(), source.columns)
-            self._content = [self.raw.fingerprint(), tokenizer.chat_template if rules.chat_template else None]
+            self.raw = get_raw_dataset(
+                source.path,
+                request.output_path,
+                request.seed,
+                get_local_rank(),
+                source.columns,
+                split=source.split,
+                config=source.config,
+                shape=source.shape,
+            )
+            self.raw.keep_also(rules.keep_columns)
+            by_template = rules.prompt_format == prompt_format.CHAT_TEMPLATE
+            print_rank_0(f"data: {self.raw.describe()}; read as {self.raw.recognised()}")
+            self._content = [self.raw.fingerprint(), tokenizer.chat_template if by_template else None]
         except DataError as error:
             raise UserError(str(error)) from error
         check_same_on_all_nodes({"the checksum of data and tokenizer": content_key(tokenizer, *self._content)})
@@ -228,6 +297,10 @@ class _OpenSource:
 
     def _rows(self, split: str) -> Rows:
         return self.raw.get_train_data() if split == "train" else self.raw.get_eval_data()
+
+    def columns(self) -> list[str]:
+        """What a reward function may ask for of a row."""
+        return [*self.raw.raw_datasets[self.raw.train_split].column_names, "prompt_messages"]
 
     def rows_of_share(self, split: str) -> int:
         """Rows of this step's share, usable or not; the first rank counts them, so that no other opens the files."""
@@ -299,7 +372,7 @@ def encode_rows(
     read = 0
     with ThreadPoolExecutor(CHUNKS_AHEAD) as pool:
         # As many rows as are missing: all at first, then the places of those that could not be used.
-        while read < len(indices) and (missing := limit - encoder.counts.kept):
+        while read < len(indices) and (missing := limit - encoder.counts.kept) > 0:
             _encode_chunks(encoder, rows, indices[read : read + missing], writer, pool)
             read += missing
     report = encoder.report
@@ -308,6 +381,7 @@ def encode_rows(
     if read < len(indices):
         report.origin.append(f"limited to {limit}")
     encoder.counts.read = str(report)
+    encoder.counts.unused = encoder.raw.unused_fields()
 
 
 def _encode_chunks(encoder: RowEncoder, rows: Rows, indices: np.ndarray, writer, pool: ThreadPoolExecutor) -> None:
@@ -345,6 +419,7 @@ def create_prompt_dataset(
     reload=False,
     *,
     chat_template=False,
+    prompt_format=None,
     allow_special_tokens=False,
     columns=None,
     max_train_samples=None,
@@ -357,16 +432,19 @@ def create_prompt_dataset(
         local_rank, end_of_conversation_token: accepted for old callers. A process knows its rank, and every answer
             ends with the tokenizer's EOS.
         max_seq_len: tokens of a row; of a prompt in step 3.
+        chat_template: as prompt_format "chat_template".
+        prompt_format: in which every row is written; None: as the data has them, conversations as human_assistant.
         allow_special_tokens: special tokens spelled in the data's texts become these tokens; else they are text.
 
     Raises:
         UserError: as prepare_datasets.
     """
+    style = "chat_template" if chat_template else prompt_format
     columns = {name: column for name, column in (columns or {}).items() if column}
     sources = [DataSource(path, columns=columns, data_split=data_split) for path in data_path]
     sources += [DataSource(path, columns=columns) for path in (sft_only_data_path if train_phase == SFT else ())]
     request = DataRequest(
-        TokenRules(train_phase, max_seq_len, chat_template=chat_template, allow_special_tokens=allow_special_tokens),
+        TokenRules(train_phase, max_seq_len, prompt_format=style, allow_special_tokens=allow_special_tokens),
         sources,
         output_path,
         seed,

@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from utils.data.chat_templates import render_template
-from utils.data.special_tokens import mark_spellings
+from utils.data.special_tokens import mark_spellings, special_token_ids
 from utils.data.text_encoder import TextEncoder
 
 HUMAN_ASSISTANT, HH, BARE, CHAT_TEMPLATE = "human_assistant", "hh", "bare", "chat_template"
@@ -113,13 +113,26 @@ def render(messages, tokenizer, add_generation_prompt=False, template=None, tool
         ValueError: no template, or one that refuses these messages, fails at them or does not end.
     """
     _check_has_template(tokenizer)
-    contents = [
-        {key: _marked(value, tokenizer, turn["role"]) for key, value in turn.items() if key not in ("role", "weight")}
-        | {"role": turn["role"]}
+    template, tools = template or tokenizer.get_chat_template(), marked_tools(tools, tokenizer)
+    return render_template(
+        template, tokenizer.special_tokens_map, marked_turns(messages, tokenizer), tools, add_generation_prompt
+    )
+
+
+def marked_turns(messages, tokenizer):
+    """Messages as a template gets them: special tokens that they spell are marked, weights of training are gone."""
+    return [
+        {
+            key: value if key == "role" else _marked(value, tokenizer, turn["role"])
+            for key, value in turn.items()
+            if key != "weight"
+        }
         for turn in messages
     ]
-    template, tools = template or tokenizer.get_chat_template(), _marked(tools, tokenizer, "system")
-    return render_template(template, tokenizer.special_tokens_map, contents, tools, add_generation_prompt)
+
+
+def marked_tools(tools, tokenizer):
+    return _marked(tools, tokenizer, "system")
 
 
 def _marked(value, tokenizer, role):
@@ -246,7 +259,8 @@ def end_of_turn_id(tokenizer):
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
     closing = render(turns, tokenizer)[0].rpartition(answer)[2]
     ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
-    return next((i for i in ids if i in tokenizer.all_special_ids), None)
+    special = special_token_ids(tokenizer)
+    return next((i for i in ids if i in special), None)
 
 
 def _check_style(style):

@@ -24,7 +24,7 @@ from utils.data.conversation import Conversation, Message, Texts, user
 from utils.data.readers import DataError, ListRows, Rows, SubsetRows, content_fingerprint, text_fingerprint
 from utils.data.row_texts import Row, RowReport, SkipRow, as_path, none_if_skipped, number, text, usable
 from utils.data.split_index import get_raw_dataset_split_index
-from utils.data.splits import Splits, open_splits, splits_of_files, splits_of_hub
+from utils.data.splits import ALL, EVAL_SPLITS, Splits, open_splits, splits_of_files, splits_of_hub
 from utils.demo.world import demo_rows
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +48,7 @@ class PromptRawDataset:
         data_root: folder with a `data/` folder of the user's own files in it; None: the project's root.
         columns: own column names, {"prompt": "question"}; for a dataset of the table it has no meaning.
         raw_datasets: the splits, where the caller has opened them already.
+        split, config: what to read where there are several; None: what the class says.
 
     Raises:
         DataError: nothing usable there. The message names file, line, field, what was expected and found.
@@ -61,7 +62,7 @@ class PromptRawDataset:
     train_split = "train"
     # None: the train split is divided.
     eval_split: str | None = None
-    has_rejected = True
+    has_answer = has_rejected = True
     # Whether a path that contains the name means this dataset.
     may_be_in_path = True
 
@@ -88,13 +89,18 @@ class PromptRawDataset:
         data_root: str | os.PathLike | None = None,
         columns: Mapping[str, str] | None = None,
         raw_datasets: Splits | None = None,
+        split: str | None = None,
+        config: str | None = None,
     ):
+        self.wanted_split, self.wanted_config = split, config
         self.output_path = output_path
         self.seed = seed
         self.local_rank = local_rank
         self.raw_datasets = raw_datasets
         if raw_datasets is None:
             self.raw_datasets = self._find_splits(dataset_name, Path(data_root or PROJECT_ROOT))
+            if split:
+                self.eval_split = next((name for name in EVAL_SPLITS if name in self.raw_datasets), None)
         self._settle(dataset_name, columns or {})
         if needed := self._columns():
             self.raw_datasets.keep_columns(needed)
@@ -110,8 +116,14 @@ class PromptRawDataset:
                 if place.is_file():
                     # One file has no eval split, whatever the dataset has on the hub.
                     self.eval_split = None
-                return open_splits(place, self.hub_config)
-        return splits_of_hub(hub_name, self.hub_config, list(dict.fromkeys(places)))
+                config = self.wanted_config or (None if place.is_file() else self.hub_config or ALL)
+                return open_splits(place, config, self.wanted_split)
+        config = self.wanted_config or self.hub_config
+        return splits_of_hub(hub_name, config, list(dict.fromkeys(places)), self.wanted_split)
+
+    def _refuse_choice(self) -> None:
+        if self.wanted_split or self.wanted_config:
+            raise DataError(f"{self.dataset_name}: has nothing to choose from by --dataset_split or --dataset_config")
 
     def _columns(self) -> list[str]:
         """The columns the texts are made of, so that the others need not be decoded; empty: not known."""
@@ -131,6 +143,17 @@ class PromptRawDataset:
     def describe(self) -> str:
         """One line for the log: which files or splits are read."""
         return f"{self.raw_datasets.label}: {self.raw_datasets.notes}"
+
+    def keep_also(self, names: tuple[str, ...] | str) -> None:
+        """Says that rows are to have these columns, too, where the data has them; "all" for all of them."""
+        if names and (needed := self._columns()):
+            there = self.raw_datasets[self.train_split].column_names
+            more = there if names == "all" else [name for name in names if name in there]
+            self.raw_datasets.keep_columns(list(dict.fromkeys([*needed, *more])))
+
+    def unused_fields(self) -> dict[str, int]:
+        """Fields within rows that nothing was done with since the last call, and how often they were there."""
+        return {}
 
     def recognised(self) -> str:
         """One line for the log: as what the rows are read, and what of them is not."""
@@ -363,6 +386,7 @@ class LocalJsonFileDataset(PromptRawDataset):
     def _find_splits(self, dataset_name: str, data_root: Path) -> Splits:
         if dataset_name != self.dataset_name:
             return super()._find_splits(dataset_name, data_root)
+        self._refuse_choice()
         folder = data_root / "data"
         files = {split: [folder / f"{split}.json"] for split in ("train", "eval")}
         absent = [str(parts[0]) for parts in files.values() if not parts[0].is_file()]
@@ -381,6 +405,8 @@ class DemoDataset(PromptRawDataset):
     prompt_field, chosen_field, rejected_field = "prompt", "chosen", "rejected"
 
     def _find_splits(self, dataset_name: str, data_root: Path) -> Splits:
+        self._refuse_choice()
+
         def opener(split: str) -> Callable[[], Rows]:
             return lambda: ListRows(demo_rows(split), f"{self.dataset_name}, split {split}")
 

@@ -1,12 +1,13 @@
-"""Row readers: json, jsonl, csv and parquet files as sequences of dictionaries, in little memory.
+"""Row readers: json, jsonl, csv, tsv, txt, parquet and arrow files as sequences of dictionaries, in little memory.
 
 Every reader has len(), [i] -> dict (any integer type, negative too), where(i) -> "file, line 12" and column_names.
 Rows are read one at a time with pread, not through a memory map: the pages of a map count as resident memory of the
 process, so that a pass over a large file would look, and be limited, as if the file had been loaded. pread leaves
 nothing behind, is thread-safe, and stays right in forked workers.
 
-JSON lines are read where they lie. Parquet, CSV and gzip have no cheap access to row i, and a shuffled split asks for
-exactly that: their rows are streamed once into an unnamed temporary file (TMPDIR decides where), on first use.
+JSON lines are read where they lie. Parquet, Arrow, CSV and packed files (.gz, .zst) have no cheap access to row i, and
+a shuffled split asks for exactly that: their rows are streamed once into an unnamed temporary file (TMPDIR decides
+where), on first use.
 
 Damage of a file (bytes that are not UTF-8, invalid JSON, duplicate keys, no rows) is a DataError that names file and
 line. Whether the fields of a row are usable is not decided here: see utils.data.raw_datasets.
@@ -40,6 +41,10 @@ import pyarrow.parquet as pq
 BOM = b"\xef\xbb\xbf"
 CHUNK_BYTES = 4 << 20
 PARQUET_BATCH_ROWS = 256
+PACKINGS: dict[str, Callable[[str], Any]] = {
+    ".gz": gzip.GzipFile,
+    ".zst": lambda path: pa.CompressedInputStream(pa.OSFile(path), "zstd"),
+}
 PEEK_ROWS = 100  # of JSON, in which column names are looked for
 # Lines up to this length are looked at for being blank; a longer line of blanks only is reported as invalid JSON.
 LONGEST_BLANK_LINE = 16
@@ -205,7 +210,7 @@ class HuggingFaceRows(Rows):
             raise DataError(f"{label}: expected at least one row, found none")
         self.column_names = list(dataset.column_names)
         self.label = label
-        self.dataset = dataset
+        self.dataset = self._whole = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -220,7 +225,7 @@ class HuggingFaceRows(Rows):
         return f"{self.label}, row {int(index) + 1}"
 
     def keep_columns(self, names: Iterable[str]) -> None:
-        self.dataset = self.dataset.select_columns([name for name in self.column_names if name in names])
+        self.dataset = self._whole.select_columns([name for name in self.column_names if name in names])
 
 
 class _FileRows(Rows):
@@ -281,7 +286,7 @@ class _FileRows(Rows):
 
 
 class JsonLinesFile(_FileRows):
-    """One JSON object per line, read in place (a .gz is unpacked into a temporary file). Blank lines do not count.
+    """One JSON object per line, read in place (a packed one from an unpacked copy). Blank lines do not count.
 
     In memory: three int64 per row.
     """
@@ -307,7 +312,7 @@ class JsonLinesFile(_FileRows):
         return parse_object(line, where)
 
     def _open(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-        if _is_packed(self.path):
+        if _packing(self.path):
             with _open_binary(self.path) as packed, tempfile.TemporaryFile() as unpacked:
                 while chunk := packed.read(CHUNK_BYTES):
                     unpacked.write(chunk)
@@ -327,10 +332,13 @@ class TextFile(JsonLinesFile):
     """A row per line of plain text, in the field ``text``; blank lines do not count."""
 
     def _peek_columns(self) -> list[str]:
+        with _errors_name(self.path), _open_binary(self.path) as file:
+            if b"\0" in file.read(1 << 16):
+                raise DataError(f"{self.path}: expected text, found a zero byte")
         return ["text"]
 
     def _parsed(self, line: bytes, where: Callable[[], str]) -> dict[str, Any]:
-        return {"text": _decode(line.rstrip(b"\r\n"), where)}
+        return {"text": _decode_text(line, where).rstrip("\r\n")}
 
 
 class JsonArrayFile(Rows):
@@ -339,7 +347,7 @@ class JsonArrayFile(Rows):
     def __init__(self, path: str | os.PathLike):
         self.path = str(path)
         with _errors_name(self.path), _open_binary(self.path) as file:
-            rows = _parse_json(file.read().removeprefix(BOM), lambda: self.path)
+            rows = parse_json(file.read().removeprefix(BOM), lambda: self.path)
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, dict):
                 raise DataError(f"{self.path}, row {number}: expected a JSON object, found {kind_of(row)}")
@@ -361,6 +369,8 @@ class JsonArrayFile(Rows):
 class CsvFile(_FileRows):
     """Comma-separated values with a header line. A short row lacks its last fields; a long one is an error."""
 
+    delimiter = ","
+
     def _peek_columns(self) -> list[str]:
         with _errors_name(self.path):
             header, _ = next(self._records(), ([], 1))
@@ -381,7 +391,7 @@ class CsvFile(_FileRows):
         # The limit of the csv module (128 KB per field) is far below what a long conversation takes.
         csv.field_size_limit(sys.maxsize)
         with _open_binary(self.path) as file:
-            reader = csv.reader(self._decoded(file), strict=True)
+            reader = csv.reader(self._decoded(file), delimiter=self.delimiter, strict=True)
             begin = 1
             while True:
                 try:
@@ -397,7 +407,7 @@ class CsvFile(_FileRows):
     def _decoded(self, file: BinaryIO) -> Iterator[str]:
         # Decoded line by line, because a text file decodes ahead and could not tell the line of a bad byte.
         for number, line in enumerate(file, start=1):
-            yield _decode(line.removeprefix(BOM) if number == 1 else line, f"{self.path}, line {number}")
+            yield _decode_text(line.removeprefix(BOM) if number == 1 else line, f"{self.path}, line {number}")
 
     def _open(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         records = self._records()
@@ -413,17 +423,53 @@ class CsvFile(_FileRows):
         return _spool(rows())
 
 
-class ParquetFile(_FileRows):
-    """A parquet file, streamed once in small batches of the wanted columns."""
+class TsvFile(CsvFile):
+    """Tab-separated values, otherwise as CSV: a field with a tab, a line feed or a quote in it stands in quotes."""
+
+    delimiter = "\t"
+
+
+class _BatchFile(_FileRows):
+    """A file of Arrow batches, streamed once in small batches of the wanted columns.
+
+    A subclass gives _batches(columns), which may raise what Arrow raises.
+    """
 
     unit = "row"
 
-    def _peek_columns(self) -> list[str]:
-        return list(self._parquet().schema_arrow.names)
+    def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        raise NotImplementedError
 
     def head(self, count: int) -> list[dict[str, Any]]:
-        with self._parquet() as file:
-            return [row for row, _ in islice(self._batched_rows(file), count)]
+        with _errors_name(self.path):
+            return [row for row, _ in islice(self._batched_rows(), count)]
+
+    def _open(self) -> tuple[int, np.ndarray, np.ndarray, None]:
+        descriptor, starts, ends, _ = _spool(self._batched_rows())
+        return descriptor, starts, ends, None
+
+    def _batched_rows(self) -> Iterator[tuple[dict[str, Any], int]]:
+        wanted = [name for name in self.column_names if self._is_wanted(name)]
+        repeated = [name for name, count in Counter(wanted).items() if count > 1]
+        if repeated:
+            raise DataError(f"{self.path}: expected one column {repeated[0]!r}, found several")
+        number = 0
+        try:
+            for batch in self._batches(wanted):
+                for row in _batch_rows(batch, self.path, number):
+                    number += 1
+                    yield row, number
+        except DataError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{self.path}, after row {number}: expected more rows, found: {error}") from error
+
+
+class ParquetFile(_BatchFile):
+    """A parquet file."""
+
+    def _peek_columns(self) -> list[str]:
+        return list(self._parquet().schema_arrow.names)
 
     def _parquet(self) -> pq.ParquetFile:
         try:
@@ -432,27 +478,58 @@ class ParquetFile(_FileRows):
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{self.path}: expected a parquet file, found: {error}") from error
 
-    def _open(self) -> tuple[int, np.ndarray, np.ndarray, None]:
+    def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         with self._parquet() as file:
-            descriptor, starts, ends, _ = _spool(self._batched_rows(file))
-        return descriptor, starts, ends, None
-
-    def _batched_rows(self, file: pq.ParquetFile) -> Iterator[tuple[dict[str, Any], int]]:
-        wanted = [name for name in self.column_names if self._is_wanted(name)]
-        repeated = [name for name, count in Counter(wanted).items() if count > 1]
-        if repeated:
-            raise DataError(f"{self.path}: expected one column {repeated[0]!r}, found several")
-        number = 0
-        try:
             # One thread: Arrow's thread pool does not survive the fork of a worker process.
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=wanted, use_threads=False):
-                for row in _batch_rows(batch, self.path, number):
-                    number += 1
-                    yield row, number
-        except DataError:
-            raise
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{self.path}, after row {number}: expected more rows, found: {error}") from error
+            yield from file.iter_batches(PARQUET_BATCH_ROWS, columns=columns, use_threads=False)
+
+
+class ArrowFile(_BatchFile):
+    """An Arrow file, of either kind: with an index at its end, or a plain stream, as the cache of ``datasets`` is."""
+
+    FILE_MAGIC = b"ARROW1"
+    END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+    def _peek_columns(self) -> list[str]:
+        with self._reader() as reader:
+            return list(reader.schema.names)
+
+    @contextmanager
+    def _reader(self, columns: list[str] | None = None) -> Iterator[pa.ipc.RecordBatchStreamReader]:
+        with open(self.path, "rb") as file:
+            has_index = file.read(len(self.FILE_MAGIC)) == self.FILE_MAGIC
+        open_reader = pa.ipc.open_file if has_index else pa.ipc.open_stream
+        with pa.OSFile(self.path) as file:
+            try:
+                reader = open_reader(file)
+                _ = reader.schema.names  # damaged names show here
+                if columns is not None:
+                    options = pa.ipc.IpcReadOptions(
+                        included_fields=[reader.schema.get_field_index(name) for name in columns], use_threads=False
+                    )
+                    file.seek(0)
+                    reader = open_reader(file, options=options)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise DataError(f"{self.path}: expected an Arrow file, found: {error}") from error
+            yield reader
+
+    def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        with self._reader(columns) as reader:
+            has_index = isinstance(reader, pa.ipc.RecordBatchFileReader)
+            if not has_index:
+                self._refuse_open_end()
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if has_index else reader
+            for batch in batches:
+                batch.validate(full=True)  # a damaged file may point outside itself
+                for begin in range(0, batch.num_rows, PARQUET_BATCH_ROWS):
+                    yield batch.slice(begin, PARQUET_BATCH_ROWS)
+
+    def _refuse_open_end(self) -> None:
+        """Arrow takes a stream that stops between two batches for a whole one."""
+        with open(self.path, "rb") as file:
+            file.seek(-len(self.END_OF_STREAM), os.SEEK_END)
+            if file.read() != self.END_OF_STREAM:
+                raise DataError(f"{self.path}: expected the mark of a stream's end, found none: it was cut short")
 
 
 def _batch_rows(batch: pa.RecordBatch, path: str, rows_before: int) -> list[dict[str, Any]]:
@@ -472,13 +549,13 @@ def _batch_rows(batch: pa.RecordBatch, path: str, rows_before: int) -> list[dict
 def parse_object(data: bytes, where: str | Callable[[], str]) -> dict[str, Any]:
     """One JSON object from the bytes of a line; `where` (text, or a function that makes it) begins error messages."""
     place = where if callable(where) else lambda: where
-    row = _parse_json(data, place)
+    row = parse_json(data, place)
     if not isinstance(row, dict):
         raise DataError(f"{place()}: expected one JSON object per line, found {kind_of(row)}")
     return row
 
 
-def _parse_json(data: bytes, place: Callable[[], str]) -> Any:
+def parse_json(data: bytes, place: Callable[[], str]) -> Any:
     """json.loads with duplicate keys refused, and every way to fail turned into a DataError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -512,25 +589,34 @@ def _decode(data: bytes, where: str | Callable[[], str]) -> str:
         raise DataError(f"{place}: expected UTF-8, found {found}: {error.reason}") from error
 
 
+def _decode_text(data: bytes, where: str | Callable[[], str]) -> str:
+    """A line of a text file, where a zero byte means that it is none."""
+    text = _decode(data, where)
+    if "\0" in text:
+        raise DataError(f"{where() if callable(where) else where}: expected text, found a zero byte")
+    return text
+
+
 def _keys_of(rows: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
-def _is_packed(path: str) -> bool:
-    return path.lower().endswith(".gz")
+def _packing(path: str | os.PathLike) -> str | None:
+    """The ending that says how a file is packed, or None."""
+    return next((ending for ending in PACKINGS if str(path).lower().endswith(ending)), None)
 
 
 def _open_binary(path: str) -> BinaryIO:
-    return io.BufferedReader(_Unpacked(path)) if _is_packed(path) else open(path, "rb")
+    return open(path, "rb") if _packing(path) is None else io.BufferedReader(_Unpacked(path))
 
 
 class _Unpacked(io.RawIOBase):
-    """The content of a .gz file. Texts shrink to a tenth; what grows a hundredfold and more was made to fill memory."""
+    """What a packed file holds. Texts shrink to a tenth; what grows a hundredfold and more was made to fill memory."""
 
     FREE_BYTES, MOST_TIMES = 16 << 20, 100
 
     def __init__(self, path: str):
-        self.path, self.file, self.position = path, gzip.GzipFile(path), 0
+        self.path, self.file, self.position = path, PACKINGS[_packing(path)](path), 0
         self.limit = max(self.FREE_BYTES, self.MOST_TIMES * os.path.getsize(path))
 
     def readable(self) -> bool:
@@ -550,7 +636,7 @@ class _Unpacked(io.RawIOBase):
 
 @contextmanager
 def _errors_name(path: str) -> Iterator[None]:
-    """Turns what the operating system and gzip raise into a DataError that names the file."""
+    """Turns what the operating system and the unpackers raise into a DataError that names the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -614,16 +700,20 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": JsonLinesFile,
     ".ndjson": JsonLinesFile,
     ".csv": CsvFile,
+    ".tsv": TsvFile,
+    ".txt": TextFile,
     ".parquet": ParquetFile,
+    ".arrow": ArrowFile,
 }
+NEVER_PACKED = (".parquet", ".arrow")
 
 
 def file_kind(path: str | os.PathLike) -> str | None:
     """The ending that decides the reader (".jsonl" for "a.jsonl.gz"), or None where no reader fits."""
     name = Path(path).name.lower()
-    kind = Path(name.removesuffix(".gz")).suffix
-    packed_parquet = kind == ".parquet" and name.endswith(".gz")
-    return kind if kind in READERS and not packed_parquet else None
+    packing = _packing(name)
+    kind = Path(name.removesuffix(packing or "")).suffix
+    return kind if kind in READERS and not (packing and kind in NEVER_PACKED) else None
 
 
 def open_file(path: str | os.PathLike) -> Rows:
@@ -634,6 +724,8 @@ def open_file(path: str | os.PathLike) -> Rows:
     """
     kind = file_kind(path)
     if kind is None:
-        known = ", ".join(READERS)
-        raise DataError(f"{path}: expected a file that ends in one of {known} (or .gz after it, but for parquet)")
+        raise DataError(
+            f"{path}: expected a file that ends in one of {', '.join(READERS)} (or {' or '.join(PACKINGS)} after it, "
+            f"but for {' and '.join(NEVER_PACKED)})"
+        )
     return READERS[kind](Path(path))

@@ -42,34 +42,30 @@ class ConversationWriter:
         self.by_template, self.template, self.splits = style == prompt_format.CHAT_TEMPLATE, None, False
         if not self.by_template:
             return
-        template, special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-        self.abilities = chat_templates.abilities(template, special)
-        if learns:
-            self.template = chat_templates.training_form(template, special)
-            self.splits = self.template is None and chat_templates.rewrites_turns(template, special)
+        own, self.special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+        self.abilities = chat_templates.abilities(own, self.special)
+        form = chat_templates.training_form(own, self.special) if learns else None
+        self.template = form or own
+        self.splits = learns and form is None and chat_templates.rewrites_turns(own, self.special)
+        self.closes_turns = prompt_format.end_of_turn_id(tokenizer) is not None
 
     def prompt(self, conversation: Conversation) -> Rendered:
         """The text up to where the next answer begins."""
-        messages = self._suited(conversation.prompt, conversation.tools)
-        text, _ = self._written(messages, conversation.tools, waits=True)
+        messages, tools = self._suited(conversation.prompt, conversation.tools)
+        text, _ = self._written(messages, tools, waits=True)
         return Rendered(text, len(text))
 
     def answered(self, conversation: Conversation, answer: Sequence[Message]) -> Rendered:
         """The text of the prompt with one of its answers. Every turn of the assistant's that has no weight 0 is one."""
-        before, after = self._suited(conversation.prompt, conversation.tools), self._suited(answer, conversation.tools)
-        messages = [*before, *after]
-        text, places = self._written(messages, conversation.tools)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns, last = [*conversation.prompt, *answer], len(conversation.prompt)
+        messages, tools = self._suited(turns, conversation.tools)
+        text, places = self._written(messages, tools)
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if places and self.by_template:  # by generation markers: one for each answer
-            places = dict(zip(turns, places, strict=True))
-        start, _ = last = self._answer_span(len(before), text, places, messages, conversation.tools)
-        learned = []
-        for i in turns if self.learns else ():
-            if messages[i].get("weight") != 0:
-                learned.append(
-                    last if i == len(before) else self._answer_span(i, text, places, messages, conversation.tools)
-                )
-        return Rendered(text, start, learned)
+            places = dict(zip(answers, places, strict=True))
+        learned = [i for i in answers if turns[i].get("weight") != 0] if self.learns else []
+        spans = {i: self._answer_span(i, text, places, messages, tools) for i in {*learned, last}}
+        return Rendered(text, spans[last][0], [spans[i] for i in learned])
 
     def head(self, conversation: Conversation) -> int:
         """How much of a row's text stays when its beginning is cut: BOS, system turn, the header of the first question.
@@ -89,51 +85,60 @@ class ConversationWriter:
     def _written(self, messages, tools, waits=False) -> tuple[str, list]:
         try:
             if self.by_template:
-                return prompt_format.render(messages, self.tokenizer, waits, template=self.template, tools=tools)
+                return chat_templates.render_template(self.template, self.special, messages, tools, waits)
             return prompt_format.write_turns(messages, self.style, waits)
         except ValueError as error:
             raise SkipRow(str(error)) from error
 
     def _answer_span(self, i: int, text: str, places, messages, tools) -> tuple[int, int]:
-        """[start, end) of turn ``i``, an answer, in the text of all turns."""
+        """[start, end) of turn ``i``, an answer, in the text of all turns.
+
+        Where the template closes turns by a token, the end is where the next of these stands in the ids, and is given
+        here as the text's own.
+        """
         if places:
             return places[i]
         asked = self._written(messages[:i], tools, waits=True)[0]
-        until = text if i == len(messages) - 1 else self._written(messages[: i + 1], tools)[0]
         # A template may write the beginning of an answer otherwise where it asks for one (an open <think>, say).
-        return len(common_start([asked, until, text])), len(common_start([until.rstrip(), text]))
+        start = len(common_start([asked, text]))
+        if self.closes_turns or i == len(messages) - 1:
+            return start, len(text)
+        until = self._written(messages[: i + 1], tools)[0]
+        return start, len(common_start([until.rstrip(), text]))
 
     # What a format can write
 
-    def _suited(self, messages: Sequence[Message], tools) -> list[Message]:
-        """The messages as the format takes them.
+    def _suited(self, messages: Sequence[Message], tools: list | None) -> tuple[list[Message], list | None]:
+        """Messages and tools as the format takes them.
 
         Raises:
-            SkipRow: a message, or the tools, hold something that the format would leave out in silence.
+            SkipRow: they hold something that the format would leave out in silence.
         """
-        if not self.by_template:
-            for name in ("tool_calls", "reasoning_content"):
-                if any(message.get(name) for message in messages):
-                    raise SkipRow(f"field '{name}' needs --chat_template, with a template that writes it")
-            if tools:
-                raise SkipRow("field 'tools' needs --chat_template, with a template that writes it")
-            return list(messages)
-        can, suited = self.abilities, []
-        for message in messages:
-            if message["role"] == "developer" and not can.developer:
-                message = message | {"role": "system"}
-            if message["role"] == "system" and not can.system:
-                raise SkipRow("the chat template writes no system turn")
-            if message["role"] == "tool" and not can.tool:
-                raise SkipRow("the chat template writes no turn of the role tool")
-            if message.get("tool_calls") and not (can.calls_with_text if message["content"] else can.tool_calls):
-                raise SkipRow("the chat template writes no tool_calls" + " beside text" * bool(message["content"]))
-            if message.get("reasoning_content") and not can.reasoning:
-                raise SkipRow("the chat template writes no reasoning_content")
-            suited.append(message)
-        if tools and not can.tools:
-            raise SkipRow("the chat template writes no tools")
-        return suited
+        if self.by_template:
+            if tools and not self.abilities.tools:
+                raise SkipRow("the chat template writes no tools")
+            suited = [self._for_template(message) for message in messages]
+            return prompt_format.marked_turns(suited, self.tokenizer), prompt_format.marked_tools(tools, self.tokenizer)
+        for name in ("tool_calls", "reasoning_content"):
+            if any(message.get(name) for message in messages):
+                raise SkipRow(f"field '{name}' needs --chat_template, with a template that writes it")
+        if tools:
+            raise SkipRow("field 'tools' needs --chat_template, with a template that writes it")
+        return list(messages), None
+
+    def _for_template(self, message: Message) -> Message:
+        can = self.abilities
+        if message["role"] == "developer" and not can.developer:
+            message = message | {"role": "system"}
+        if message["role"] == "system" and not can.system:
+            raise SkipRow("the chat template writes no system turn")
+        if message["role"] == "tool" and not can.tool:
+            raise SkipRow("the chat template writes no turn of the role tool")
+        if message.get("tool_calls") and not (can.calls_with_text if message["content"] else can.tool_calls):
+            raise SkipRow("the chat template writes no tool_calls" + " beside text" * bool(message["content"]))
+        if message.get("reasoning_content") and not can.reasoning:
+            raise SkipRow("the chat template writes no reasoning_content")
+        return message
 
 
 def shorter(conversation: Conversation) -> Conversation | None:

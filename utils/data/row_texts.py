@@ -70,8 +70,13 @@ def number(row: Row, name: str) -> float:
 def common_start(texts: Sequence[str]) -> str:
     """The text with which all begin."""
     first, last = min(texts), max(texts)  # what these two have in common, all between them have
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[:length]
+    if last.startswith(first):
+        return first
+    same, differs = 0, len(first)
+    while differs - same > 1:
+        middle = (same + differs) // 2
+        same, differs = (middle, differs) if last.startswith(first[:middle]) else (same, middle)
+    return first[:same]
 
 
 def as_path(name: str | tuple[str | int, ...]) -> tuple[str | int, ...]:

@@ -52,6 +52,12 @@ def special_spellings(tokenizer) -> set[str]:
     return special | set(tokenizer.all_special_tokens)
 
 
+def special_token_ids(tokenizer) -> set[int]:
+    """Those with a role (EOS, pad ...), and others that were added as special (<|eot_id|>, <|im_end|> ...)."""
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special | set(tokenizer.all_special_ids)
+
+
 def any_of(spellings) -> re.Pattern | None:
     """A pattern that finds the longest of some strings; None for no string."""
     longest_first = sorted(filter(None, spellings), key=len, reverse=True)

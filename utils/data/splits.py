@@ -1,11 +1,19 @@
-"""Where the rows of a split come from: files, folders, datasets on disk or on the hub."""
+"""Where the rows of a split come from: files, folders, datasets on disk or on the hub.
+
+What lies side by side under one path is never merged unasked: variants of a dataset ("main", "socratic") are its
+configurations, and training splits of several kinds ("train_prefs", "train_sft") its splits. The caller chooses.
+"""
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from utils.data.readers import (
     READERS,
@@ -19,31 +27,59 @@ from utils.data.readers import (
     open_file,
     text_fingerprint,
 )
+from utils.process.console import print_rank_0
 
+EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")  # names of the eval split, the first found counts
 # Files of the hub's layout that describe a dataset and hold no rows.
 METADATA_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
-SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|eval|validation|valid|val|dev|test)(?:ing)?(?![a-z])", re.IGNORECASE)
+SPLIT_IN_NAME = re.compile(
+    r"(?:^|(?<=[^a-z]))(train|eval|validation|valid|val|dev|test)(?:ing)?(?![a-z])", re.IGNORECASE
+)
+# "-00000-of-00004-0a1b2c3d4e5f6a7b", "_3", ".part2", or a name that is nothing else: a piece of a split.
+SHARD = re.compile(r"(?:^|[-_.])(?:part|shard|chunk)?[-_]?\d+(?:[-_]of[-_]\d+(?:-[0-9a-f]{6,})?)?$", re.IGNORECASE)
+HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")  # owner/name
+ALL = "all"  # a choice: every configuration, or every training split
+HUB_SECONDS = 5  # for the hub's first answer
+
+
+class Flags(NamedTuple):
+    """The flags by which the user of an error message would choose."""
+
+    config: str = "--dataset_config"
+    split: str = "--dataset_split"
 
 
 class Splits:
-    """Split name -> rows, each opened when first asked for. A split that is not there is a DataError."""
+    """Split name -> rows, each opened when first asked for. A split that is not there is a DataError.
+
+    Args:
+        openers: of "train" and the evaluation split.
+        others: of further names by which [] finds rows; they are not ``in`` the splits.
+    """
 
     def __init__(
-        self, label: str, openers: Mapping[str, Callable[[], Rows]], hash_content: Callable[[], str], notes: str
+        self,
+        label: str,
+        openers: Mapping[str, Callable[[], Rows]],
+        hash_content: Callable[[], str],
+        notes: str,
+        others: Mapping[str, Callable[[], Rows]] | None = None,
     ):
         self.label = label
         self.notes = notes
         self._openers = openers
+        self._others = others or {}
         self._hash_content = hash_content
         self._open: dict[str, Rows] = {}
         self._columns: list[str] | None = None
 
     def __getitem__(self, split: str) -> Rows:
-        if split not in self._openers:
-            found = ", ".join(self._openers)
+        opener = self._openers.get(split) or self._others.get(split)
+        if opener is None:
+            found = ", ".join(dict.fromkeys([*self._openers, *self._others]))
             raise DataError(f"{self.label}: expected a split {split!r}, found only: {found}")
         if split not in self._open:
-            self._open[split] = self._openers[split]()
+            self._open[split] = opener()
             self._apply_columns(self._open[split])
         return self._open[split]
 
@@ -79,35 +115,178 @@ def columns_text(rows: Rows) -> str:
     return f"the columns {', '.join(map(repr, names[:20]))}{more}" if names else "no columns"
 
 
-def open_splits(path: str | os.PathLike, config: str | None = None) -> Splits:
+# ---------------------------------------------------------------- which of several splits
+
+
+def kind_of_split(name: str) -> str | None:
+    """The word in a split's name that says what it is for, "train" or one of EVAL_SPLITS; None without one."""
+    found = SPLIT_IN_NAME.search(name)
+    return found and found[1].lower()
+
+
+def _family(name: str) -> str:
+    """The name without that word: the same for "train_prefs" and "test_prefs"."""
+    return SPLIT_IN_NAME.sub("{}", name, count=1).lower()
+
+
+def choose_splits(
+    label: str, names: Sequence[str], wanted: str | None, flags: Flags
+) -> dict[str, list[str] | DataError]:
+    """ "train" and the evaluation splits -> the names that they are made of, or why that cannot be known.
+
+    Args:
+        names: all that are there.
+        wanted: names with commas between them, or "all" for all training splits and all evaluation splits. Names with
+            a word for evaluation are evaluated with, where another is there to train on. Is none of them given, the
+            split that is named like the training split is found: test_prefs beside train_prefs, or a plain test.
+
+    Raises:
+        DataError: a wanted name is not there.
+    """
+    kinds = {name: kind_of_split(name) for name in names}
+    if wanted == ALL and ALL not in names:
+        return {kind: [name for name in names if kinds[name] == kind] for kind in kinds.values() if kind}
+    if wanted:
+        return _wanted_splits(label, kinds, [name.strip() for name in wanted.split(",")], flags)
+    chosen: dict[str, list[str] | DataError] = {}
+    families = ["{}"]
+    for kind in ("train", *EVAL_SPLITS):
+        found = [name for name in names if kinds[name] == kind]
+        if found:
+            chosen[kind] = _the_one(label, found, families, flags)
+        elif kind == "train":
+            there = ", ".join(names)
+            chosen[kind] = DataError(
+                f"{label}: expected a split 'train', found only: {there}; choose with {flags.split} {names[0]}"
+            )
+        if kind == "train" and isinstance(chosen[kind], list):
+            families = [_family(chosen[kind][0]), "{}"]
+    return chosen
+
+
+def _the_one(label: str, names: list[str], families: list[str], flags: Flags) -> list[str] | DataError:
+    """The name that is alone, or the first of one of these families."""
+    if len(names) == 1:
+        return names
+    for family in families:
+        if alike := [name for name in names if _family(name) == family]:
+            return alike
+    return DataError(
+        f"{label}: found several splits of one kind, {', '.join(names)}; choose with {flags.split} {names[0]} "
+        "(or several, with commas between them)"
+    )
+
+
+def _wanted_splits(label: str, kinds: dict[str, str | None], wanted: list[str], flags: Flags) -> dict[str, list[str]]:
+    absent = [name for name in wanted if name not in kinds]
+    if absent:
+        raise DataError(f"{label}: {flags.split} {absent[0]}: no such split; there are {', '.join(kinds)}")
+    evaluation = [name for name in wanted if kinds[name] in EVAL_SPLITS]
+    training = [name for name in wanted if name not in evaluation]
+    if not training:
+        training, evaluation = evaluation, []
+    elif not evaluation:
+        others = [name for name in kinds if kinds[name] in EVAL_SPLITS]
+        families = {_family(name) for name in training}
+        evaluation = [name for name in others if _family(name) in families] or [n for n in others if _family(n) == "{}"]
+    chosen = {"train": training}
+    for name in evaluation:
+        chosen.setdefault(kinds[name], []).append(name)
+    return chosen
+
+
+def _splits(
+    label: str,
+    chosen: Mapping[str, list[str] | DataError],
+    openers: Mapping[str, Callable[[], list[Rows]]],
+    hash_names: Callable[[list[str]], str],
+    describe: Callable[[list[str]], str],
+) -> Splits:
+    """The splits of chosen names, each of which ``openers`` open as one or more rows."""
+
+    def opener(names: list[str] | DataError) -> Callable[[], Rows]:
+        def open_names() -> Rows:
+            if isinstance(names, DataError):
+                raise names
+            parts = [rows for name in names for rows in openers[name]()]
+            return parts[0] if len(parts) == 1 else ConcatRows(parts)
+
+        return open_names
+
+    read = {split: names for split, names in chosen.items() if not isinstance(names, DataError)}
+
+    def hash_content() -> str:
+        return text_fingerprint([f"{split} {hash_names(names)}" for split, names in sorted(read.items())])
+
+    used = {name for names in read.values() for name in names}
+    notes = [f"{split}: {describe(names)}" for split, names in read.items()]
+    if rest := [name for name in openers if name not in used]:
+        notes.append(f"not read: {describe(rest)}")
+    return Splits(
+        label,
+        {split: opener(names) for split, names in chosen.items()},
+        hash_content,
+        "; ".join(notes),
+        {name: opener([name]) for name in openers},
+    )
+
+
+# ---------------------------------------------------------------- files and folders
+
+
+def open_splits(
+    path: str | os.PathLike, config: str | None = None, split: str | None = None, flags: Flags | None = None
+) -> Splits:
     """The splits of a file (one, "train"), a folder of data files or a `save_to_disk` folder.
 
     In a folder the split of a file shows in its name, or else in the names of its folders: "data/train-00000.parquet",
-    "default/train/0000.parquet", "hh_test.jsonl". Without any such name all files are the train split. `config`: of
-    several variants that lie side by side, the one to read, where it exists.
+    "default/train/0000.parquet", "hh_test.jsonl". Without any such name all files are the train split. Other folders
+    are configurations: "main/train.jsonl" and "socratic/train.jsonl".
+
+    Args:
+        config: the configurations to read, with commas between them, or "all".
+        split: see choose_splits.
+        flags: how the caller's user names these two.
+
+    Raises:
+        DataError: nothing to read there, or several that could be meant; the error of a split comes when it is opened.
     """
-    path = Path(path)
+    path, flags = Path(path), flags or Flags()
     if path.is_file():
+        if split or (config and config != ALL):
+            flag = f"{flags.split} {split}" if split else f"{flags.config} {config}"
+            raise DataError(f"{path}: {flag}: a single file has nothing to choose from")
         return splits_of_files(path, {"train": [path]}, [])
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _saved_splits(path)
+        if config and config != ALL:
+            raise DataError(f"{path}: {flags.config} {config}: a save_to_disk folder has no configurations")
+        return _saved_splits(path, split, flags)
 
-    files = sorted(item for item in path.rglob("*") if _is_data_file(item, path))
-    variant = [file for file in files if config in (*file.relative_to(path).parts[:-1], file.name.split(".")[0])]
-    files = variant or files
+    files = _data_files(path)
     if not files:
         raise DataError(f"{path}: expected data files ({', '.join(READERS)}) or a save_to_disk folder, found none")
-    by_split: dict[str, list[Path]] = {}
+    files = _of_config(path, files, config, flags)
+    by_name: dict[str, list[Path]] = {}
     for file in files:
-        by_split.setdefault(_split_of(file.relative_to(path)) or "", []).append(file)
-    unnamed = by_split.pop("", [])
-    if not by_split:
-        by_split, unnamed = {"train": unnamed}, []
-    for split, parts in by_split.items():
+        by_name.setdefault(_split_name(file.relative_to(path)) or "", []).append(file)
+    unnamed = by_name.pop("", [])
+    if split not in (None, ALL) and unnamed:  # without a word for what they are, by their names
+        for file in unnamed:
+            by_name.setdefault(_without_shard(_stem(file)) or file.name, []).append(file)
+        unnamed = []
+    elif not by_name:
+        by_name, unnamed = {"train": unnamed}, []
+    for name, parts in by_name.items():
         if len({file_kind(part) for part in parts}) > 1:
             names = ", ".join(str(part.relative_to(path)) for part in parts)
-            raise DataError(f"{path}: expected files of one kind for the split {split!r}, found: {names}")
-    return splits_of_files(path, by_split, unnamed)
+            raise DataError(f"{path}: expected files of one kind for the split {name!r}, found: {names}")
+    return splits_of_files(path, by_name, unnamed, choose_splits(str(path), list(by_name), split, flags))
+
+
+def _data_files(folder: Path) -> list[Path]:
+    files = sorted(item for item in folder.rglob("*") if _is_data_file(item, folder))
+    # A text beside data files is a licence, say.
+    return [file for file in files if file_kind(file) != ".txt"] or files
 
 
 def _is_data_file(file: Path, root: Path) -> bool:
@@ -115,32 +294,106 @@ def _is_data_file(file: Path, root: Path) -> bool:
     return not hidden and file_kind(file) is not None and file.name not in METADATA_FILES and file.is_file()
 
 
-def _split_of(relative: Path) -> str | None:
-    for name in reversed(relative.parts):
-        if found := SPLIT_IN_NAME.search(name):
-            return found[1].lower()
+def _stem(file: Path) -> str:
+    """The name without ".jsonl.gz"."""
+    kind = file_kind(file)
+    return file.name[: file.name.lower().rindex(kind)]
+
+
+def _without_shard(name: str) -> str:
+    while shorter := SHARD.sub("", name):
+        if shorter == name:
+            break
+        name = shorter
+    return shorter
+
+
+def _split_name(relative: Path) -> str | None:
+    for part in (_stem(relative), *reversed(relative.parts[:-1])):
+        if kind_of_split(part):
+            name = _without_shard(part)
+            bare = name.rstrip("0123456789")  # train00, train01
+            name = bare if SPLIT_IN_NAME.search(name).end() == len(bare) else name
+            return name.lower() if name.lower() == kind_of_split(part) else name
     return None
 
 
-def splits_of_files(root: Path, by_split: dict[str, list[Path]], ignored: list[Path]) -> Splits:
-    def opener(files: list[Path]) -> Callable[[], Rows]:
-        return lambda: open_file(files[0]) if len(files) == 1 else ConcatRows([open_file(file) for file in files])
+def _config_of(relative: Path) -> tuple[str, ...]:
+    """The folders of a file that name neither a split nor a piece of one."""
+    return tuple(part for part in relative.parts[:-1] if not kind_of_split(part) and _without_shard(part))
 
-    def hash_content() -> str:
-        return text_fingerprint([f"{split} {content_fingerprint(files)}" for split, files in sorted(by_split.items())])
+
+def _of_config(root: Path, files: list[Path], wanted: str | None, flags: Flags) -> list[Path]:
+    """The files of the wanted configurations; where none is wanted, of the only one that has rows to train on."""
+    folders = {file: _config_of(file.relative_to(root)) for file in files}
+    names = {file: "/".join(folders[file]) or "." for file in files}
+    if wanted is not None:
+        return _of_wanted_config(root, files, names, wanted, flags)
+    kinds = {file: kind_of_split(_split_name(file.relative_to(root)) or "") for file in files}
+    kept = [file for file in files if kinds[file] is None]
+    training: set[str] = set()
+    for kind in ("train", *EVAL_SPLITS):
+        alike = [file for file in files if kinds[file] == kind]
+        alike = [file for file in alike if names[file] in training] or alike
+        found = list(dict.fromkeys(names[file] for file in alike))
+        if len(found) > 1:
+            raise DataError(
+                f"{root}: found several configurations, {', '.join(found)}; choose with {flags.config} {found[0]} "
+                f"(or several, with commas between them, or {ALL})"
+            )
+        training = training or set(found)
+        kept += alike
+    return sorted(kept)
+
+
+def _of_wanted_config(root: Path, files: list[Path], names: dict[Path, str], wanted: str, flags: Flags) -> list[Path]:
+    kept: list[Path] = []
+    for config in (name.strip() for name in wanted.split(",")):
+        # A variant may also be one file: all.jsonl beside law.jsonl.
+        variant = [f for f in files if config in (names[f], *f.relative_to(root).parts[:-1], f.name.split(".")[0])]
+        if not variant and config == ALL:
+            return files
+        if not variant:
+            there = ", ".join(dict.fromkeys(names.values()))
+            raise DataError(f"{root}: {flags.config} {config}: no such configuration; there are {there}")
+        kept += variant
+    return sorted(set(kept))
+
+
+def splits_of_files(
+    root: Path,
+    by_name: dict[str, list[Path]],
+    ignored: list[Path],
+    chosen: Mapping[str, list[str] | DataError] | None = None,
+) -> Splits:
+    """The splits of files by their names; ``chosen``: which names make a split, None: each one of its own."""
+
+    def opener(files: list[Path]) -> Callable[[], list[Rows]]:
+        return lambda: [open_file(file) for file in files]
 
     def listed(files: list[Path]) -> str:
         names = [str(file.relative_to(root)) if file != root else file.name for file in files]
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
-    notes = "; ".join(f"{split}: {listed(files)}" for split, files in by_split.items())
+    def files_of(names: list[str]) -> list[Path]:
+        return [file for name in names for file in by_name[name]]
+
+    splits = _splits(
+        str(root),
+        {name: [name] for name in by_name} if chosen is None else chosen,
+        {name: opener(files) for name, files in by_name.items()},
+        lambda names: content_fingerprint(files_of(names)),
+        lambda names: listed(files_of(names)),
+    )
     if ignored:
-        notes += f"; not read, for want of a split in the name: {listed(ignored)}"
-    openers = {split: opener(files) for split, files in by_split.items()}
-    return Splits(str(root), openers, hash_content, notes)
+        splits.notes += f"; not read, for want of a split in the name: {listed(ignored)}"
+    return splits
 
 
-def _saved_splits(path: Path) -> Splits:
+# ---------------------------------------------------------------- the datasets library
+
+
+def _saved_splits(path: Path, split: str | None, flags: Flags) -> Splits:
     """The splits of a folder that datasets' save_to_disk has written."""
     import datasets  # takes a second and loads pandas: only where it is needed
 
@@ -150,32 +403,102 @@ def _saved_splits(path: Path) -> Splits:
         raise DataError(
             f"{path}: expected a save_to_disk folder, but it cannot be loaded: {error_line(error)}"
         ) from error
-    return _huggingface_splits(str(path), loaded, lambda: content_fingerprint(path))
+    return _huggingface_splits(str(path), [loaded], split, flags, lambda names: f"{names} {content_fingerprint(path)}")
 
 
-def splits_of_hub(hub_name: str, config: str | None, tried: Sequence[Path]) -> Splits:
-    """The splits of a dataset on the Hugging Face hub (or in the local cache of an earlier download)."""
+def is_hub_name(name: str) -> bool:
+    """Whether it may be "owner/name" of a dataset on the hub, and not a path to a file."""
+    return HUB_NAME.fullmatch(name) is not None and file_kind(name) is None
+
+
+def splits_of_hub(
+    hub_name: str, config: str | None, tried: Sequence[Path], split: str | None = None, flags: Flags | None = None
+) -> Splits:
+    """The splits of a dataset on the Hugging Face hub (or in the local cache of an earlier download).
+
+    Args:
+        config, split, flags: as in open_splits.
+        tried: where a local copy was looked for.
+
+    Raises:
+        DataError: no such dataset, or the hub is out of reach; said within seconds, with the way to a local copy.
+    """
     import datasets  # as above
 
-    try:
-        loaded = datasets.load_dataset(hub_name, config)
-    except Exception as error:  # network, hub and parser errors share no base class
-        places = " or ".join(str(path) for path in tried)
+    flags = flags or Flags()
+    trouble = _trouble_with_hub(hub_name)
+    if isinstance(trouble, RepositoryNotFoundError):
         raise DataError(
-            f"dataset {hub_name!r}: not found locally (looked for {places}) and could not be downloaded because "
-            f"{error_line(error)}. Give the path of a local copy, a folder whose path contains the name"
+            f"dataset {hub_name!r}: not found locally ({_places(tried)}), and the hub has none of this name, or it is "
+            "private: log in with `hf auth login`"
+        ) from trouble
+    try:
+        with _offline(datasets, trouble is not None):
+            loaded = [datasets.load_dataset(hub_name, name) for name in _configs_of_hub(datasets, hub_name, config)]
+    except Exception as error:  # network, hub and parser errors share no base class
+        if "onfig" in str(error) and isinstance(error, ValueError):  # it lists those that there are
+            raise DataError(f"dataset {hub_name!r}: choose with {flags.config}: {error_line(error)}") from error
+        raise DataError(
+            f"dataset {hub_name!r}: not found locally ({_places(tried)}) and could not be downloaded because "
+            f"{error_line(trouble or error)}.\nWhere there is a network: hf download --repo-type dataset {hub_name} "
+            f"--local-dir data/{hub_name}; then --data_path data/{hub_name}"
         ) from error
-    return _huggingface_splits(
-        hub_name,
-        loaded,
-        lambda: text_fingerprint([f"{split} {data._fingerprint}" for split, data in sorted(loaded.items())]),
-    )
+
+    if trouble is not None:
+        print_rank_0(f"dataset {hub_name}: read from an earlier download, since the hub does not answer")
+
+    def hash_names(names: list[str]) -> str:
+        return text_fingerprint([f"{name} {one[name]._fingerprint}" for name in names for one in loaded if name in one])
+
+    return _huggingface_splits(hub_name, loaded, split, flags, hash_names)
 
 
-def _huggingface_splits(label: str, loaded: Any, hash_content: Callable[[], str]) -> Splits:
-    by_split = loaded if isinstance(loaded, Mapping) else {"train": loaded}
+def _places(tried: Sequence[Path]) -> str:
+    return f"looked for {' or '.join(map(str, tried))}"
 
-    def opener(split: str) -> Callable[[], Rows]:
-        return lambda: HuggingFaceRows(by_split[split], f"{label}, split {split}")
 
-    return Splits(label, {split: opener(split) for split in by_split}, hash_content, "splits: " + ", ".join(by_split))
+def _trouble_with_hub(hub_name: str) -> Exception | None:
+    """What keeps the hub from answering for a dataset, found with one request; the library would try for a while."""
+    try:
+        HfApi().dataset_info(hub_name, timeout=HUB_SECONDS)
+    except Exception as error:  # each version of the client has network errors of its own
+        return error
+    return None
+
+
+@contextmanager
+def _offline(datasets: Any, offline: bool) -> Iterator[None]:
+    """Only the local cache is asked meanwhile, if ``offline``."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _configs_of_hub(datasets: Any, hub_name: str, config: str | None) -> list[str | None]:
+    if config is None:
+        return [None]
+    names: list[str | None] = [name.strip() for name in config.split(",")]
+    if names == [ALL]:
+        with suppress(Exception):  # a list that cannot be had; loading says why
+            there = datasets.get_dataset_config_names(hub_name)
+            names = names if ALL in there else there
+    return names
+
+
+def _huggingface_splits(
+    label: str, loaded: Sequence[Any], split: str | None, flags: Flags, hash_names: Callable[[list[str]], str]
+) -> Splits:
+    by_name: dict[str, list[Any]] = {}
+    for one in loaded:
+        for name, data in one.items() if isinstance(one, Mapping) else [("train", one)]:
+            by_name.setdefault(name, []).append(data)
+
+    def opener(name: str) -> Callable[[], list[Rows]]:
+        return lambda: [HuggingFaceRows(data, f"{label}, split {name}") for data in by_name[name]]
+
+    chosen = choose_splits(label, list(by_name), split, flags)
+    openers = {name: opener(name) for name in by_name}
+    return _splits(label, chosen, openers, hash_names, lambda names: ", ".join(names))

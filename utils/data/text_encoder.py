@@ -21,9 +21,12 @@ class EncodedText:
     encoder: "TextEncoder"
     offsets: object | None = None  # the tokenizers library's record of them, where byte counts cannot tell
     stripped: int = 0  # EOS tokens taken off the end
+    _ends: np.ndarray | None = None  # in bytes, of each token behind the leading ones
 
     def token_at(self, char: int) -> int:
         """The first token that holds the text from character ``char`` on; len(ids) if there is none."""
+        if char >= len(self.given) and not self.stripped:
+            return len(self.ids)
         text, before = self.encoder.readable(self.given), self.encoder.readable(self.given[:char])
         if self.offsets is None and self.encoder.token_bytes is not None:
             position = self._token_at_byte(text, _byte_count(before))
@@ -44,7 +47,9 @@ class EncodedText:
     def _token_at_byte(self, text: str, byte: int) -> int | None:
         """None where the tokens' bytes are not the text's: a token swallowed blanks, or the text was normalised."""
         sizes, leading = self.encoder.token_bytes, self.encoder.leading
-        ends = np.cumsum(sizes[self.ids[leading:]])
+        if self._ends is None or len(self._ends) != len(self.ids) - leading:
+            self._ends = np.cumsum(sizes[self.ids[leading:]])
+        ends = self._ends
         rest = _byte_count(text) - (int(ends[-1]) if len(ends) else 0)
         if rest not in (0, self.stripped * sizes[self.encoder.tokenizer.eos_token_id]):
             return None

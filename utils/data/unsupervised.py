@@ -12,7 +12,7 @@ from utils.data.encoding import SFT, PreparationCounts, block_batch
 from utils.data.preparation import ROWS_PER_CHUNK
 from utils.data.readers import ConcatRows, DataError, Rows, TextFile, content_fingerprint, file_kind
 from utils.data.row_texts import RowReport, SkipRow, text
-from utils.data.splits import open_splits, splits_of_hub
+from utils.data.splits import ALL, Flags, open_splits, splits_of_hub
 from utils.data.text_encoder import TextEncoder
 from utils.process.console import progress
 from utils.process.errors import UserError
@@ -25,10 +25,14 @@ def _unsupervised_rows(name: str, config_name: str | None) -> tuple[Rows, str]:
     rows, or a hub dataset."""
     path = Path(name)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    plain = [file for file in files if file.suffix == ".txt"]
-    if plain and not any(file_kind(file) for file in files):  # beside data files they are a licence, say
+    plain = [file for file in files if file_kind(file) == ".txt"]
+    if plain and {file_kind(file) for file in files} <= {".txt", None}:  # beside data files they are a licence, say
         return ConcatRows([TextFile(file) for file in plain]), content_fingerprint(plain)
-    splits = open_splits(path, config_name) if path.exists() else splits_of_hub(name, config_name, [path])
+    flags = Flags("--unsupervised_dataset_config_name", "--unsupervised_dataset_name")
+    if path.exists():  # plain text is plain text, of whatever variant it is
+        splits = open_splits(path, config_name or ALL, None if path.is_file() else ALL, flags)
+    else:
+        splits = splits_of_hub(name, config_name, [path], flags=flags)
     splits.keep_columns(["text"])
     return splits["train"], splits.fingerprint
 

@@ -10,6 +10,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import get_scheduler
 
 from utils.arguments import end_token
+from utils.data.prompt_format import CHAT_TEMPLATE
 from utils.ds_utils import (
     TORCH_DTYPES,
     get_eval_ds_config,
@@ -21,7 +22,7 @@ from utils.ds_utils import (
 )
 from utils.engine.optimizer import get_optimizer_grouped_parameters, make_optimizer
 from utils.model.model_utils import adapt_model, packing_of
-from utils.model.tokenizer import load_hf_tokenizer
+from utils.model.tokenizer import load_hf_tokenizer, use_template
 
 
 def flag_of(args, role: str, name: str):
@@ -30,10 +31,13 @@ def flag_of(args, role: str, name: str):
 
 
 def load_tokenizer(args, model_name_or_path):
-    """A model's tokenizer, with the end token that the run's flags ask for."""
-    return load_hf_tokenizer(
+    """A model's tokenizer, with the end token and the chat template that the run's flags ask for."""
+    tokenizer = load_hf_tokenizer(
         model_name_or_path, add_special_tokens=end_token(args), trust_remote_code=args.trust_remote_code
     )
+    if args.prompt_format == CHAT_TEMPLATE:
+        use_template(tokenizer, args.chat_template if isinstance(args.chat_template, str) else None)
+    return tokenizer
 
 
 def train_config(args, role: str = "", **options) -> dict:

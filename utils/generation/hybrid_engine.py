@@ -9,7 +9,7 @@ Answers come from the loop in sampling.py, once a check at the start has shown t
 ``generate()`` on this model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -32,14 +32,14 @@ def _sum_over_ranks(count: int) -> int:
     return int(all_reduce_sum(torch.tensor(count, device=get_accelerator().current_device_name())))
 
 
-def first_difference(rollout: Rollout, plain, logits, eos_token_id: int, tolerance: float) -> str | None:
+def first_difference(rollout: Rollout, plain, logits, eos_token_ids: Sequence[int], tolerance: float) -> str | None:
     """What sets greedy answers of a rollout apart from ``generate()``'s, or None.
 
-    A row is compared up to its EOS, or up to a place where both tokens are equally good: which of them comes there is
-    a matter of rounding.
+    A row is compared up to its end token, or up to a place where both tokens are equally good: which of them comes
+    there is a matter of rounding.
 
     Args:
-        plain: [B, A] greedy answers that went on after EOS; logits: [B, A, V] that gave them.
+        plain: [B, A] greedy answers that went on after the end token; logits: [B, A, V] that gave them.
         tolerance: differences of logits and log-probs up to this are rounding.
     """
     log_probs = logits.log_softmax(dim=-1)
@@ -56,7 +56,7 @@ def first_difference(rollout: Rollout, plain, logits, eos_token_id: int, toleran
                 break
             if rollout.log_probs is not None and (rollout.log_probs[row, position] - likely[token]).abs() > tolerance:
                 return f"the log-prob is {rollout.log_probs[row, position]:.5f}, not {likely[token]:.5f}, {place}"
-            if token == eos_token_id:
+            if token in eos_token_ids:
                 break
     return None
 
@@ -175,7 +175,7 @@ class HybridEngine:
         widths = torch.tensor([[2], [5], [3]])
         mask = (torch.arange(5) >= 5 - widths).long().to(device)
         prompts = torch.arange(15, device=device).view(3, 5) * 7 % vocabulary
-        decoding = Decoding(8, eos_token_id=-1, pad_token_id=0, vocabulary=vocabulary, temperature=0)
+        decoding = Decoding(8, eos_token_ids=(), pad_token_id=0, vocabulary=vocabulary, temperature=0)
         was_training = module.training
         self.engine.train()  # DeepSpeed's kernels, if there are any, out of the way
         module.eval()
@@ -184,11 +184,11 @@ class HybridEngine:
                 plain = generate_by_transformers(module, prompts, mask, decoding, bool(self._sharded)).sequences
                 inputs = model_inputs(module, plain, torch.cat([mask, mask.new_ones(3, 8)], dim=1))
                 logits = module(**inputs).logits[:, 4:-1].float()
-            decoding = replace(decoding, eos_token_id=int(plain[0, 7]))
+            decoding = replace(decoding, eos_token_ids=(int(plain[0, 7]),))
             rollout = self.generate(prompts, mask, decoding)
         except (FloatingPointError, TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
             return f"{type(error).__name__}: {error}"
         finally:
             self.engine.train(was_training)
         tolerance = 8 * torch.finfo(module.dtype).eps * max(1.0, logits.abs().max().item())
-        return first_difference(rollout, plain[:, 5:], logits, decoding.eos_token_id, tolerance)
+        return first_difference(rollout, plain[:, 5:], logits, decoding.eos_token_ids, tolerance)

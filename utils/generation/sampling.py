@@ -1,8 +1,8 @@
 """Sampling answers for a batch of left-padded prompts, with a KV cache, from any causal language model of transformers.
 
-``generate()`` serves every use there is, this loop one: each row stops at its EOS, finished rows leave the batch, pads
-that no remaining row needs leave the cache, and each token's log-prob is recorded. A row's tokens depend on its own
-prompt and random numbers alone, not on when its neighbours end.
+``generate()`` serves every use there is, this loop one: each row stops at an end token, finished rows leave the batch,
+pads that no remaining row needs leave the cache, and each token's log-prob is recorded. A row's tokens depend on its
+own prompt and random numbers alone, not on when its neighbours end.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Decoding:
     """How tokens are chosen and when an answer ends."""
 
     max_new_tokens: int
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]  # an answer ends with the first of any of these; (): with none
     pad_token_id: int
     vocabulary: int  # ids from here on are never chosen
     temperature: float = 1.0  # 0: the likeliest token
@@ -32,8 +32,8 @@ class Decoding:
 
 @dataclass
 class Rollout:
-    sequences: torch.Tensor  # [B, P + A] prompts and answers; pads after a row's EOS; A is the longest answer
-    log_probs: torch.Tensor | None  # [B, A] fp32, of all of softmax(logits / temperature); 0 after a row's EOS
+    sequences: torch.Tensor  # [B, P + A] prompts and answers; pads after a row's end token; A is the longest answer
+    log_probs: torch.Tensor | None  # [B, A] fp32, of all of softmax(logits / temperature); 0 after its end token
     width: int  # A
 
 
@@ -282,6 +282,7 @@ def sample_answers(
     cache = make_cache(model, capacity) if compiled is None else compiled.cache(batch)
     cached = CachedRows(model, prompts, mask, cache, capacity, compiled)
     rows = torch.arange(batch, device=device)  # that are still in the batch
+    end_tokens = torch.tensor(decoding.eos_token_ids, dtype=prompts.dtype, device=device)
     unfinished = torch.ones(batch, dtype=torch.bool, device=device)  # of these
     for step in range(limit):
         logits = cached.forward().logits[:, -1, : decoding.vocabulary]
@@ -291,7 +292,7 @@ def sample_answers(
         answers[rows, step] = torch.where(unfinished, chosen, decoding.pad_token_id)
         log_probs[rows, step] = torch.where(unfinished, chosen_log_probs, 0.0)
         lengths[rows] += unfinished
-        unfinished = unfinished & (chosen != decoding.eos_token_id)
+        unfinished = unfinished & ~torch.isin(chosen, end_tokens)
         left = int(unfinished.sum())
         if (sum_over_ranks(left) if sum_over_ranks else left) == 0:
             break
@@ -333,7 +334,7 @@ def generate_by_transformers(
         do_sample=samples,
         max_new_tokens=decoding.max_new_tokens,
         pad_token_id=decoding.pad_token_id,
-        eos_token_id=decoding.eos_token_id,
+        eos_token_id=list(decoding.eos_token_ids) or None,
         use_cache=True,
         # Rows of the embedding beyond the tokenizer mean nothing, and the critic may not have them.
         suppress_tokens=list(range(decoding.vocabulary, embedding_rows(unwrap(model)))) or None,

@@ -22,13 +22,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from utils.data.batching import pad_rows, to_device
-from utils.data.prompt_format import end_of_turn_id, truncate_left
+from utils.data.prompt_format import truncate_left
 from utils.ds_utils import TORCH_DTYPES
 from utils.generation.asking import UNNAMED, AskedFormat, PromptWriter, add_prompt_format_argument, choose_format
 from utils.model.inputs import embedding_rows
 from utils.model.model_utils import check_model, grow_embedding
 from utils.model.soft_prompt import SoftPromptModel, base_of_soft_prompt, load_soft_prompt, soft_prompt_config
-from utils.model.tokenizer import load_hf_tokenizer
+from utils.model.tokenizer import end_token_ids, load_hf_tokenizer
 from utils.process.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # what --add_eot_token stands for in all three training steps
@@ -208,7 +208,7 @@ def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_
             f"{weights_path} is a reward model and writes no text; evaluation_scripts/rw_eval.py scores with it"
         )
     try:
-        stop_ids = find_stop_ids(model, tokenizer)
+        stop_ids = end_token_ids(model, tokenizer)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     # The folder's own generation settings have no effect: only flags decide.
@@ -221,15 +221,6 @@ def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_
     return LanguageModel(
         *(path, model, tokenizer, stop_ids, max_positions, args.load_in_4bit), asked, args.allow_special_tokens
     )
-
-
-def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: EOS, what closes a turn in the chat template, what the saved generation settings name."""
-    saved = model.generation_config.eos_token_id
-    saved = saved if isinstance(saved, list) else [saved]
-    # A default of some configuration class (2, say) may be an ordinary word of this tokenizer.
-    ids = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)} | (set(saved) & set(tokenizer.all_special_ids))
-    return sorted(ids - {None})
 
 
 def check_ids(rows: list[list[int]], model: PreTrainedModel, path: str):

@@ -27,6 +27,7 @@ from utils.model.loading import Checkpoint, find_checkpoint, load_config
 from utils.model.reward_model import SCORE_SCALE
 from utils.model.saving import atomic_folder
 from utils.model.shards import open_shards
+from utils.model.tokenizer import keep_end_tokens
 from utils.module.lora import fold
 from utils.process.errors import UserError
 
@@ -328,20 +329,23 @@ class Merge:
 def _write_settings(merge: Merge, base_model: str, folder: Path) -> None:
     """Configuration, generation configuration and tokenizer (the adapter's, where it has one)."""
     merge.config.save_pretrained(folder)
+    has_tokenizer = (merge.adapter.folder / "tokenizer_config.json").is_file()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(merge.adapter.folder if has_tokenizer else base_model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer could be loaded from {base_model}: {error}") from error
+    tokenizer.save_pretrained(folder)
     if merge.skeleton.can_generate():
         try:
             generation_config = GenerationConfig.from_pretrained(base_model)
         except OSError:  # the base has none
             generation_config = GenerationConfig.from_model_config(merge.config)
         for key, value in merge.adapter.changed_config.items():
-            if key.endswith("_token_id"):
+            if key.endswith("_token_id") and key != "eos_token_id":  # of which there may be several
                 setattr(generation_config, key, value)
+        merge.skeleton.generation_config = generation_config
+        keep_end_tokens(merge.skeleton, tokenizer)
         generation_config.save_pretrained(folder)
-    has_tokenizer = (merge.adapter.folder / "tokenizer_config.json").is_file()
-    try:
-        AutoTokenizer.from_pretrained(merge.adapter.folder if has_tokenizer else base_model).save_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer could be loaded from {base_model}: {error}") from error
 
 
 def save_merged_model(base_model: str, adapter: Adapter, folder: Path, max_shard_size) -> None:

@@ -14,6 +14,7 @@ from utils.ds_utils import TORCH_DTYPES
 from utils.model.inputs import embedding_rows
 from utils.model.loading import check_checkpoint, check_generation_config, find_checkpoint, load_config
 from utils.model.reward_model import RewardModel, empty_classifier
+from utils.model.tokenizer import keep_end_tokens, vocabulary_size
 from utils.module.lora import (
     convert_linear_layer_to_lora,
     count_parameters,
@@ -53,10 +54,11 @@ def _zero3_loading(ds_config):
 
 def grow_embedding(model, tokenizer) -> None:
     """Make room for tokens the tokenizer has and the model lacks, to a multiple of 8; never shrink."""
-    if len(tokenizer) > embedding_rows(model):
+    size = vocabulary_size(tokenizer)
+    if size > embedding_rows(model):
         # New rows start at the mean of the old: in a family whose logits all lie far below zero, a small random row
         # would be the likeliest token of all.
-        model.resize_token_embeddings(8 * math.ceil(len(tokenizer) / 8))
+        model.resize_token_embeddings(8 * math.ceil(size / 8))
 
 
 def check_positions(config, model_name_or_path, lengths: dict[str, int]) -> None:
@@ -119,7 +121,7 @@ def create_hf_model(
     attn_implementation=None,
     trust_remote_code=False,
 ):
-    """Load a Hugging Face model, ready for training with this tokenizer.
+    """Load a Hugging Face model, ready for training with this tokenizer, whose end tokens it knows.
 
     Args:
         model_class: AutoModelForCausalLM, AutoModel, ...
@@ -128,7 +130,7 @@ def create_hf_model(
         dropout: every dropout probability; None keeps the model's own.
 
     Raises:
-        UserError: no such model, or weights that do not fit it, with the keys.
+        UserError: no such model, weights that do not fit it, with the keys, or a chat template that cannot be used.
     """
     config, options = check_model(model_class, model_name_or_path, trust_remote_code)
     configure_dropout(config, 0.0 if rlhf_training and dropout is None else dropout)
@@ -151,6 +153,8 @@ def create_hf_model(
         grow_embedding(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
+    if model.can_generate():
+        keep_end_tokens(model, tokenizer)
     return model
 
 

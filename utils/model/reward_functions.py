@@ -1,20 +1,30 @@
 """Rewards beyond the reward model: Python functions of the user's own that score answers.
 
-def polite(prompts: list[str], answers: list[str]) -> list[float]:
-    return [float("please" in answer) for answer in answers]
+def exact(answers, answer):  # the model's answers, and the column "answer" of the data
+    return [float(text.strip() == right) for text, right in zip(answers, answer)]
 
---reward_function rewards.py:polite rewards.py:short:0.5
+--reward_function rewards.py:exact rewards.py:short:0.5
+
+A function gets what its parameters are called, as in TRL; everything is passed by keyword.
 """
 
 import importlib.util
+import inspect
 import math
 import numbers
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+from utils.process.console import print_rank_0
 from utils.process.errors import UserError
+
+TEXTS = ("prompts", "answers", "completions")  # given with every batch; completions is TRL's name of answers
+PROMPT_MESSAGES = "prompt_messages"  # stands among the columns of the rows of conversations
+OURS = (*TEXTS, PROMPT_MESSAGES)
+OFFER = "prompts, answers (also called completions), prompt_messages where the data are conversations"
 
 
 @dataclass
@@ -23,32 +33,113 @@ class RewardFunction:
 
     Attributes:
         name: as metrics call it.
-        score: (prompts, answers), lists of n texts without special tokens -> n numbers.
+        score: returns n numbers for lists of n values, passed by keyword under the names of its parameters: of TEXTS,
+            texts without special tokens; PROMPT_MESSAGES, the prompt's turns; any column of the data. ``**columns``
+            takes whatever no other parameter does.
+
+    Raises:
+        UserError: parameters of ``score`` cannot be passed by keyword.
     """
 
     name: str
-    score: Callable[[list[str], list[str]], list[float]]
+    score: Callable[..., list[float]]
     weight: float = 1.0
     flag: str = "--reward_function"  # that named it, for errors
+    required: tuple[str, ...] = field(init=False)  # parameters without a default
+    optional: tuple[str, ...] = field(init=False)
+    takes_all: bool = field(init=False)  # whether it has **columns
 
-    def __call__(self, prompts: list[str], answers: list[str]) -> list[float]:
+    def __post_init__(self):
+        try:
+            parameters = inspect.signature(self.score).parameters.values()
+        except (TypeError, ValueError) as error:  # of a function written in C
+            raise UserError(f"{self.flag} {self.name}: its parameters cannot be read ({error})") from error
+        kinds = inspect.Parameter
+        if nameless := [p.name for p in parameters if p.kind == kinds.POSITIONAL_ONLY and p.default is kinds.empty]:
+            raise UserError(
+                f"{self.flag} {self.name}: arguments are passed by name, but {', '.join(nameless)} can only be passed "
+                f"by position; remove the '/' from its parameters"
+            )
+        named = [p for p in parameters if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
+        self.required = tuple(p.name for p in named if p.default is kinds.empty)
+        self.optional = tuple(p.name for p in named if p.default is not kinds.empty)
+        self.takes_all = any(p.kind == kinds.VAR_KEYWORD for p in parameters)
+
+    def wants(self) -> tuple[str, ...] | Literal["all"]:
+        """The columns of the data that it would take, PROMPT_MESSAGES among them; "all" for whatever there is."""
+        if self.takes_all:
+            return "all"
+        return tuple(name for name in (*self.required, *self.optional) if name not in TEXTS)
+
+    def __call__(
+        self, prompts: list[str], answers: list[str], columns: Sequence[Mapping[str, object]] | None = None
+    ) -> list[float]:
         """n scores, unweighted.
+
+        Args:
+            columns: of the data, by name, one mapping per answer; None where there are none.
 
         Raises:
             UserError: the function failed, or gave anything but n numbers. Non-finite numbers pass: the trainer
                 leaves such answers out and counts them.
         """
+        arguments = self._arguments(prompts, answers, columns or [{} for _ in answers])
         try:
-            scores = list(self.score(prompts, answers))
+            scores = list(self.score(**arguments))
         # Whatever the user's code raises must reach all ranks as an error that names it.
         except (Exception, SystemExit) as error:
             raise UserError(f"{self.flag} {self.name} raised {type(error).__name__}: {error}") from error
-        wrong = next((score for score in scores if not isinstance(score, numbers.Real) or isinstance(score, str)), None)
-        if wrong is not None:
-            raise UserError(f"{self.flag} {self.name} gave {wrong!r} among its scores; expected numbers")
+        for score in scores:
+            if not isinstance(score, numbers.Real):
+                raise UserError(f"{self.flag} {self.name} gave {score!r} among its scores; expected numbers")
         if len(scores) != len(answers):
             raise UserError(f"{self.flag} {self.name} gave {len(scores)} scores for {len(answers)} answers")
         return [float(score) for score in scores]
+
+    def _arguments(self, prompts, answers, columns) -> dict[str, list]:
+        """Lists of its own for each function, so that none sees what another did to them."""
+        names = dict.fromkeys(name for row in columns for name in row)
+        given = {name: [row.get(name) for row in columns] for name in names}
+        given |= {"prompts": list(prompts), "answers": list(answers), "completions": list(answers)}
+        self.check(given)
+        return given if self.takes_all else {n: given[n] for n in (*self.required, *self.optional) if n in given}
+
+    def check(self, available: Iterable[str]) -> None:
+        """Raise UserError unless there is all that it cannot do without. ``available``: the columns of the data."""
+        available = list(available)
+        missing = [name for name in self.required if name not in (*TEXTS, *available)]
+        if missing:
+            columns = [name for name in available if name not in OURS]
+            raise UserError(
+                f"{self.flag} {self.name} asks for {', '.join(self.required)} by the names of its parameters, and "
+                f"there is no {', '.join(missing)}. There are: {OFFER}; columns of the data: "
+                f"{', '.join(columns) or 'none'}. Rename the parameters, or give a default to what it can do without"
+            )
+
+
+def columns_wanted(functions: Sequence[RewardFunction]) -> tuple[str, ...] | Literal["all"]:
+    """The columns of the data that rows must keep for these functions; "all" for whatever there is."""
+    wanted = [function.wants() for function in functions]
+    return "all" if "all" in wanted else tuple(sorted({name for names in wanted for name in names}))
+
+
+def check_columns(functions: Sequence[RewardFunction], available: Sequence[str]) -> None:
+    """Say before any model is loaded what functions could not be called with, and which columns they will not see.
+
+    Args:
+        available: columns that all of the data have; PROMPT_MESSAGES among them for conversations.
+
+    Raises:
+        UserError: a function asks for what is not there.
+    """
+    for function in functions:
+        function.check(available)
+    hidden = [name for name in available if name in TEXTS]
+    if functions and hidden:
+        print_rank_0(
+            f"the data's column {', '.join(hidden)} is not what {functions[0].flag} gets under that name: prompts are "
+            "the texts the model was asked, answers and completions what it said; rename the column to use it"
+        )
 
 
 def load_reward_functions(named: list[str], flag: str = "--reward_function") -> list[RewardFunction]:

@@ -156,13 +156,15 @@ class RewardModel(nn.Module):
         inputs = model_inputs(self.rwtransformer, input_ids, attention_mask)
         return self.v_head(self.rwtransformer(**inputs).last_hidden_state)
 
-    def forward(self, input_ids, attention_mask, values_only=False, pair_weights=None):
-        """Score pairs: the first half of the batch is chosen, the second half rejected, in the same order.
+    def forward(self, input_ids, attention_mask, values_only=False, pair_weights=None, pairs=None):
+        """Score pairs of answers. Each answer goes through the model once, however many pairs it stands in.
 
         Args:
-            input_ids, attention_mask: [2 * pairs, length], right-padded.
-            values_only: return the values [batch, length] instead; the batch need not be pairs then.
+            input_ids, attention_mask: [answers, length], right-padded.
+            values_only: return the values [answers, length] instead; the batch need not be pairs then.
             pair_weights: [pairs], weights of the loss sum; None for the mean over pairs.
+            pairs: [pairs, 2], rows of the chosen and the rejected answer; None: the first half of the batch is
+                chosen, the second half rejected, in the same order.
 
         Returns:
             {loss, chosen_mean_scores [pairs], rejected_mean_scores [pairs]}; the scores are those at the end token.
@@ -170,14 +172,15 @@ class RewardModel(nn.Module):
         values = self.values(input_ids, attention_mask)
         if values_only:
             return values
-        pairs = input_ids.shape[0] // 2
+        half = input_ids.shape[0] // 2
+        chosen, rejected = (slice(half), slice(half, None)) if pairs is None else pairs.unbind(1)
         loss_per_pair = pairwise_loss(
-            values[:pairs],
-            values[pairs:],
-            input_ids[:pairs],
-            input_ids[pairs:],
-            attention_mask[:pairs],
-            attention_mask[pairs:],
+            values[chosen],
+            values[rejected],
+            input_ids[chosen],
+            input_ids[rejected],
+            attention_mask[chosen],
+            attention_mask[rejected],
             kind=self.rm_loss,
             margin=self.rm_margin,
             center_coef=self.rm_center_coef,
@@ -185,8 +188,8 @@ class RewardModel(nn.Module):
         scores = end_scores(values, attention_mask)
         return {
             "loss": loss_per_pair.mean() if pair_weights is None else (loss_per_pair * pair_weights).sum(),
-            "chosen_mean_scores": scores[:pairs],
-            "rejected_mean_scores": scores[pairs:],
+            "chosen_mean_scores": scores[chosen],
+            "rejected_mean_scores": scores[rejected],
         }
 
     def forward_value(self, input_ids, attention_mask, return_value_only=False, prompt_length=0, use_cache=False):

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from utils.model.shards import MAX_SHARD_SIZE, open_shards
+from utils.model.tokenizer import keep_end_tokens
 from utils.module.lora import LinearLayer_LoRA
 from utils.process.errors import UserError
 from utils.process.files import flush_to_disk, locked_file, remove_left_over
@@ -212,7 +213,7 @@ def save_weights(module, folder: Path, max_shard_size: int | str | None = None) 
 
 
 def _align_special_tokens(config, tokenizer) -> None:
-    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id
 
@@ -228,7 +229,9 @@ def save_pretrained_model(model, tokenizer, folder: Path, max_shard_size: int | 
 
     def write_rest(target, scratch: Path) -> None:
         _align_special_tokens(target.config, tokenizer)
+        target.config.eos_token_id = tokenizer.eos_token_id
         if target.can_generate():
+            keep_end_tokens(target, tokenizer)
             _align_special_tokens(target.generation_config, tokenizer)
         with tempfile.TemporaryDirectory(dir=scratch) as aside:  # the files that go with weights, without weights
             target.save_pretrained(aside, state_dict={})

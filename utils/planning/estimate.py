@@ -219,7 +219,8 @@ def _training_phases(engine: EngineMemory, name: str, peak: int, others: Bytes) 
 
 
 def _add_supervised(result: Estimate, engine: EngineMemory, args, step: int, both_ways: bool) -> None:
-    length, per_row = args.max_seq_len, 1 if step == 1 else 2  # a pair is two rows
+    # A pair is two sequences, a ranked list as many as it has answers, where preflight has looked.
+    length, per_row = args.max_seq_len, 1 if step == 1 else getattr(args, "answers_per_row", 2)
     rows, packed = per_row * args.per_device_train_batch_size, step == 1 and args.packing
     training = _training_pass(
         result, engine, args.gradient_checkpointing, both_ways, rows=rows, length=length, packed=packed

@@ -339,7 +339,7 @@ class MetaModel:
             inputs = self._inputs(rows, prompt) | {"past_key_values": cache, "use_cache": True}
             inputs |= {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
             logits = model(**inputs).logits[:, -1]
-            decoding = Decoding(answer, 0, 0, rows_of_embedding)
+            decoding = Decoding(answer, (0,), 0, rows_of_embedding)
             choose(logits, decoding, torch.zeros(rows, dtype=torch.float64, device="meta"))
             del logits, inputs
             kept = counted.live

@@ -24,7 +24,7 @@ from utils.data.unsupervised import get_unsupervised_data
 from utils.engine.build import load_tokenizer
 from utils.model.loading import WEIGHT_FILES, load_config
 from utils.model.model_utils import check_model, check_positions
-from utils.model.reward_functions import load_reward_functions
+from utils.model.reward_functions import RewardFunction, check_columns, columns_wanted, load_reward_functions
 from utils.model.reward_model import reward_scale
 from utils.model.soft_prompt import check_soft_prompt_inputs
 from utils.model.tokenizer import check_same_tokenizer
@@ -44,10 +44,13 @@ class Checks:
     def __init__(self):
         self.count = self.problems = 0
 
-    def find(self, name: str, check):
+    def find(self, name: str, check, show: bool = False):
         """Print the text of ``check() -> (text, what it found)``, or its problem; returns what it found, or None.
 
         Every rank must call this, since checks hold collectives.
+
+        Args:
+            show: print also what the check printed, below its result.
         """
         result = None
         noise = io.StringIO()
@@ -59,6 +62,8 @@ class Checks:
             self.problems += 1
         self.count += 1
         print_rank_0(f"{self.count:2}. {name:14}{outcome:9}{text}")
+        for line in noise.getvalue().splitlines() if show else ():
+            print_rank_0(f"    {line}")
         return result
 
     def run(self, name: str, check) -> bool:
@@ -76,18 +81,21 @@ def preflight(args, step: int) -> None:
     checks = Checks()
     settled = checks.find("flags", lambda: _flags(args, step))
     args = args if settled is None else settled
+    functions = []
+    if step == 3 and args.reward_function:
+        functions = checks.find("rewards", lambda: _reward_functions(args)) or []
     checks.run("packages", lambda: _packages(args, step))
     paths = _paths(args, step)
     configs = {}
     for name, path in paths.items():
         checks.run(name, lambda name=name, path=path: _model(args, step, name, path, configs))
-    tokenizer = checks.find("tokenizer", lambda: _tokenizer(args, step, paths))
+    tokenizer = checks.find("tokenizer", lambda: _tokenizer(args, step, paths), show=True)
     datasets = None
     if tokenizer is None:
         print_rank_0("    data          skipped: it needs the tokenizer")
     else:
         checks.run("pad and EOS", lambda: _pad(tokenizer))
-        datasets = checks.find("data", lambda: _data(args, step, tokenizer))
+        datasets = checks.find("data", lambda: _data(args, step, tokenizer, functions), show=True)
     checks.run("batches", lambda: _batches(args, step, datasets))
 
     machine = this_machine()
@@ -117,9 +125,12 @@ def _paths(args, step: int) -> dict[str, str]:
 
 def _flags(args, step: int) -> tuple[str, arguments.Settled]:
     settled = arguments.settle(args, step)
-    if step == 3:
-        load_reward_functions(args.reward_function)
     return f"they go together; training in {settled.dtype}", settled
+
+
+def _reward_functions(args) -> tuple[str, list[RewardFunction]]:
+    functions = load_reward_functions(args.reward_function)
+    return ", ".join(f"{function.weight:g} x {function.name}" for function in functions), functions
 
 
 def _packages(args, step: int) -> str:
@@ -178,6 +189,7 @@ def _tokenizer(args, step: int, paths: dict) -> tuple[str, PreTrainedTokenizerBa
             args.critic_model_name_or_path,
             arguments.end_token(args),
             args.trust_remote_code,
+            args.prompt_format,
         )
     if step == 1 and args.soft_prompt is not None:
         check_soft_prompt_inputs(args, tokenizer)
@@ -192,9 +204,10 @@ def _pad(tokenizer) -> str:
     return f"pad {pad!r} ({tokenizer.pad_token_id}) and EOS {eos!r} ({tokenizer.eos_token_id}) differ"
 
 
-def _data(args, step: int, tokenizer) -> tuple[str, tuple]:
+def _data(args, step: int, tokenizer, functions: list[RewardFunction]) -> tuple[str, tuple]:
     limit = args.max_seq_len if step < 3 else args.max_prompt_seq_len
-    train, evaluation = datasets_of_step(args, tokenizer, step, limit)
+    train, evaluation = datasets_of_step(args, tokenizer, step, limit, keep_columns=columns_wanted(functions))
+    check_columns(functions, train.columns)
     rows = "prompts" if step == 3 else "rows"
     text = f"{len(train):,} {rows} to train, {len(evaluation):,} to evaluate, the longest {max(train.lengths):,} tokens"
     if step == 3 and args.unsupervised_dataset_name:
@@ -262,13 +275,18 @@ def _disk(args, paths: dict[str, str], models: dict[str, MetaModel]) -> str:
 
 
 def _longest(args, step: int, datasets):
-    """The arguments with the lengths that the rows really have, where they are known."""
-    if datasets is None or args.pad_to_max_length or (step == 1 and args.packing):
+    """The arguments with the lengths, and in step 2 the answers, that the rows really have, where they are known."""
+    if datasets is None or (step == 1 and args.packing):
         return args
+    known = {}
+    if step == 2:
+        known["answers_per_row"] = max(dataset.answers_per_row for dataset in datasets)
+    if args.pad_to_max_length:
+        return argparse.Namespace(**vars(args) | known)
     longest = max(max(dataset.lengths) for dataset in datasets)
     limit = "max_seq_len" if step < 3 else "max_prompt_seq_len"
     padded = min(vars(args)[limit], -(-int(longest) // 8) * 8)
-    return argparse.Namespace(**vars(args) | {limit: padded})
+    return argparse.Namespace(**vars(args) | known | {limit: padded})
 
 
 def this_machine() -> Machine:

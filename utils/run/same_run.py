@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.arguments.run import MAY_CHANGE_AT_RESUME
+from utils.data.sources import data_config_content
 from utils.process.world import get_world_size
 
 # What checkpoints of earlier versions hold among the flags though it is none: it follows from those that are compared.
@@ -23,10 +24,14 @@ def as_in_json(value):
 
 
 def flags_of(args) -> dict:
-    """The flags that shape the training, and the content of the DeepSpeed configuration file."""
+    """The flags that shape the training, and the content of the files that they name as configurations."""
     flags = {name: as_in_json(value) for name, value in vars(args).items() if name not in MAY_CHANGE_AT_RESUME}
     file = flags.pop("deepspeed_config_overrides", None)
-    return flags | {"deepspeed_config_overrides": file and json.loads(Path(file).read_text())}
+    datasets = flags.pop("data_config", None)
+    return flags | {
+        "deepspeed_config_overrides": file and json.loads(Path(file).read_text()),
+        "data_config": datasets and data_config_content(datasets),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -21,8 +21,8 @@ def main():
     start = time.perf_counter()
     step, split = (1, "1,0") if settings.step == "sft" else (2, "0,1")
     data, folder = [str(Path(settings.file).parent)], Path(settings.work) / "cache"
-    workers = {"preprocessing_num_workers": settings.workers}
-    train, _ = create_prompt_dataset(0, data, split, folder, step, 1234, tokenizer, settings.max_seq_len, **workers)
+    options = {"preprocessing_num_workers": settings.workers, "chat_template": settings.form == "messages"}
+    train, _ = create_prompt_dataset(0, data, split, folder, step, 1234, tokenizer, settings.max_seq_len, **options)
     seconds = time.perf_counter() - start
     collator = (DataCollatorSFT if step == SFT else DataCollatorReward)(tokenizer.pad_token_id, settings.max_seq_len)
     loader = make_loader(train, StepBatchSampler(train.lengths, 16, group_by_length=True), collator)

@@ -76,7 +76,7 @@ def make_actor(folder: Path) -> None:
         for weight in model.parameters():
             if weight.dim() == 2:
                 weight.mul_(6)
-        decoding = Decoding(8, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer), temperature=0)
+        decoding = Decoding(8, (tokenizer.eos_token_id,), tokenizer.pad_token_id, len(tokenizer), temperature=0)
         ending = int(sample_answers(model.eval(), ids, mask, decoding).sequences[0, ids.shape[1] + 2])
         rows = model.get_output_embeddings().weight
         rows[[ending, tokenizer.eos_token_id]] = rows[[tokenizer.eos_token_id, ending]]
