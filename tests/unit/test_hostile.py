@@ -427,8 +427,8 @@ PROMPTS = {
     "not UTF-8": ("p.txt", lambda p: p.write_bytes(b"\xff\xfe"), "cannot be read"),
     "a folder": ("p.txt", Path.mkdir, "cannot be read"),
     "absent": ("p.jsonl", lambda p: None, r"p\.jsonl"),
-    "no field": ("p.jsonl", lambda p: p.write_text('{"x": 1}\n'), "no text in the field 'prompt'"),
-    "no text": ("p.jsonl", lambda p: p.write_text('{"prompt": [1]}\n'), "no text in the field 'prompt'"),
+    "no field": ("p.jsonl", lambda p: p.write_text('{"x": 1}\n'), "expected the column 'prompt'"),
+    "no text": ("p.jsonl", lambda p: p.write_text('{"prompt": [1]}\n'), "line 1: field 'prompt'"),
     "only blanks": ("p.txt", lambda p: p.write_text("\n\n"), "holds no prompts"),
     "another kind": ("p.exe", lambda p: p.write_text("x"), "ends in one of"),
 }
