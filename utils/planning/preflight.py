@@ -79,7 +79,7 @@ def preflight(args, step: int) -> None:
     """
     print_rank_0(f"dry run of step {step}: {get_world_size()} rank(s), nothing is trained or saved")
     checks = Checks()
-    settled = checks.find("flags", lambda: _flags(args, step))
+    settled = checks.find("flags", lambda: _flags(args, step), show=True)
     args = args if settled is None else settled
     functions = []
     if step == 3 and args.reward_function:
