@@ -81,12 +81,14 @@ def evaluate(engine, label_log_probs, loader, device) -> tuple[float, float]:
 
 def main():
     # 1. Arguments, processes, seeds
-    args = arguments.build_parser(step=1).parse_args()
+    parser = arguments.build_parser(step=1)
+    args = parser.parse_args()
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=1)
-    args = arguments.settle(args, step=1)
+    given, args = args, arguments.settle(args, step=1)
     checkpoints = Checkpoints(args, "model_name_or_path")
+    arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 
     # 2. Tokenizer and data, after a look whether the model's files are all there and fit

@@ -113,14 +113,16 @@ def save(args, rlhf_engine, tokenizer) -> None:
 
 def main():
     # 1. Arguments, processes, seeds
-    args = arguments.build_parser(step=3).parse_args()
+    parser = arguments.build_parser(step=3)
+    args = parser.parse_args()
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=3)
-    args = arguments.settle(args, step=3)
+    given, args = args, arguments.settle(args, step=3)
     batch = arguments.RLHFBatchSizes.of(args)
     reward_functions = load_reward_functions(args.reward_function)
     checkpoints = Checkpoints(args, "actor_model_name_or_path", "critic_model_name_or_path")
+    arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 
     # 2. Tokenizer and prompts, after a look whether both models' files are all there and fit
