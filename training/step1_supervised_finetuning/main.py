@@ -36,6 +36,7 @@ from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
+from utils.run.model_card import RunCard
 
 
 def load_data(args, tokenizer):
@@ -99,6 +100,7 @@ def main():
     if args.soft_prompt is not None:
         soft_prompt.check_soft_prompt_inputs(args, tokenizer)
     train_dataset, sampler, train_loader, eval_loader = load_data(args, tokenizer)
+    card = RunCard.of(1, args, arguments.given_flags(parser, given), train_dataset)
     steps_per_epoch, total_steps = sampler.steps(), args.num_train_epochs * sampler.steps()
 
     # 3. Model, optimizer, engine
@@ -151,9 +153,9 @@ def main():
     if args.output_dir is not None:
         print_rank_0("saving the final model ...")
         if args.soft_prompt is not None:
-            soft_prompt.save_soft_prompt(engine.module, tokenizer, Path(args.output_dir))
+            results.save_trained_soft_prompt(engine, tokenizer, args, card)
         else:
-            results.save_trained_model(engine, tokenizer, args, args.model_name_or_path)
+            results.save_trained_model(engine, tokenizer, args, args.model_name_or_path, card=card)
     checkpoints.finish()
     writer.close()
 

@@ -34,6 +34,7 @@ from utils.process.ranks import all_reduce_sum
 from utils.process.seeds import set_random_seed
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
+from utils.run.model_card import RunCard
 
 
 def load_data(args, tokenizer):
@@ -112,6 +113,7 @@ def main():
     check_model(AutoModel, args.model_name_or_path, args.trust_remote_code, lengths={"--max_seq_len": args.max_seq_len})
     tokenizer = build.load_tokenizer(args, args.model_name_or_path)
     train_dataset, sampler, train_loader, eval_loader = load_data(args, tokenizer)
+    card = RunCard.of(2, args, arguments.given_flags(parser, given), train_dataset)
     steps_per_epoch, total_steps = sampler.steps(), args.num_train_epochs * sampler.steps()
 
     # 3. Model, optimizer, engine
@@ -175,7 +177,7 @@ def main():
         print_rank_0("saving model ...")
         model.config.reward_score_mean = last_figures["score_mean"]
         model.config.reward_score_std = last_figures["score_std"]
-        results.save_trained_model(engine, tokenizer, args, args.model_name_or_path)
+        results.save_trained_model(engine, tokenizer, args, args.model_name_or_path, card=card)
     checkpoints.finish()
     writer.close()
 
