@@ -5,7 +5,7 @@ python evaluation_scripts/plot_run.py output/quickstart/step3
 python evaluation_scripts/plot_run.py output/a/step3 output/b/step3 --output compare.html --smooth 0.8
 python evaluation_scripts/plot_run.py output/sft --metrics train/loss train/grad_norm
 
-Training curves are smoothed where that is asked for; evaluations stand as they are, each a point, and the last one counts.
+Training curves are smoothed where that is asked for; evaluations stand as they are, and the last one counts.
 """
 
 import argparse
