@@ -113,6 +113,7 @@ def _plain(value: Any) -> Any:
 
 # Words that no template writes by itself.
 _SYSTEM, _REASON, _FUNCTION, _ARGUMENT, _RESULT = "zsystem", "zreason", "zfunction", "zargument", "zresult"
+_NAME = "zname"
 _CALL_ID = "zcall0001"  # nine letters and digits, as Mistral's templates want them
 _TOOLS = [
     {
@@ -166,6 +167,7 @@ class Abilities:
         calls_with_text: also the content of an answer that has calls.
         reasoning: ``reasoning_content`` of the last answer.
         parts: contents that are lists of text parts, written as if they were one text.
+        names, result_names, call_ids: the ``name`` of who speaks, that of a tool's result, and the ids of calls.
         refusals: for each ability that is False, what the template says to it.
     """
 
@@ -177,6 +179,9 @@ class Abilities:
     calls_with_text: bool
     reasoning: bool
     parts: bool
+    names: bool
+    result_names: bool
+    call_ids: bool
     refusals: dict[str, str] = field(default_factory=dict, compare=False)
 
 
@@ -205,6 +210,9 @@ def _abilities(template: str, key: str) -> Abilities:
         "calls_with_text": ([_question(), _call(content=_answer()["content"])], None, False, ("zanswer1", _FUNCTION)),
         "reasoning": ([_question(), _reasoned()], None, False, (_REASON,)),
         "parts": (parts, None, True, (_question()["content"],)),
+        "names": ([_question() | {"name": _NAME}], None, True, (_NAME,)),
+        "result_names": ([*asked_tool[:-1], _result() | {"name": _NAME}], None, True, (_NAME,)),
+        "call_ids": (asked_tool, None, True, (_CALL_ID,)),
     }
     refusals = {"tool_calls": calls} | {name: _refusal(writer, *probe) for name, probe in probes.items()}
     plain = writer.text_or_none([_question()], prompt=True)

@@ -1,11 +1,12 @@
 """What a row says, whatever its schema: a conversation with its answers, or texts that stand as they are.
 
 Messages are dicts {"role": "system" | "developer" | "user" | "assistant" | "tool", "content": str}, an assistant's
-perhaps with ``reasoning_content``, ``tool_calls`` and ``weight`` (0: not learned). ``read_messages`` makes them of
+perhaps with ``reasoning_content``, ``tool_calls`` and ``weight`` (0: not learned). ``MessageReader`` makes them of
 OpenAI's rows (role, content), ShareGPT's (from, value) and pairs {human, assistant}; they never go through text.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,19 +21,18 @@ ROLES = {
     **dict.fromkeys(("system", "developer", "user", "assistant", "tool"), None),
     "human": "user",
     "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
-    "tool_call": "assistant",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "ai", "model"), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
+PAIRS = (("human", "assistant"), ("input", "output"))  # keys of turns that hold a question and its answer
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # What a turn may hold beside these is counted and said, since nothing is done with it.
-KNOWN_KEYS = {"role", "from", "content", "value", "tool_calls", "weight", "name", "tool_call_id", *REASONING}
+KNOWN_KEYS = (
+    *("role", "from", "content", "value", "tool_calls", "function_call", "weight", "name", "tool_call_id"),
+    *REASONING,
+)
+EMPTY = (None, "", [], {})
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,37 @@ def loaded_json(value: Any, name: str) -> Any:
         raise SkipRow(f"field '{name}' begins like JSON and is none") from None
 
 
+# The beginning of a list of turns, in JSON or as Python prints it.
+_SPELLED_TURNS = re.compile(r"\s*(\[\s*)?\{\s*[\"']")
+_PRINTED_TURNS = re.compile(r"\s*\[\s*\{\s*'(role|from|content|value|human)'")
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a list of turns or one turn, or spells one in JSON (or as Python prints it, which cannot be
+    read: then it is no text either)."""
+    if isinstance(value, str):
+        if not _SPELLED_TURNS.match(value):
+            return False
+        try:
+            value = loaded_json(value, "")
+        except SkipRow:
+            return _PRINTED_TURNS.match(value) is not None
+    if isinstance(value, list):
+        return bool(value) and isinstance(value[0], Mapping) and _is_turn(value[0])
+    return isinstance(value, Mapping) and _is_turn(value) and not {"content", "value"}.isdisjoint(value)
+
+
+def _is_turn(value: Mapping) -> bool:
+    return not {"role", "from"}.isdisjoint(value) or any(set(pair) <= value.keys() for pair in PAIRS)
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys that hold null: columnar files fill objects up to the keys that any row has."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 @dataclass
 class MessageReader:
     """Reads the messages of a field, and counts what their turns hold that nothing is done with."""
@@ -107,71 +138,100 @@ class MessageReader:
     unused: Counter[str] = field(default_factory=Counter)  # "messages[].score" -> turns
 
     def read(self, value: Any, name: str) -> list[Message]:
-        """The messages of a list, or of JSON that spells one.
+        """The messages of a list of turns, of a single turn, or of JSON that spells them.
 
         Raises:
             SkipRow: anything else, an empty list, a turn without a role or content that can be used.
         """
         turns = loaded_json(value, name)
+        turns = [turns] if isinstance(turns, Mapping) else turns
         expect(isinstance(turns, list), (name,), turns, "a list of turns")
         if not turns:
             raise SkipRow(f"field '{name}' is an empty list")
+        if all(isinstance(turn, str) for turn in turns):  # user and assistant in turns, without their names
+            return [(user, assistant)[i % 2](_text(turn, name)) for i, turn in enumerate(turns)]
         messages: list[Message] = []
         for turn in turns:
             expect(isinstance(turn, Mapping), (name, "turn"), turn, "an object")
-            messages += self._pair(turn) if "human" in turn else [self._message(turn, name)]
+            pair = next((pair for pair in PAIRS if pair[0] in turn and _role(turn) is None), None)
+            messages += self._pair(turn, pair, name) if pair else self._message(turn, name)
+        if not messages:
+            raise SkipRow(f"field '{name}' holds no turn but an empty one of the system's")
         return messages
 
-    def _pair(self, turn: Mapping) -> list[Message]:
-        question = user(_text(turn["human"], "human"))
-        return (
-            [question]
-            if turn.get("assistant") is None
-            else [question, assistant(_text(turn["assistant"], "assistant"))]
-        )
+    def _pair(self, turn: Mapping, keys: tuple[str, str], name: str) -> list[Message]:
+        """A question and its answer; a question alone where the answer is null."""
+        self.note_unused(turn, keys, f"{name}[]")
+        asks, answers = keys
+        question = user(_text(turn[asks], asks))
+        return [question] if turn.get(answers) is None else [question, assistant(_text(turn[answers], answers))]
 
-    def _message(self, turn: Mapping, name: str) -> Message:
-        given = turn.get("role", turn.get("from"))
+    def _message(self, turn: Mapping, name: str) -> list[Message]:
+        given = _role(turn)
         if not isinstance(given, str) or given.lower() not in ROLES:
             raise SkipRow(f"field '{name}': expected the role {', '.join(list(ROLES)[:5])}; found another or none")
         given = given.lower()
         message: Message = {"role": ROLES[given] or given}
-        content = turn["content"] if "content" in turn else turn.get("value")
+        key = "content" if turn.get("content") is not None or "value" not in turn else "value"
+        content = turn.get(key)
+        self.note_unused(turn, KNOWN_KEYS, f"{name}[]")
+        if message["role"] in ("system", "developer") and content in EMPTY and key in turn:
+            self.unused[f"{name}[].{key} of system turns that are empty"] += 1
+            return []
         if given in ("function_call", "tool_call"):
-            message |= {"content": "", "tool_calls": _tool_calls([loaded_json(content, name)], name)}
+            message |= {"content": "", "tool_calls": self._calls(content, name)}
         else:
-            if turn.get("tool_calls"):
-                message["tool_calls"] = _tool_calls(loaded_json(turn["tool_calls"], "tool_calls"), name)
-            message["content"] = _content(turn, content, bool(message.get("tool_calls")) or message["role"] == "tool")
-        self._extras(turn, message, name)
-        return message
+            calls = next((turn[key] for key in ("tool_calls", "function_call") if without_nulls(turn.get(key))), None)
+            if calls:
+                message["tool_calls"] = self._calls(calls, name)
+            if key not in turn and not calls:
+                raise SkipRow("field 'content' is missing")
+            message["content"] = _content(key, content, may_be_empty=bool(calls) or message["role"] == "tool")
+        return [message | _extras(turn, message["role"])]
 
-    def _extras(self, turn: Mapping, message: Message, name: str) -> None:
-        reasoning = next((turn[key] for key in REASONING if turn.get(key)), None)
-        if reasoning is not None:
-            message["reasoning_content"] = _text(reasoning, "reasoning_content")
-        for key in ("name", "tool_call_id"):
-            if turn.get(key) is not None:
-                message[key] = turn[key]
-        weight = turn.get("weight")
-        if weight is not None and message["role"] == "assistant":
-            if weight not in (0, 1):
-                raise SkipRow("field 'weight': expected 0 or 1, found another value")
-            message["weight"] = int(weight)
-        for key, value in turn.items():
-            if key not in KNOWN_KEYS and value not in (None, "", [], {}):
-                self.unused[f"{name}[].{key}"] += 1
+    def _calls(self, given: Any, name: str) -> list[dict]:
+        """Calls as templates of transformers read them: {"type": "function", "function": {"name", "arguments": {}}}."""
+        calls, read = loaded_json(given, name), []
+        for call in calls if isinstance(calls, list) else [calls]:
+            function = (call.get("function") or call) if isinstance(call, Mapping) else None
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise SkipRow(f"field '{name}': expected calls of functions with a name")
+            arguments = without_nulls(function.get("arguments"))
+            arguments = {} if arguments in EMPTY else loaded_json(arguments, "arguments")
+            expect(isinstance(arguments, Mapping), (name, "arguments"), arguments, "an object, or JSON that spells one")
+            read.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+            if call.get("id") is not None:
+                read[-1]["id"] = call["id"]
+        return read
+
+    def note_unused(self, given: Mapping, known: Sequence[str], name: str) -> None:
+        """Counts the fields of a turn, or of what a list holds, that are not among the known ones."""
+        for key, value in given.items():
+            if key not in known and without_nulls(value) not in EMPTY:
+                self.unused[f"{name}.{key}"] += 1
 
 
-def _content(turn: Mapping, content: Any, may_be_empty: bool) -> str:
-    if isinstance(content, list):
-        content = _joined_parts(content)
-    name = "content" if "value" not in turn else "value"
-    if may_be_empty and (content is None or content == ""):
-        return ""
-    if "content" not in turn and "value" not in turn:
-        raise SkipRow("field 'content' is missing")
-    return _text(content, name)
+def _role(turn: Mapping) -> Any:
+    return turn.get("role") if turn.get("role") is not None else turn.get("from")
+
+
+def _extras(turn: Mapping, role: str) -> Message:
+    """What a message holds beside its content: reasoning, the weight of an answer, names."""
+    found = {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key) is not None}
+    reasoning = next((turn[key] for key in REASONING if turn.get(key)), None)
+    if reasoning is not None:
+        found["reasoning_content"] = _text(reasoning, "reasoning_content")
+    weight = turn.get("weight")
+    if weight is not None and role == "assistant":
+        if weight not in (0, 1):
+            raise SkipRow("field 'weight': expected 0 or 1, found another value")
+        found["weight"] = int(weight)
+    return found
+
+
+def _content(key: str, content: Any, may_be_empty: bool) -> str:
+    content = _joined_parts(content) if isinstance(content, list) else content
+    return "" if may_be_empty and content in EMPTY else _text(content, key)
 
 
 def _joined_parts(parts: list) -> str:
@@ -191,21 +251,6 @@ def _joined_parts(parts: list) -> str:
 def _text(value: Any, name: str) -> str:
     expect(isinstance(value, str), (name,), value, "a string")
     return usable(value, f"'{name}'")
-
-
-def _tool_calls(calls: Any, name: str) -> list[dict]:
-    """Calls as templates of transformers read them: [{"type": "function", "function": {"name", "arguments": {}}}]."""
-    expect(isinstance(calls, list), (name, "tool_calls"), calls, "a list")
-    read = []
-    for call in calls:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise SkipRow("field 'tool_calls': expected calls of functions with a name")
-        arguments = loaded_json(function.get("arguments", {}), "tool_calls.arguments")
-        read.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
-        if call.get("id") is not None:
-            read[-1]["id"] = call["id"]
-    return read
 
 
 def check_order(messages: Sequence[Message], name: str) -> None:
@@ -230,10 +275,10 @@ def without_last_answer(messages: list[Message]) -> tuple[list[Message], list[Me
     return messages[:cut], messages[cut:]
 
 
-def read_tools(value: Any) -> list | None:
-    """The schemas of a field ``tools``, a list or JSON that spells one; None for none."""
-    tools = loaded_json(value, "tools")
-    if tools is None or tools in ("", []):
+def read_tools(value: Any, name: str = "tools") -> list | None:
+    """The schemas of a field, a list or JSON that spells one; None for none."""
+    tools = loaded_json(value, name)
+    if tools in EMPTY:
         return None
-    expect(isinstance(tools, list), ("tools",), tools, "a list")
-    return tools
+    expect(isinstance(tools, list), (name,), tools, "a list")
+    return without_nulls(tools)

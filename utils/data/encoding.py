@@ -17,7 +17,7 @@ from utils.data.batching import ranked_pairs
 from utils.data.conversation import Conversation, Texts
 from utils.data.raw_datasets import PromptRawDataset
 from utils.data.readers import DataError
-from utils.data.rendering import ConversationWriter, Rendered, as_written, one_per_answer, shorter
+from utils.data.rendering import ConversationWriter, Rendered, as_it_stands, as_written, one_per_answer, shorter
 from utils.data.row_texts import RowReport, SkipRow
 from utils.data.text_encoder import EncodedText, TextEncoder
 
@@ -50,6 +50,7 @@ class PreparationCounts:
 
     Attributes:
         read: rows used and skipped, with reasons and places.
+        without_answer: rows that were dropped, since nothing to learn was left of them.
         glued: rows whose prompt and answer have no blank between them; glued_examples: how the first ones read there.
         unused: fields of turns that nothing is done with, and in how many turns they are.
     """
@@ -59,6 +60,7 @@ class PreparationCounts:
     truncated: int = 0
     without_eos: int = 0
     identical: int = 0
+    without_answer: int = 0
     glued: int = 0
     glued_examples: list[str] = field(default_factory=list)
     unused: dict[str, int] = field(default_factory=dict)
@@ -71,6 +73,8 @@ class PreparationCounts:
             parts.append(f"{self.without_eos} of them lost an answer's end")
         if self.identical:
             parts.append(f"{self.identical} pairs dropped, their answers being identical")
+        if self.without_answer:
+            parts.append(f"{self.without_answer} dropped, no answer being left of them within the length")
         if self.unused:
             parts.append("not used: " + ", ".join(f"{name} ({count} turns)" for name, count in self.unused.items()))
         return ", ".join(parts)
@@ -145,9 +149,13 @@ class RowMaker:
         answers_only = self.by_template or isinstance(example, Conversation)
         if isinstance(example, Texts) and as_written(example, self.rules.prompt_format):
             self.note_glued(example)
-            written = [(example, [Rendered(text, len(example.prompt)) for text in example.wholes or (example.prompt,)])]
+            written = [(example, as_it_stands(example))]
         else:
-            written = self.written(example.as_conversation() if isinstance(example, Texts) else example)
+            conversation = example.as_conversation() if isinstance(example, Texts) else example
+            written = self.written(conversation)
+            answer = conversation.answers[0] if conversation.answers else ()
+            for name in self.writer.left_out([*conversation.prompt, *answer]):
+                self.counts.unused[name] = self.counts.unused.get(name, 0) + 1
         return [((one, rendered, answers_only), [part.text for part in rendered]) for one, rendered in written]
 
     def note_glued(self, example: Texts) -> None:
@@ -193,7 +201,7 @@ class RowMaker:
     def fits(self, rendered: list[Rendered], encoded: list[EncodedText]) -> bool:
         limit = self.rules.max_seq_len
         return all(
-            len(text.ids) < limit or len(self.closed(text.ids, text.token_at(one.start))) <= limit
+            len(text.ids) < limit or len(self.closed(text.ids, text.token_at(one.last))) <= limit
             for one, text in zip(rendered, encoded, strict=True)
         )
 
@@ -238,14 +246,14 @@ class SftRowMaker(RowMaker):
         fits = self.fits(rendered, encoded)
         [rendered], [encoded], leading = self.fitting(example, rendered, encoded)
         start = encoded.token_at(rendered.start)
-        ids = self.closed(encoded.ids, start)
-        if isinstance(example, Texts):
-            spans = [(start, len(ids))]
-        else:
-            spans = [self.span(encoded, rendered, ids, *answer) for answer in rendered.answers]
+        ids = self.closed(encoded.ids, encoded.token_at(rendered.last))
+        spans = [self.span(encoded, rendered, ids, *answer) for answer in rendered.answers]
         drop = self.tokens_to_drop(len(ids), start, leading)
         kept = cut(ids, self.rules.max_seq_len, leading, drop)
         spans = moved_spans(spans, leading, drop, len(kept))
+        if not spans and answers_only:
+            self.counts.without_answer += 1
+            return None
         self.count_cut(not fits, kept[-1] in self.end_ids)
         end_id = -1 if self.by_template else self.eos
         return kept, list(chain.from_iterable(spans)), answers_only, end_id
@@ -253,7 +261,7 @@ class SftRowMaker(RowMaker):
     def span(self, encoded: EncodedText, rendered: Rendered, ids: list[int], start: int, end: int) -> tuple[int, int]:
         """[start, end) in tokens of an answer given in characters, its end token included where the text has one."""
         first = encoded.token_at(start)
-        if start == rendered.start:
+        if start == rendered.last:
             return first, len(ids)
         if self.by_template and (closing := self.closing(ids, first)) is not None:
             return first, closing + 1
@@ -291,7 +299,7 @@ class RewardRowMaker(RowMaker):
         fits = self.fits(rendered, encoded)
         rendered, encoded, leading = self.fitting(example, rendered, encoded)
         starts = [text.token_at(one.start) for text, one in zip(encoded, rendered, strict=True)]
-        rows = [self.closed(text.ids, start) for text, start in zip(encoded, starts, strict=True)]
+        rows = [self.closed(text.ids, text.token_at(one.last)) for text, one in zip(encoded, rendered, strict=True)]
         drop = max(self.tokens_to_drop(len(ids), start, leading) for ids, start in zip(rows, starts, strict=True))
         drop = max(0, min(drop, min(starts) - leading))  # what is dropped must lie in the prompt of all
         kept = [cut(ids, self.rules.max_seq_len, leading, drop) for ids in rows]
@@ -358,7 +366,7 @@ def make_row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) 
     """
     if raw_dataset is not None:
         for step, has, what in (
-            (SFT, raw_dataset.has_answer, "answers"),
+            (SFT, raw_dataset.has_answer, "answers (a column chosen, say)"),
             (REWARD, raw_dataset.has_rejected, "rejected answers"),
         ):
             if rules.train_phase == step and not has:
@@ -370,7 +378,10 @@ def make_row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) 
     if rules.prompt_format == prompt_format.CHAT_TEMPLATE and not prompt_format.has_own_template(tokenizer):
         raise DataError("--chat_template: the tokenizer has none of its own; name one, as in --chat_template chatml")
     kind = {SFT: SftRowMaker, REWARD: RewardRowMaker, RLHF: PromptRowMaker}[rules.train_phase]
-    return kind(raw_dataset, tokenizer, rules)
+    try:
+        return kind(raw_dataset, tokenizer, rules)
+    except ValueError as error:  # of a chat template that cannot be used
+        raise DataError(f"--chat_template: {error}") from error
 
 
 class RowEncoder:

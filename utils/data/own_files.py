@@ -50,6 +50,13 @@ class PathDataset(PromptRawDataset):
         if shape is None:
             expected = ["prompt", *MESSAGES_COLUMNS[:2]] if name is None else [f"those of the format {name}"]
             raise no_such_columns(self.dataset_name, expected, rows)
+        unused = [role for role, column in columns.items() if column not in shape.columns]
+        if unused:
+            role = unused[0]
+            raise DataError(
+                f"--{role}_column {columns[role]}: {self.dataset_name}: is not used where rows are read as "
+                f"{shape.description}"
+            )
         self.shape = shape
         self.has_answer, self.has_rejected = shape.has_answer, shape.has_rejected
         self.unread = [column for column in rows.column_names if column not in shape.columns]

@@ -382,11 +382,11 @@ def encode_rows(
             read += missing
     report = encoder.report
     report.raise_if_none(rows, NEEDED_TEXTS[encoder.rules.train_phase])
-    report.dropped = encoder.counts.identical
+    report.dropped = encoder.counts.identical + encoder.counts.without_answer
     if read < len(indices):
         report.origin.append(f"limited to {limit}")
     encoder.counts.read = str(report)
-    encoder.counts.unused = encoder.raw.unused_fields()
+    encoder.counts.unused |= encoder.raw.unused_fields()
 
 
 def _encode_chunks(encoder: RowEncoder, rows: Rows, indices: np.ndarray, writer, pool: ThreadPoolExecutor) -> None:

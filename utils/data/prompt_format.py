@@ -32,6 +32,7 @@ _MARKS = {
 }
 # The ways in which texts set their marks apart, the strictest first: what is set apart otherwise is part of a turn.
 _MARK_PATTERNS = [re.compile(rf"(?:^|{gap})(Human|Assistant):") for gap in ("\\n\\n", " ", r"\s+")]
+_TRANSCRIPT_MARKS = {gap: re.compile(rf"{gap}(Human|Assistant):") for gap in ("\n\n", " ")}
 _ROLE_OF = {"Human": "user", "Assistant": "assistant"}
 _SYSTEM_ROLES = ("system", "developer")
 
@@ -80,11 +81,10 @@ def write_turns(turns, style, waits=False):
 def _write_bare(turns):
     if [turn["role"] for turn in turns[:2]] != ["user", "assistant"][: len(turns)] or len(turns) > 2:
         raise ValueError("the format bare holds one question and its answer, nothing else")
-    text = turns[0]["content"]
+    text = turns[0]["content"].rstrip()
     places = [(0, len(text))]
     if len(turns) == 2:
-        gap = "" if text[-1:].isspace() else " "
-        text += gap + turns[1]["content"].strip()
+        text += " " + turns[1]["content"].strip()
         places.append((places[0][1], len(text)))
     return text, places
 
@@ -183,22 +183,38 @@ def parse_turns(text):
     return [{"role": turn["role"], "content": turn["content"].strip()} for turn in turns]
 
 
-def parse_transcript(prompt, rest):
-    """Turns of what follows a prompt that waits for an answer: the answer, and turns behind it if there are any."""
-    gap = "\n\n" if "\n\nAssistant:" in prompt else " "
-    turns, position = [], 0
-    marks = list(re.compile(rf"{gap}(Human|Assistant):").finditer(rest))
-    role = "assistant"
+def transcript_parts(prompt, rest):
+    """What follows a prompt that waits for an answer, as (role, start, end) of each turn in its characters.
+
+    The first is the answer; behind it there may be more turns. Their marks are set apart as those of the prompt are.
+    """
+    marks = _TRANSCRIPT_MARKS["\n\n" if "\n\nAssistant:" in prompt else " "].finditer(rest)
+    parts = [("assistant", 0, len(rest))]
     for mark in marks:
-        turns.append({"role": role, "content": rest[position : mark.start()].strip()})
-        role, position = _ROLE_OF[mark.group(1)], mark.end()
-    return [*turns, {"role": role, "content": rest[position:].strip()}]
+        role, start, _ = parts[-1]
+        following = _ROLE_OF[mark.group(1)]
+        if following != role:  # else the mark is part of what is said
+            parts[-1] = (role, start, mark.start())
+            parts.append((following, mark.end(), len(rest)))
+    return parts
+
+
+def parse_transcript(prompt, rest):
+    """Turns of what follows a prompt that waits for an answer, up to the assistant's last."""
+    turns = [{"role": role, "content": rest[start:end].strip()} for role, start, end in transcript_parts(prompt, rest)]
+    return turns[: len(turns) - (turns[-1]["role"] == "user")]
 
 
 def end_of_last_mark(text):
-    """Where the last "Assistant:" of a transcript ends, in characters; None where there is none."""
-    marks = [mark for pattern in _MARK_PATTERNS[:2] for mark in pattern.finditer(text) if mark.group(1) == "Assistant"]
-    return max((mark.end() for mark in marks), default=None)
+    """Where the last "Assistant:" of a transcript ends, in characters; None where there is none.
+
+    Marks are set apart by an empty line where the transcript begins with one, or else has any.
+    """
+    for gap, pattern in _TRANSCRIPT_MARKS.items():
+        ends = [mark.end() for mark in pattern.finditer(text) if mark.group(1) == "Assistant"]
+        if ends or text.startswith(gap):
+            return ends[-1] if ends else None
+    return None
 
 
 def prompt_from_text(text, style=HUMAN_ASSISTANT, tokenizer=None):
@@ -357,7 +373,7 @@ def _carried(tokenizer, style):
     begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     bos = "{{- bos_token -}}" if begins_with_bos else ""
     if style == BARE:
-        return _CARRIED + _NO_SYSTEM + _ONE_TURN + bos + "{{- messages[0]['content'] -}}"
+        return _CARRIED + _NO_SYSTEM + _ONE_TURN + bos + "{{- messages[0]['content'].rstrip() -}}"
     marks = {role: json.dumps(mark) for role, mark in _MARKS[style].items()}
     body = bos + _SYSTEM_FIRST % ("' '" if style == HUMAN_ASSISTANT else '"\\n\\n"')
     body += _ONLY_ALTERNATING + "{%- for turn in turns -%}{{- "

@@ -1,6 +1,6 @@
 """A conversation as the text of one row: where its answers stand in it, and what a row that is too long must keep."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from utils.data import chat_templates, prompt_format
@@ -16,13 +16,18 @@ class Rendered:
 
     Attributes:
         text: special tokens that contents spell are marked in it (special_tokens.py) where a chat template wrote it.
-        start: where the last answer begins, in characters; the text's length for a prompt alone.
+        start: where what follows the prompt begins, in characters; the text's length for a prompt alone.
         answers: [start, end) of each answer that is learned.
+        last: where the last answer begins: behind ``start`` where the answer is several turns; None: there.
     """
 
     text: str
     start: int
     answers: list[tuple[int, int]] = field(default_factory=list)
+    last: int | None = None
+
+    def __post_init__(self):
+        self.last = self.start if self.last is None else self.last
 
 
 class ConversationWriter:
@@ -57,15 +62,40 @@ class ConversationWriter:
 
     def answered(self, conversation: Conversation, answer: Sequence[Message]) -> Rendered:
         """The text of the prompt with one of its answers. Every turn of the assistant's that has no weight 0 is one."""
-        turns, last = [*conversation.prompt, *answer], len(conversation.prompt)
+        turns, first = [*conversation.prompt, *answer], len(conversation.prompt)
         messages, tools = self._suited(turns, conversation.tools)
         text, places = self._written(messages, tools)
+        if self.by_template and len(answer) == 1 and not (self.learns or places):
+            return self._behind_its_prompt(text, messages, tools)
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if places and self.by_template:  # by generation markers: one for each answer
             places = dict(zip(answers, places, strict=True))
         learned = [i for i in answers if turns[i].get("weight") != 0] if self.learns else []
-        spans = {i: self._answer_span(i, text, places, messages, tools) for i in {*learned, last}}
-        return Rendered(text, spans[last][0], [spans[i] for i in learned])
+        spans = {i: self._answer_span(i, text, places, messages, tools) for i in {*learned, first, answers[-1]}}
+        return Rendered(text, spans[first][0], [spans[i] for i in learned], spans[answers[-1]][0])
+
+    def left_out(self, messages: Sequence[Message]) -> Iterator[str]:
+        """Fields of messages that say who speaks or what is answered, and that the format has no place for."""
+        for message in messages:
+            is_result = message["role"] == "tool"
+            for name, ability in (("name", "result_names" if is_result else "names"), ("tool_call_id", "call_ids")):
+                if name in message and not (self.by_template and getattr(self.abilities, ability)):
+                    yield name
+
+    def _behind_its_prompt(self, text: str, messages: list[Message], tools) -> Rendered:
+        """A row whose last turn is its answer, which follows its prompt as it is asked for.
+
+        A template may write the prompt otherwise once it is answered (Mistral's takes the system turn away). The
+        answer is then written by its training form, behind the prompt as the template asks.
+        """
+        asked = self._written(messages[:-1], tools, waits=True)[0]
+        if not text.startswith(asked) and (form := chat_templates.training_form(self.template, self.special)):
+            offered = chat_templates.render_template(form, self.special, messages[:-1], tools, True)[0]
+            written = chat_templates.render_template(form, self.special, messages, tools)[0]
+            if written.startswith(offered):
+                text = asked + written[len(offered) :]
+        start = len(common_start([asked, text]))
+        return Rendered(text, start)
 
     def head(self, conversation: Conversation) -> int:
         """How much of a row's text stays when its beginning is cut: BOS, system turn, the header of the first question.
@@ -176,3 +206,15 @@ def as_written(texts: Texts, style: str | None) -> bool:
         if style == prompt_format.BARE
         else formatted and prompt_format.written_style(texts.prompt) == style
     )
+
+
+def as_it_stands(texts: Texts) -> list[Rendered]:
+    """Texts of a dataset as the texts of rows, the prompt alone where there is no answer."""
+    start = len(texts.prompt)
+    if not texts.wholes:
+        return [Rendered(texts.prompt, start)]
+    if not texts.is_transcript:
+        return [Rendered(whole, start, [(start, len(whole))]) for whole in texts.wholes]
+    parts = [prompt_format.transcript_parts(texts.prompt, whole[start:]) for whole in texts.wholes]
+    answers = [[(start + a, start + b) for role, a, b in turns if role == "assistant"] for turns in parts]
+    return [Rendered(whole, start, spans, spans[-1][0]) for whole, spans in zip(texts.wholes, answers, strict=True)]
