@@ -2,5 +2,15 @@
 
 from utils.arguments.model import QUANTIZATIONS
 from utils.arguments.rlhf import RLHFBatchSizes
-from utils.arguments.run import MAY_CHANGE_AT_RESUME
-from utils.arguments.steps import PROJECT, SCRIPTS, Settled, build_parser, check_step, end_token, settle
+from utils.arguments.run import MAY_CHANGE_AT_RESUME, nothing_saved
+from utils.arguments.steps import (
+    PROJECT,
+    SCRIPTS,
+    Settled,
+    build_parser,
+    check_step,
+    end_token,
+    settle,
+    warmup_note,
+    warmup_steps,
+)
