@@ -8,7 +8,6 @@ The loss is the mean over the real tokens of an optimizer step, however they fal
 accumulation; every finished answer ends with one EOS that is learned like any other token.
 """
 
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from utils.engine.nonfinite import NonFiniteSteps
 from utils.engine.update import Update
 from utils.model import soft_prompt
 from utils.model.inputs import forward_accepts, sft_inputs
-from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
+from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count, perplexity_of, warn_diverged
 from utils.model.model_utils import check_model, create_hf_model
 from utils.planning.preflight import preflight
 from utils.process.console import now, print_rank_0, progress
@@ -77,7 +76,7 @@ def evaluate(engine, label_log_probs, loader, device) -> tuple[float, float]:
     engine.train()
     loss_sum, tokens = all_reduce_sum(total.float()).tolist()
     loss = loss_sum / max(tokens, 1)
-    return math.exp(min(loss, 700.0)), loss
+    return perplexity_of(loss), loss
 
 
 def main():
@@ -117,6 +116,7 @@ def main():
         print_rank_0(f"***** Evaluating perplexity, Epoch {epoch}/{args.num_train_epochs} *****")
         perplexity, loss = evaluate(engine, label_log_probs, eval_loader, device)
         print_rank_0(f"ppl: {perplexity}, loss: {loss}")
+        warn_diverged(loss)
         writer.write(checkpoints.steps, {"perplexity": perplexity, "loss": loss}, "eval")
 
     # 4. Train
@@ -142,7 +142,7 @@ def main():
                 print(f"{place}, loss = {figures['loss']}", flush=True)
             seconds = watch.lap()
             bar.note(perf.pace(tokens, seconds))
-            figures |= {"lr": engine.get_lr()[0], "skipped_steps": nonfinite.skipped}
+            figures |= {"skipped_steps": nonfinite.skipped}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
                 figures |= perf.print_throughput(engine, args, seconds, int(tokens), int(rows))
             writer.write(checkpoints.steps + 1, figures)

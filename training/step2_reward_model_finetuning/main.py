@@ -159,7 +159,7 @@ def main():
                 epoch_loss.update(figures["loss"])
             seconds = watch.lap()
             bar.note(perf.pace(tokens, seconds))
-            figures |= {"lr": engine.get_lr()[0], "skipped_steps": nonfinite.skipped}
+            figures |= {"skipped_steps": nonfinite.skipped}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
                 figures |= perf.print_throughput(engine, args, seconds, int(tokens), int(answers))
             steps = checkpoints.steps + 1

@@ -224,12 +224,19 @@ def _batches(args, step: int, datasets) -> str:
         if datasets is None or (step == 1 and args.packing):
             return text
         steps = -(-len(datasets[0]) // rows)
-        return f"{text}; {steps:,} steps per epoch, {steps * args.num_train_epochs:,} in all"
+        total = steps * args.num_train_epochs
+        return f"{text}; {steps:,} steps per epoch, {total:,} in all{_warmup(args, total)}"
     batch = arguments.RLHFBatchSizes.of(args)
     if datasets is None:
         return batch.explain()
     updates = batch.updates(len(datasets[0]), ranks) * args.num_train_epochs
-    return f"{batch.explain()}; {updates:,} updates in all"
+    total = updates * args.ppo_epochs * batch.steps_per_pass
+    return f"{batch.explain()}; {updates:,} updates in all{_warmup(args, total)}"
+
+
+def _warmup(args, total_steps: int) -> str:
+    note = arguments.warmup_note(args, total_steps)
+    return "" if note is None else f". {note}"
 
 
 def _parameters(args, step: int, configs: dict, tokenizer) -> tuple[str, dict[str, MetaModel]]:
