@@ -4,14 +4,20 @@ A record is one prompt, answered by one model in one mode, as prompt_eval.py mak
 """
 
 import gc
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
 
 from evaluation_scripts.intervals import bootstrap_interval, wilson_interval
-from evaluation_scripts.rw_eval import load_judge, score_answers
+from evaluation_scripts.prompts import Example
+from evaluation_scripts.rw_eval import load_judge, record_of, score_records
+from utils.data.conversation import Conversation, Texts, assistant
+from utils.data.prompt_format import is_formatted
 from utils.model.reward_functions import RewardFunction
+from utils.process.errors import UserError
 
 REWARD_MODEL = "reward_model"  # as a judge is called
 
@@ -30,15 +36,31 @@ def free_memory() -> None:
         torch.accelerator.empty_cache()
 
 
-def judge_by_reward_model(records: list[dict], path: str, args) -> None:
-    """Score every answer with a reward model, which is loaded here and let go again."""
+def answered(prompt: Example, answer: str) -> Example:
+    """A prompt with an answer to it; a text without the marks of turns becomes a question."""
+    if isinstance(prompt, Texts) and is_formatted(prompt.prompt):
+        blank = "" if prompt.prompt[-1].isspace() else " "
+        return Texts(prompt.prompt, (f"{prompt.prompt}{blank}{answer}",), (answer,))
+    conversation = prompt if isinstance(prompt, Conversation) else prompt.as_conversation()
+    return replace(conversation, answers=([assistant(answer)],))
+
+
+def judge_by_reward_model(records: list[dict], prompts: Sequence[Example], path: str, args) -> None:
+    """Score every answer with a reward model, which is loaded here, asked in its own format and let go again.
+
+    Args:
+        prompts: those of the records, by prompt_number.
+    """
     judge = load_judge(path, args)
-    pairs = [(record["prompt"], answer) for record in records for answer in record["answers"]]
+    print(f"{path} judges in {judge.asked.reason}", file=sys.stderr, flush=True)
+    pairs = [(record["prompt_number"], answer) for record in records for answer in record["answers"]]
     # Each text once: models that say the same must tie, which rounding in different batches would not let them.
     distinct = list(dict.fromkeys(pairs))
-    asked = [{"prompt": prompt, "answer": answer} for prompt, answer in distinct]
+    to_score = [record_of(answered(prompts[number], answer), f"prompt {number + 1}") for number, answer in distinct]
     longest = judge.max_positions or 1 << 20
-    scores = score_answers(judge, asked, args.prompt_style, longest, args.batch_size, args.allow_special_tokens)
+    scored, scores = score_records(judge, to_score, longest, args.batch_size, args.allow_special_tokens)
+    if len(scored) < len(to_score):
+        raise UserError(f"{path} cannot judge all prompts: see above; name another --prompt_format, or other prompts")
     score_of = {pair: score for pair, (score,) in zip(distinct, scores, strict=True)}
     add_scores(records, REWARD_MODEL, [score_of[pair] for pair in pairs])
     del judge

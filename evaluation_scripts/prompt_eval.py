@@ -20,12 +20,15 @@ from evaluation_scripts.judging import (
     judge_by_function,
     judge_by_reward_model,
 )
-from evaluation_scripts.prompts import PROMPTS, read_prompt_rows
+from evaluation_scripts.prompts import PROMPTS, Example, prompts_of_lines, read_prompts, readable
 from evaluation_scripts.report import html_report, markdown_report, shown_answer
-from utils.data.prompt_format import cut_at_next_human, encode_prompt, prompt_from_text
+from utils.data.prompt_format import cut_at_next_human
+from utils.data.row_texts import SkipRow
 from utils.data.special_tokens import unmarked
+from utils.generation.asking import Prompt
 from utils.generation.decoding import contrastive_ids, diverse_beam_ids
 from utils.generation.saved_model import (
+    LanguageModel,
     add_base_model_argument,
     add_load_in_4bit_argument,
     add_loading_arguments,
@@ -33,6 +36,7 @@ from utils.generation.saved_model import (
     choosing_settings,
     generate_answers,
     load_language_model,
+    room_for_prompt,
     warn,
 )
 from utils.model.reward_functions import check_columns, load_reward_functions
@@ -97,7 +101,7 @@ def add_published_arguments(parser) -> None:
 def add_own_arguments(group) -> None:
     group.add_argument(
         "--prompts_file",
-        help="own prompts: .txt, one a line, or .jsonl with the field 'prompt'; '... Assistant:' stays as it is",
+        help="own prompts: .txt, one a line, or data in any form that the training steps read, whose prompts are asked",
     )
     group.add_argument("--output", help="write a side-by-side report to this .md or .html file (default: none)")
     group.add_argument(
@@ -210,32 +214,44 @@ def model_titles(args) -> list[tuple[str, str]]:
     return [("Baseline", args.model_name_or_path_baseline), *zip(titles, finetuned, strict=True)]
 
 
-def answer_all(title: str, path: str, prompts: list[str], modes: dict[str, dict], args) -> list[dict]:
+def write_prompts(lm: LanguageModel, prompts: list[Example], max_new_tokens: int) -> list[Prompt]:
+    """The prompts as this model is asked; UserError for one that its format has no place for."""
+    room, written = room_for_prompt(lm, max_new_tokens), []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            written.append(lm.prompts.write(prompt, room))
+        except SkipRow as reason:
+            raise UserError(f"{lm.name}: prompt {number} cannot be asked in {lm.prompt_format}: {reason}") from reason
+    too_long = sum(bool(prompt.dropped or prompt.lost) for prompt in written)
+    if too_long:
+        warn(f"{too_long} prompts are longer than the {room} tokens that fit {lm.name}: they lose their beginning")
+    return written
+
+
+def answer_all(title: str, path: str, prompts: list[Example], modes: dict[str, dict], args) -> list[dict]:
     """One record for each prompt and mode with this model's answers; the model is loaded here and let go again."""
     lm = load_language_model(path, args, args.add_eot_token)
-    try:
-        texts = [prompt_from_text(prompt, args.prompt_style, lm.tokenizer) for prompt in prompts]
-    except ValueError as error:
-        raise UserError(f"a prompt cannot be written in the style {args.prompt_style}: {error}") from error
-    ids = [encode_prompt(text, lm.tokenizer, args.prompt_style, args.allow_special_tokens) for text in texts]
+    print(f"{title} ({path}) is asked in {lm.asked.reason}", file=sys.stderr, flush=True)
+    written = write_prompts(lm, prompts, args.max_new_tokens)
+    ids = [prompt.ids for prompt in written]
     records = []
     for mode, settings in modes.items():
         print(f"{title} ({path}): {mode}, {len(prompts)} prompts", file=sys.stderr, flush=True)
         set_random_seed(args.seed)
         answers_of_prompts = generate_answers(lm, ids, args.batch_size, **settings)
-        for number, (prompt, text, answers) in enumerate(zip(prompts, texts, answers_of_prompts, strict=True)):
-            written = [answer.text for answer in answers]
+        for number, (prompt, asked, answers) in enumerate(zip(prompts, written, answers_of_prompts, strict=True)):
+            texts = [answer.text for answer in answers]
             if args.cut_at_next_human:
-                written = [cut_at_next_human(answer, args.prompt_style) for answer in written]
+                texts = [cut_at_next_human(answer, lm.prompt_format) for answer in texts]
             records.append(
                 {
                     "prompt_number": number,
-                    "prompt": prompt,
-                    "formatted_prompt": unmarked(text),
+                    "prompt": readable(prompt.prompt),
+                    "formatted_prompt": unmarked(asked.text),
                     "title": title,
                     "model": path,
                     "mode": mode,
-                    "answers": [answer.strip() for answer in written],
+                    "answers": [answer.strip() for answer in texts],
                     "num_tokens": [answer.num_tokens for answer in answers],
                     "ended": [answer.ended for answer in answers],
                 }
@@ -273,9 +289,10 @@ def main(argv=None):
     modes = generation_modes(args)
     models = model_titles(args)
     functions = load_reward_functions(args.judge_function, "--judge_function")
-    built_in = [{"prompt": prompt} for prompt in PROMPTS[args.language]]
-    rows = read_prompt_rows(args.prompts_file) if args.prompts_file else built_in
-    prompts = [row["prompt"] for row in rows]
+    if args.prompts_file:
+        prompts, rows = read_prompts(args.prompts_file)
+    else:
+        prompts, rows = prompts_of_lines(PROMPTS[args.language])
     check_columns(functions, [name for name in rows[0] if all(name in row for row in rows)])
     for _, path in models:
         check_model_folder(path, allow_soft_prompt=True)
@@ -289,7 +306,7 @@ def main(argv=None):
 
     # 3. Judge them.
     if args.judge_reward_model:
-        judge_by_reward_model(records, args.judge_reward_model, args)
+        judge_by_reward_model(records, prompts, args.judge_reward_model, args)
     for function in functions:
         judge_by_function(records, function, rows)
     found = comparisons(records)

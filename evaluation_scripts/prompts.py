@@ -1,9 +1,19 @@
 """What the evaluation scripts ask and score: built-in prompts and pairs, and the reading of the user's own."""
 
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from utils.data.readers import DataError, open_file
+from utils.data.conversation import Conversation, Message, Texts
+from utils.data.own_files import PathDataset, get_raw_dataset
+from utils.data.raw_datasets import PromptRawDataset, find_known_dataset
+from utils.data.readers import DataError, Rows
+from utils.data.row_texts import SkipRow
+from utils.data.splits import EVAL_SPLITS, Flags, is_hub_name, open_splits
+from utils.model.reward_functions import PROMPT_MESSAGES
 from utils.process.errors import UserError
+
+Example = Texts | Conversation
 
 # The same six topics in each language: help with a task, an explanation for a child, a poem, a comparison,
 # a piece of history, practical advice.
@@ -73,36 +83,95 @@ PAIRS = [
 ]
 
 
-def read_rows(path: str, fields: tuple[str, ...]) -> list[dict]:
-    """Rows of a .json, .jsonl, .csv or .parquet file, each with text in the named fields.
+def open_dataset(
+    path: str, columns: Mapping[str, str | None] | None = None, config: str | None = None, split: str | None = None
+) -> PromptRawDataset:
+    """A file, a folder, a known dataset or one of the hub, recognised as the training steps recognise it.
 
-    Raises UserError that names file, row and field.
+    Args:
+        columns: own column names of files by what they hold, as in get_raw_dataset.
+        config, split: where there are several; the rows of the split are then those of "train".
+
+    Raises:
+        DataError: it cannot be read, or its rows have no shape that is known.
     """
+    columns = {name: column for name, column in (columns or {}).items() if column}
+    # The folder is for the index files of a dataset that is divided; here splits are read whole.
+    place, flags = (tempfile.gettempdir(), 0, -1), Flags("--config", "--split")
+    if find_known_dataset(path) is not None or not Path(path).exists():
+        if find_known_dataset(path) is None and not is_hub_name(path):
+            raise DataError(f"{path}: no such file or folder")
+        return get_raw_dataset(path, *place, columns, split=split, config=config)
+    splits = open_splits(path, config, split, flags)
+    held_out = next((name for name in EVAL_SPLITS if name in splits), None)
     try:
-        rows = open_file(path)
-        for number, row in enumerate(rows):
-            for field in fields:
-                if not isinstance(row.get(field), str) or not row[field].strip():
-                    raise UserError(f"{rows.where(number)}: no text in the field {field!r}")
-        return list(rows)
-    except DataError as error:
-        raise UserError(str(error)) from error
+        splits["train"]
+    except DataError:
+        if split is not None or held_out is None:
+            raise
+        splits = open_splits(path, config, held_out, flags)  # without rows to train on
+    return PathDataset(*place, path, None, columns, splits)
 
 
-def read_prompts(path: str) -> list[str]:
-    """Prompts of a file: of .txt the lines that are not blank, of any kind that read_rows knows the field "prompt"."""
-    return [row["prompt"] for row in read_prompt_rows(path)]
+def rows_to_judge(dataset: PromptRawDataset, split: str | None = None) -> Rows:
+    """The rows of the split that the dataset was opened with; None: of its evaluation split if it has one, else all."""
+    found = (name for name in EVAL_SPLITS if name in dataset.raw_datasets)
+    return dataset.rows_of("train" if split else next(found, "train"))
 
 
-def read_prompt_rows(path: str) -> list[dict]:
-    """As read_prompts, with whatever other fields the rows have."""
+def readable(text: str | Sequence[Message]) -> str:
+    """A prompt or an answer for reading: a text or a single turn as it stands, several with their roles."""
+    if isinstance(text, str):
+        return text
+    if len(text) == 1:
+        return text[0]["content"]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
+
+
+def prompts_of_lines(lines: Sequence[str]) -> tuple[list[Example], list[dict]]:
+    """As read_prompts gives them."""
+    prompts = [Texts(line) for line in lines]
+    return prompts, [_with_messages({"prompt": prompt.prompt}, prompt) for prompt in prompts]
+
+
+def _with_messages(row: Mapping, prompt: Example) -> dict:
+    """A row with its prompt's turns, under the name by which functions that judge ask for them."""
+    turns = prompt.as_conversation() if isinstance(prompt, Texts) else prompt
+    return {**row, PROMPT_MESSAGES: turns.prompt}
+
+
+def read_prompts(path: str) -> tuple[list[Example], list[dict]]:
+    """Prompts of a file, and the row of each: of .txt the lines that are not blank; of any data that the steps read,
+    its rows' prompts and all their fields.
+
+    Raises:
+        UserError: names file, row and field.
+    """
     if Path(path).suffix != ".txt":
-        return read_rows(path, ("prompt",))
+        return _prompts_of_data(path)
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
         raise UserError(f"{path} holds no prompts")
-    return [{"prompt": prompt} for prompt in prompts]
+    return prompts_of_lines(lines)
+
+
+def _prompts_of_data(path: str) -> tuple[list[Example], list[dict]]:
+    prompts, rows_of_prompts = [], []
+    try:
+        dataset = open_dataset(path)
+        dataset.keep_also("all")
+        rows = rows_to_judge(dataset)
+        for position, row in enumerate(rows):
+            try:
+                found = dataset.examples(row, ("prompt",))
+            except SkipRow as reason:
+                raise UserError(f"{rows.where(position)}: {reason}") from reason
+            prompts += found
+            rows_of_prompts += [_with_messages(row, prompt) for prompt in found]
+    except DataError as error:
+        raise UserError(str(error)) from error
+    return prompts, rows_of_prompts

@@ -1,7 +1,7 @@
 """Score answers with a reward model, and say how often the better answer of a pair wins.
 
     python evaluation_scripts/rw_eval.py --model_name_or_path output/reward                      # built-in pairs
-    ... --data_path held_out.jsonl --output scores.jsonl      # rows with prompt, chosen, rejected; or prompt, answer
+    ... --data_path held_out.jsonl --output scores.jsonl      # whatever step 2 reads; or rows with prompt, answer
 
 Departs from the reference: own rows, batches, an interval around the accuracy; a missing score head is an error.
 """
@@ -9,7 +9,10 @@ Departs from the reference: own rows, batches, an interval around the accuracy; 
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -21,13 +24,15 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation_scripts.intervals import wilson_interval
-from evaluation_scripts.prompts import PAIRS
+from evaluation_scripts.prompts import PAIRS, Example, open_dataset, readable, rows_to_judge
 from utils.data.batching import pad_rows
-from utils.data.encoding import REWARD, RewardRowMaker, TokenRules
-from utils.data.prompt_format import CHAT_TEMPLATE, PLAIN, format_answer, is_formatted, prompt_from_text
-from utils.data.readers import DataError, Rows
-from utils.data.row_texts import RowReport, SkipRow, text
-from utils.data.splits import EVAL_SPLITS, Flags, no_such_columns, open_splits
+from utils.data.conversation import Conversation, Message, Texts, assistant, user
+from utils.data.encoding import REWARD, Pair, RewardRowMaker, TokenRules
+from utils.data.prompt_format import is_formatted
+from utils.data.raw_datasets import PromptRawDataset
+from utils.data.readers import DataError
+from utils.data.row_texts import RowReport, SkipRow
+from utils.generation.asking import UNNAMED, AskedFormat, choose_format
 from utils.generation.saved_model import (
     END_OF_TEXT,
     add_loading_arguments,
@@ -43,9 +48,43 @@ from utils.process.console import progress
 from utils.process.errors import UserError, run_script
 from utils.process.files import check_writable, write_jsonl
 
-PAIR = ("chosen", "rejected")
-SINGLE = ("answer",)
-Record = dict[str, str]  # prompt, and chosen and rejected, or answer
+COLUMNS = ("prompt", "chosen", "rejected", "messages", "system", "tools")
+SINGLE_COLUMN = "answer"  # beside a prompt: an answer to score on its own
+
+
+@dataclass(frozen=True)
+class Record:
+    """A prompt with its answers, to be scored.
+
+    Attributes:
+        prompt, answers: texts or messages, as the data gives them.
+        ranks: of the answers, 1 for the best, which comes first; equal ones are a tie.
+        example: the same, as the row maker takes it.
+        place: the row it comes from, for messages.
+    """
+
+    prompt: str | list[Message]
+    answers: tuple[str | list[Message], ...]
+    ranks: tuple[int, ...]
+    example: Example
+    place: str = ""
+
+    @cached_property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Positions of (better, worse) answers; none of a single answer."""
+        order = range(len(self.answers))
+        return [(i, j) for i, j in combinations(order, 2) if self.ranks[i] < self.ranks[j]]
+
+
+def record_of(example: Example, place: str = "") -> Record:
+    ranks = getattr(example, "ranks", ()) or tuple(range(1, len(example.answers) + 1))
+    return Record(example.prompt, example.answers, ranks, example, place)
+
+
+def question_record(prompt: str, *answers: str) -> Record:
+    """A bare question, which the judge's format writes, and its answers, the best one first."""
+    example = Conversation([user(prompt)], tuple([assistant(answer)] for answer in answers))
+    return Record(prompt, answers, tuple(range(1, len(answers) + 1)), example)
 
 
 @dataclass
@@ -57,6 +96,7 @@ class Judge:
     tokenizer: PreTrainedTokenizerBase
     num_ids: int  # token ids that the checkpoint knows
     max_positions: int | None  # longest prompt + answer in tokens; None: the configuration names no limit
+    asked: AskedFormat = UNNAMED
 
 
 def parse_args(argv=None):
@@ -75,15 +115,16 @@ def parse_args(argv=None):
     ours.add_argument(
         "--data_path",
         "--pairs_file",
-        help="file (.jsonl, .csv, .parquet and others) or folder with the columns prompt, chosen, rejected, or prompt, "
-        "answer (default: built-in pairs)",
+        help="file (.jsonl, .csv, .parquet and others), folder or name of a dataset, in any form that step 2 reads, or "
+        "with single answers (default: built-in pairs)",
     )
     ours.add_argument("--split", help="split of a folder (default: its evaluation split if it has one, else train)")
     ours.add_argument("--config", help="which of several configurations of a folder, as in main, or all (the only one)")
-    for name in ("prompt", *PAIR):
-        ours.add_argument(f"--{name}_column", default=name, help=f"column that holds {name} ({name})")
+    for name in COLUMNS:
+        ours.add_argument(f"--{name}_column", help=f"column of your own files that holds {name} (its usual name)")
     ours.add_argument(
-        "--answer_column", help="column with the answers to score one by one (answer, where there are no pairs)"
+        "--answer_column",
+        help=f"column with the answers to score one by one ({SINGLE_COLUMN}, where there are no pairs)",
     )
     ours.add_argument("--batch_size", type=int, default=8, help="answers per forward pass; no influence on scores (8)")
     ours.add_argument(
@@ -92,7 +133,9 @@ def parse_args(argv=None):
     ours.add_argument("--show", type=int, default=20, help="rows in the printed table; 0 for no table (20)")
     ours.add_argument("--output", metavar="JSONL", help="write every row with its scores to this file (default: none)")
     add_loading_arguments(
-        parser, None, "default: rows of --data_path as they stand, as step 2 trains on them, and built-in pairs plain"
+        parser,
+        "where it names none, texts of --data_path as they stand; messages and built-in pairs by its tokenizer's chat "
+        "template, and in human_assistant where it has none",
     )
     return parser.parse_args(argv)
 
@@ -100,76 +143,90 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------- what is scored
 
 
-def open_rows(path: str, split: str | None, config: str | None = None) -> Rows:
-    """Rows of a file, or of one split of a folder."""
-    if not Path(path).exists():
-        raise UserError(f"--data_path {path}: no such file or folder")
-    splits = open_splits(path, config, flags=Flags("--config", "--split"))
-    return splits[split or next((name for name in EVAL_SPLITS if name in splits), "train")]
+def open_data(args) -> tuple[PromptRawDataset, tuple[str, ...]]:
+    """The dataset of --data_path, and what is needed of its rows: pairs, or single answers.
+
+    Raises:
+        DataError: it has neither, or cannot be read.
+    """
+    columns = {name: getattr(args, f"{name}_column") for name in COLUMNS}
+    where, single = (args.config, args.split), ("prompt", "chosen")
+    if args.answer_column is not None:
+        return open_dataset(args.data_path, columns | {"chosen": args.answer_column}, *where), single
+    dataset = open_dataset(args.data_path, columns, *where)
+    if dataset.has_rejected:
+        return dataset, (*single, "rejected")
+    prompt, names = columns["prompt"] or "prompt", dataset.raw_datasets["train"].column_names
+    if columns["chosen"] is None and {prompt, SINGLE_COLUMN} <= set(names):
+        dataset = open_dataset(args.data_path, columns | {"prompt": prompt, "chosen": SINGLE_COLUMN}, *where)
+    return dataset, single
 
 
 def read_records(args) -> list[Record]:
-    """The pairs or single answers that the flags name; rows without a usable text are counted and told.
+    """What the flags name: pairs, ranked lists or single answers. Rows that cannot be used are counted and told.
 
     Raises UserError that names the file, and the row and field where there is one.
     """
     if args.data_path is None:
-        return PAIRS
+        return [question_record(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in PAIRS]
     try:
-        rows = open_rows(args.data_path, args.split, args.config)
-        is_pairs = args.answer_column is None and {args.chosen_column, args.rejected_column} & set(rows.column_names)
-        columns = {
-            name: getattr(args, f"{name}_column") or name for name in ("prompt", *(PAIR if is_pairs else SINGLE))
-        }
-        if any(column not in rows.column_names for column in columns.values()):
-            raise no_such_columns(args.data_path, list(columns.values()), rows)
-        records, report = [], RowReport(args.data_path)
+        dataset, need = open_data(args)
+        rows, records, report = rows_to_judge(dataset, args.split), [], RowReport(args.data_path)
         for position, row in enumerate(rows):
             try:
-                records.append({name: text(row, column) for name, column in columns.items()})
+                place = rows.where(position)
+                records += [record_of(example, place) for example in dataset.examples(row, need)]
                 report.note(position, None, rows)
             except SkipRow as reason:
                 report.note(position, str(reason), rows)
-        report.raise_if_none(rows, list(columns.values()))
+        report.raise_if_none(rows, need)
     except DataError as error:
         raise UserError(str(error)) from error
+    unused = "".join(f"; not used: {name} ({count} turns)" for name, count in dataset.unused_fields().items())
+    print(f"{args.data_path}: read as {dataset.recognised()}{unused}", file=sys.stderr)
     if report.skipped:
         warn(str(report))
-    bare = sum(not is_formatted(record["prompt"]) for record in records)
-    if bare and args.prompt_style is None:
-        warn(
-            f"{bare} of {len(records)} prompts are no ' Human: ... Assistant:' text; they are scored as they stand, as "
-            "step 2 trains on them. --prompt_style plain, hh or chat_template writes them in a form"
-        )
     return records
 
 
-def answers_of(record: Record) -> tuple[str, ...]:
-    """The names of a record's answers."""
-    return PAIR if "chosen" in record else SINGLE
+# ---------------------------------------------------------------- ids
 
 
-def record_texts(record: Record, tokenizer, style: str | None) -> tuple[str, list[str]]:
-    """The prompt, and the prompt with each of its answers; style None leaves both as they stand."""
-    prompt, answers = record["prompt"], [record[name] for name in answers_of(record)]
-    if style is not None:
-        prompt = prompt_from_text(prompt, style, tokenizer)
-        # A row in the form of the datasets was trained on as it stands, blanks at the end included.
-        as_trained = prompt == record["prompt"] and all(answer.startswith(" ") for answer in answers)
-        if not as_trained:
-            answers = [format_answer(answer, style, tokenizer) for answer in answers]
-    return prompt, [prompt + answer for answer in answers]
+def row_makers(judge: Judge, max_seq_len: int, allow_special_tokens: bool) -> dict[type, RewardRowMaker]:
+    """For texts and for conversations: where no format is known, texts stand as they are."""
+    texts_format = judge.asked.name if judge.asked.known else None
+    return {
+        kind: RewardRowMaker(
+            None,
+            judge.tokenizer,
+            TokenRules(REWARD, max_seq_len, prompt_format=style, allow_special_tokens=allow_special_tokens),
+        )
+        for kind, style in ((Texts, texts_format), (Conversation, judge.asked.name))
+    }
 
 
-def encode_record(record: Record, rows: RewardRowMaker, style: str | None) -> tuple[list[list[int]], bool]:
-    """Token ids of the prompt with each of its answers, each with one EOS at its end, and whether they were cut.
+def encode_records(
+    judge: Judge, records: Sequence[Record], max_seq_len: int, allow_special_tokens: bool = False
+) -> tuple[list[Record], list[Pair]]:
+    """Records that the judge's format can write, with their ids; the others are counted and told.
 
-    By the rules of training: both lose the same beginning of the prompt; what is still too long loses its end.
+    By the rules of training: all answers lose the same beginning of the prompt; what is still too long loses its end.
     """
-    prompt, texts = record_texts(record, rows.tokenizer, style)
-    encoded = rows.encoder.encode(texts)
-    pair = rows.pair(prompt, encoded if len(encoded) == 2 else encoded * 2)  # a single answer is cut as if twice there
-    return [pair.chosen, pair.rejected][: len(answers_of(record))], pair.was_cut
+    makers = row_makers(judge, max_seq_len, allow_special_tokens)
+    kept, encoded, places = [], [], {}  # reason -> places of rows
+    for record in records:
+        try:
+            encoded.append(makers[type(record.example)].pair_of(record.example))
+            kept.append(record)
+        except SkipRow as reason:
+            places.setdefault(str(reason), []).append(record.place)
+    if places:
+        reasons = [f"{len(of)} x {reason} ({'; '.join(filter(None, of[:3]))})" for reason, of in places.items()]
+        told = f"{len(records) - len(kept)} of {len(records)} rows cannot be written in {judge.asked.name}: "
+        if not kept:
+            raise UserError(told + ", ".join(reasons))
+        warn(told + ", ".join(reasons))
+    return kept, encoded
 
 
 # ---------------------------------------------------------------- scoring
@@ -191,6 +248,7 @@ def load_judge(path: str, args) -> Judge:
         add_special_tokens=END_OF_TEXT if args.add_eot_token else None,
         trust_remote_code=args.trust_remote_code,
     )
+    asked = choose_format(path, tokenizer, args.prompt_format)
     model = create_critic_model(
         folder,
         tokenizer,
@@ -200,7 +258,7 @@ def load_judge(path: str, args) -> Judge:
     )
     text_config = config.get_text_config()
     max_positions = getattr(text_config, "max_position_embeddings", None)  # not every family has one
-    return Judge(path, model.eval().to(device), tokenizer, text_config.vocab_size, max_positions)
+    return Judge(path, model.eval().to(device), tokenizer, text_config.vocab_size, max_positions, asked)
 
 
 @torch.no_grad()
@@ -219,51 +277,47 @@ def score_rows(model: RewardModel, rows: list[list[int]], batch_size: int) -> li
     return scores
 
 
-def score_records(judge: Judge, records: list[Record], args) -> list[tuple[float, ...]]:
-    """The scores of each record's answers, as the flags ask for them."""
+def score_records(
+    judge: Judge, records: Sequence[Record], max_seq_len: int, batch_size: int, allow_special_tokens: bool = False
+) -> tuple[list[Record], list[tuple[float, ...]]]:
+    """The records that the judge's format can write, and the scores of the answers of each.
+
+    Args:
+        max_seq_len: longest prompt + answer in tokens.
+    """
+    kept, encoded = encode_records(judge, records, max_seq_len, allow_special_tokens)
+    rows = [ids for one in encoded for ids in one.rows]
+    check_known_ids(judge, rows)
+    num_cut = sum(one.was_cut for one in encoded)
+    if num_cut:
+        warn(f"{num_cut} of {len(kept)} rows are longer than {max_seq_len} tokens: their prompt loses its beginning")
+    found = iter(score_rows(judge.model, rows, batch_size))
+    scores = [tuple(next(found) for _ in one.rows) for one in encoded]
+    for number, of_row in enumerate(scores, start=1):
+        for score in of_row:
+            if not math.isfinite(score):
+                raise UserError(f"row {number} has the score {score}: try --dtype fp32, or the model is broken")
+    return kept, scores
+
+
+def length_limit(judge: Judge, args) -> int:
     limit = judge.max_positions or args.max_seq_len
     if limit < args.max_seq_len:
         warn(f"--max_seq_len {args.max_seq_len}: the model holds {limit} tokens, so {limit} it is")
-    style = args.prompt_style or (PLAIN if args.data_path is None else None)
-    max_seq_len = min(limit, args.max_seq_len)
-    return score_answers(judge, records, style, max_seq_len, args.batch_size, args.allow_special_tokens)
+    return min(limit, args.max_seq_len)
 
 
-def score_answers(
-    judge: Judge,
-    records: list[Record],
-    style: str | None,
-    max_seq_len: int,
-    batch_size: int,
-    allow_special_tokens: bool = False,
-) -> list[tuple[float, ...]]:
-    """The scores of each record's answers: (chosen, rejected), or (answer,).
-
-    Args:
-        style: in which prompts and answers are written; None leaves them as they stand.
-        max_seq_len: longest prompt + answer in tokens.
-    """
-    rules = TokenRules(
-        REWARD, max_seq_len, chat_template=style == CHAT_TEMPLATE, allow_special_tokens=allow_special_tokens
-    )
-    row_maker = RewardRowMaker(None, judge.tokenizer, rules)
-    try:
-        encoded = [encode_record(record, row_maker, style) for record in records]
-    except ValueError as error:
-        raise UserError(f"a prompt cannot be written in the style {style}: {error}") from error
-    rows = [ids for answers, _ in encoded for ids in answers]
-    check_known_ids(judge, rows)
-    num_cut = sum(was_cut for _, was_cut in encoded)
-    if num_cut:
-        warn(f"{num_cut} of {len(records)} rows are longer than {max_seq_len} tokens: their prompt loses its beginning")
-    scores = score_rows(judge.model, rows, batch_size)
-    answers_each = len(answers_of(records[0]))
-    for number, score in enumerate(scores):
-        if not math.isfinite(score):
-            raise UserError(
-                f"row {number // answers_each + 1} has the score {score}: try --dtype fp32, or the model is broken"
-            )
-    return list(zip(*[iter(scores)] * answers_each, strict=True))
+def tell_format(judge: Judge, records: Sequence[Record]) -> None:
+    """One line on standard error: in which format the answers are scored."""
+    texts = [record.prompt for record in records if isinstance(record.example, Texts)]
+    if len(texts) < len(records) or judge.asked.known:
+        print(f"{judge.name} is asked in {judge.asked.reason}", file=sys.stderr)
+    bare = 0 if judge.asked.known else sum(not is_formatted(text) for text in texts)
+    if bare:
+        warn(
+            f"{bare} of {len(records)} prompts are no ' Human: ... Assistant:' text; they are scored as they stand, "
+            "since the model names no format. --prompt_format writes them in one"
+        )
 
 
 def check_known_ids(judge: Judge, rows: list[list[int]]):
@@ -290,18 +344,29 @@ def shorten(line: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def score_table(records: list[Record], scores: list[tuple[float, ...]], show: int) -> str:
-    """A line of at most 100 characters for each of the first `show` records; of a pair, a mark if it came out wrong."""
-    if answers_of(records[0]) == PAIR:
+def mark(record: Record, scores: tuple[float, ...]) -> str:
+    """How a record came out, if not as it should: wrong, tie, or how many pairs of a list are right."""
+    rights = [right(scores[i], scores[j]) for i, j in record.pairs]
+    if len(rights) == 1:
+        return {0.0: "wrong", 0.5: "tie", 1.0: ""}[rights[0]]
+    return f"{sum(rights):g}/{len(rights)}"
+
+
+def score_table(records: Sequence[Record], scores: Sequence[tuple[float, ...]], show: int) -> str:
+    """A line of at most 100 characters for each of the first `show` records, with a mark where it came out wrong.
+
+    Of a ranked list it shows the best answer and the worst.
+    """
+    rows = list(zip(records[:show], scores[:show], strict=True))
+    if any(record.pairs for record in records):
         lines = [f"{'row':>5}  {'prompt':<53} {'chosen':>9} {'rejected':>9} {'margin':>9}"]
-        marks = {0.0: "  wrong", 0.5: "  tie", 1.0: ""}
-        for number, (record, pair) in enumerate(zip(records[:show], scores[:show], strict=True), 1):
-            cells = f"{pair[0]:>9.4f} {pair[1]:>9.4f} {pair[0] - pair[1]:>9.4f}{marks[right(*pair)]}"
-            lines.append(f"{number:>5}  {shorten(record['prompt'], 53):<53} {cells}")
+        for number, (record, found) in enumerate(rows, 1):
+            cells = f"{found[0]:>9.4f} {found[-1]:>9.4f} {found[0] - found[-1]:>9.4f}  {mark(record, found)}"
+            lines.append(f"{number:>5}  {shorten(readable(record.prompt), 53):<53} {cells.rstrip()}")
     else:
         lines = [f"{'row':>5}  {'prompt':<40}  {'answer':<40} {'score':>9}"]
-        for number, (record, (score,)) in enumerate(zip(records[:show], scores[:show], strict=True), 1):
-            prompt, answer = shorten(record["prompt"], 40), shorten(record["answer"], 40)
+        for number, (record, (score,)) in enumerate(rows, 1):
+            prompt, answer = (shorten(readable(text), 40) for text in (record.prompt, record.answers[0]))
             lines.append(f"{number:>5}  {prompt:<40}  {answer:<40} {score:>9.4f}")
     if len(records) > show:
         lines.append(f"  ... and {len(records) - show} more rows (--show)")
@@ -312,36 +377,49 @@ def mean_and_std(label: str, values: list[float]) -> str:
     return f"{label:<10} mean {fmean(values):>9.4f}   std {pstdev(values):>9.4f}"
 
 
-def summary(scores: list[tuple[float, ...]], config) -> str:
+def accuracy_line(records: Sequence[Record], scores: Sequence[tuple[float, ...]]) -> str:
+    """How many pairs came out right, with an interval.
+
+    The pairs of a ranked list depend on each other, so that the interval takes a list for one observation: at most too
+    wide.
+    """
+    pairs = [(of_row[i], of_row[j]) for record, of_row in zip(records, scores, strict=True) for i, j in record.pairs]
+    correct, total = sum(right(*pair) for pair in pairs), len(pairs)
+    ties = sum(better == worse for better, worse in pairs)
+    low, high = wilson_interval(correct / total * len(records), len(records))
+    lists = f" of {len(records)} rows" if total > len(records) else ""
+    return (
+        f"accuracy (higher is better): {correct / total:.4f} "
+        f"({correct:g} of {total} pairs{lists}, {ties} ties; 95 % interval {low:.4f} to {high:.4f})"
+    )
+
+
+def summary(records: Sequence[Record], scores: Sequence[tuple[float, ...]], config) -> str:
     """Accuracy with its interval where there are pairs; mean and standard deviation of the scores, here and saved."""
     lines = []
-    everything = [score for row in scores for score in row]
-    if len(scores[0]) == 2:
-        correct, total = sum(right(*pair) for pair in scores), len(scores)
-        low, high = wilson_interval(correct, total)
-        ties = sum(chosen == rejected for chosen, rejected in scores)
-        lines.append(
-            f"accuracy (higher is better): {correct / total:.4f} "
-            f"({correct:g} of {total} pairs, {ties} ties; 95 % interval {low:.4f} to {high:.4f})"
-        )
-        for name, values in zip(PAIR, zip(*scores, strict=True), strict=True):
-            lines.append(mean_and_std(name, list(values)))
-        lines.append(mean_and_std("margin", [chosen - rejected for chosen, rejected in scores]))
-    lines.append(mean_and_std("all scores", everything))
+    if any(record.pairs for record in records):
+        lines.append(accuracy_line(records, scores))
+        best, worst = [found[0] for found in scores], [found[-1] for found in scores]
+        lines += [mean_and_std("chosen", best), mean_and_std("rejected", worst)]
+        lines.append(mean_and_std("margin", [found[0] - found[-1] for found in scores]))
+    lines.append(mean_and_std("all scores", [score for found in scores for score in found]))
     if getattr(config, "reward_score_std", None) is not None:
         saved = f"mean {config.reward_score_mean:>9.4f}   std {config.reward_score_std:>9.4f}"
         lines.append(f"{'saved':<10} {saved}   (with the model: its held-out answers in step 2)")
     return "\n".join(lines)
 
 
-def output_rows(records: list[Record], scores: list[tuple[float, ...]]) -> list[dict]:
-    """What --output holds: the texts, `chosen_score`, `rejected_score` and `correct` (0, 0.5, 1), or `score`."""
-    if answers_of(records[0]) == SINGLE:
-        return [record | {"score": score} for record, (score,) in zip(records, scores, strict=True)]
-    return [
-        record | {"chosen_score": pair[0], "rejected_score": pair[1], "correct": right(*pair)}
-        for record, pair in zip(records, scores, strict=True)
-    ]
+def output_row(record: Record, scores: tuple[float, ...]) -> dict:
+    """A row of --output: the texts or messages of a record with its scores, and what share of its pairs is right."""
+    if not record.pairs:
+        return {"prompt": record.prompt, "answer": record.answers[0], "score": scores[0]}
+    correct = fmean(right(scores[i], scores[j]) for i, j in record.pairs)
+    if len(record.answers) > 2:
+        given = {"prompt": record.prompt, "answers": list(record.answers), "ranks": list(record.ranks)}
+        return given | {"scores": list(scores), "correct": correct}
+    chosen, rejected = record.answers
+    given = {"prompt": record.prompt, "chosen": chosen, "rejected": rejected}
+    return given | {"chosen_score": scores[0], "rejected_score": scores[1], "correct": correct}
 
 
 def main(argv=None):
@@ -357,14 +435,16 @@ def main(argv=None):
     check_writable(args.output)
 
     judge = load_judge(args.model_name_or_path, args)
-    scores = score_records(judge, records, args)
+    tell_format(judge, records)
+    limit = length_limit(judge, args)
+    records, scores = score_records(judge, records, limit, args.batch_size, args.allow_special_tokens)
 
     if args.show:
         print(score_table(records, scores, args.show))
         print()
-    print(summary(scores, judge.model.config))
+    print(summary(records, scores, judge.model.config))
     if args.output:
-        write_jsonl(args.output, output_rows(records, scores))
+        write_jsonl(args.output, [output_row(*row) for row in zip(records, scores, strict=True)])
 
 
 if __name__ == "__main__":

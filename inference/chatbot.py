@@ -22,13 +22,16 @@ from inference.conversation import (
     AnswerStream,
     add_conversation_arguments,
     answer_settings,
+    asks_alone,
     build_prompt,
     check_model_folders,
+    check_system_prompt,
     describe,
     input_limit,
     load_models,
 )
-from utils.data.prompt_format import encode_prompt, prompt_from_text, truncate_left
+from utils.data.conversation import Conversation, Message, Texts, assistant, system, user
+from utils.data.row_texts import SkipRow
 from utils.generation.saved_model import LanguageModel, check_ids, generate_ids, warn
 from utils.process.errors import UserError
 from utils.process.files import check_writable, write_text
@@ -72,15 +75,14 @@ def parse_args(argv=None):
 
 
 @dataclass
-class Conversation:
+class Dialogue:
     """One model's conversation with the user."""
 
     lm: LanguageModel
     max_input_tokens: int | None
     speaker: str  # how the model's lines begin
-    style: str
-    allow_special_tokens: bool = False
-    turns: list[dict] = field(default_factory=list)
+    system_prompt: str | None = None
+    turns: list[Message] = field(default_factory=list)
     forgetting_announced: bool = False
 
     def clear(self) -> None:
@@ -88,32 +90,38 @@ class Conversation:
 
     def say(self, message: str, settings: dict) -> None:
         """Answer a message, as the next turn."""
-        self.turns.append({"role": "user", "content": message})
-        prompt_ids, dropped = build_prompt(
-            self.turns, self.lm.tokenizer, self.style, self.max_input_tokens, self.allow_special_tokens
-        )
+        self.turns.append(user(message))
+        prompt_ids, dropped = build_prompt(self.turns, self.lm, self.max_input_tokens, self.system_prompt)
         if dropped and not self.forgetting_announced:
-            print(f"(the conversation is longer than {self.max_input_tokens} tokens: its oldest turns are forgotten)")
+            print(f"({self.why_forgotten()})")
             self.forgetting_announced = True
-        self.turns.append({"role": "assistant", "content": self.answer(prompt_ids, settings)})
+        self.turns.append(assistant(self.answer(prompt_ids, settings)))
+
+    def why_forgotten(self) -> str:
+        if asks_alone(self.lm):
+            return f"{self.lm.name} was trained on single questions: earlier turns are not seen"
+        return f"the conversation is longer than {self.max_input_tokens} tokens: its oldest turns are forgotten"
 
     def do_task(self, text: str, settings: dict) -> None:
         """Answer a text on its own, outside the conversation; one that is too long loses its beginning."""
-        tokenizer = self.lm.tokenizer
-        prompt = prompt_from_text(text, self.style, tokenizer)
-        ids = encode_prompt(prompt, tokenizer, self.style, self.allow_special_tokens)
-        limit = self.max_input_tokens
-        if limit is not None and len(ids) > limit:
-            warn(f"an input of {len(ids)} tokens is longer than {limit}: it loses its beginning")
-            ids = truncate_left(ids, limit, tokenizer.bos_token_id)
-        self.answer(ids, settings)
+        task = Texts(text)
+        if self.system_prompt is not None:
+            task = Conversation([system(self.system_prompt), *task.as_conversation().prompt])
+        try:
+            prompt = self.lm.prompts.write(task, self.max_input_tokens)
+        except SkipRow as reason:
+            warn(f"{self.lm.name} cannot be asked this: {reason}")
+            return
+        if prompt.dropped or prompt.lost:
+            warn(f"an input is longer than {self.max_input_tokens} tokens: it loses its beginning")
+        self.answer(prompt.ids, settings)
 
     def answer(self, prompt_ids: list[int], settings: dict) -> str:
         """Generate and print an answer. Ctrl-C ends an answer early; the text until then counts as the answer."""
         check_ids([prompt_ids], self.lm.model, self.lm.name)
         print(f"{self.speaker}: ", end="", flush=True)
         lm, show = self.lm, lambda piece: print(piece, end="", flush=True)
-        stream = AnswerStream(lm.tokenizer, len(prompt_ids), lm.stop_ids, self.style, show)
+        stream = AnswerStream(lm, len(prompt_ids), show)
         note = ""
         try:
             generate_ids(lm, [prompt_ids], stopping_criteria=[stream], **settings)
@@ -124,13 +132,16 @@ class Conversation:
         return answer
 
 
-def start_conversations(lms: list[LanguageModel], args) -> list[Conversation]:
+def start_conversations(lms: list[LanguageModel], args) -> list[Dialogue]:
     """One for each model, with an empty history."""
     speakers = ["Assistant"] if len(lms) == 1 else [f"Assistant {n} ({lm.name})" for n, lm in enumerate(lms, start=1)]
-    return [
-        Conversation(lm, input_limit(lm, args), speaker, args.prompt_style, args.allow_special_tokens)
+    conversations = [
+        Dialogue(lm, input_limit(lm, args), speaker, args.system_prompt)
         for lm, speaker in zip(lms, speakers, strict=True)
     ]
+    for one in conversations:
+        check_system_prompt(one.lm, one.system_prompt, one.max_input_tokens)
+    return conversations
 
 
 # ---------------------------------------------------------------- the history file
@@ -160,7 +171,7 @@ def read_history(path: str, num_models: int) -> list[list[dict]]:
     return histories
 
 
-def write_history(path: str, conversations: list[Conversation]) -> None:
+def write_history(path: str, conversations: list[Dialogue]) -> None:
     rows = [{"model": one.lm.name, "messages": one.turns} for one in conversations]
     write_text(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
 
@@ -180,7 +191,7 @@ def read_message() -> str | None:
     return message
 
 
-def chat(conversations: list[Conversation], settings: dict, history: str | None = None):
+def chat(conversations: list[Dialogue], settings: dict, history: str | None = None):
     """The conversations, until the user leaves."""
     while (message := read_message()) is not None and message.lower() not in LEAVING:
         if not message:
@@ -196,7 +207,7 @@ def chat(conversations: list[Conversation], settings: dict, history: str | None 
         print("(a new conversation)\n" if forgetting else "")
 
 
-def do_tasks(conversations: list[Conversation], settings: dict, task_prompt: str):
+def do_tasks(conversations: list[Dialogue], settings: dict, task_prompt: str):
     """The task with each line of input. In a pipe every line is an input, also one that reads "stop"."""
     while (text := read_message()) is not None and not (sys.stdin.isatty() and text.lower() in LEAVING):
         if not text:

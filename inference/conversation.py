@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from transformers import StoppingCriteria
 
-from utils.data.prompt_format import PLAIN, cut_at_next_human, encode_prompt, format_prompt, stop_strings, truncate_left
+from utils.data.conversation import Conversation, Message, system, user
+from utils.data.prompt_format import BARE, cut_at_next_human, stop_strings
+from utils.data.row_texts import SkipRow
 from utils.generation.saved_model import (
     LanguageModel,
     add_base_model_argument,
@@ -47,6 +49,11 @@ def add_conversation_arguments(parser):
     )
     choice.add_argument("--top_p", type=float, default=0.9, help="likeliest tokens of this total share (0.9; 1: off)")
     choice.add_argument("--top_k", type=int, default=0, help="so many of the likeliest tokens (default 0: off)")
+    parser.add_argument(
+        "--system_prompt",
+        metavar="TEXT",
+        help="what the model is told before the conversation, where its format has a place for it (default: nothing)",
+    )
     add_base_model_argument(parser)
     add_loading_arguments(parser)
     add_load_in_4bit_argument(parser)
@@ -73,9 +80,15 @@ def load_models(args) -> list[LanguageModel]:
 
 
 def describe(lm: LanguageModel, settings: dict) -> str:
-    """Where a model is and how it answers, in one line."""
+    """Where a model is, how it answers and in which prompt format it is asked, in one line."""
     dtype = "4 bits" if lm.in_4bit else str(lm.model.dtype).removeprefix("torch.")
-    return f"{lm.name} on {lm.model.device} in {dtype}, {'sampling' if settings['do_sample'] else 'greedy'}."
+    choice = "sampling" if settings["do_sample"] else "greedy"
+    return f"{lm.name} on {lm.model.device} in {dtype}, {choice}, asked in {lm.asked.reason}."
+
+
+def asks_alone(lm: LanguageModel) -> bool:
+    """Whether a model was trained on single questions, so that it sees no earlier turns."""
+    return lm.prompt_format == BARE
 
 
 def input_limit(lm: LanguageModel, args) -> int | None:
@@ -91,19 +104,35 @@ def input_limit(lm: LanguageModel, args) -> int | None:
     return limit
 
 
+def check_system_prompt(lm: LanguageModel, text: str | None, max_input_tokens: int | None) -> None:
+    """UserError, with the reason, where a model has no place for a system prompt, or no room."""
+    if text is None:
+        return
+    if not text.strip():
+        raise UserError("--system_prompt: the text is empty")
+    try:
+        prompt = lm.prompts.write(Conversation([system(text), user("?")]), max_input_tokens)
+    except SkipRow as reason:
+        raise UserError(f"--system_prompt: {lm.name} has no place for one: {reason}") from reason
+    if prompt.lost:
+        raise UserError(f"--system_prompt: it is too long for the {max_input_tokens} tokens that {lm.name} is given")
+
+
 def build_prompt(
-    turns: list[dict], tokenizer, style: str, max_input_tokens: int | None, allow_special_tokens: bool = False
+    turns: list[Message], lm: LanguageModel, max_input_tokens: int | None, system_prompt: str | None = None
 ) -> tuple[list[int], int]:
     """Token ids of the conversation, and how many of its oldest turns had to be left out.
 
-    Question and answer go together. If the last question alone is too long, it loses its beginning; BOS stays.
+    Question and answer go together; the system prompt stays. If the last question alone is too long, it loses its
+    beginning; BOS stays. A model that was trained on single questions sees the last one alone.
     """
-    for dropped in range(0, len(turns), 2):
-        text = format_prompt(turns[dropped:], style, tokenizer)
-        ids = encode_prompt(text, tokenizer, style, allow_special_tokens)
-        if max_input_tokens is None or len(ids) <= max_input_tokens:
-            return ids, dropped
-    return truncate_left(ids, max_input_tokens, tokenizer.bos_token_id), dropped
+    asked = turns[-1:] if asks_alone(lm) else turns
+    before = [] if system_prompt is None else [system(system_prompt)]
+    try:
+        prompt = lm.prompts.write(Conversation([*before, *asked]), max_input_tokens)
+    except SkipRow as reason:
+        raise UserError(f"{lm.name} cannot be asked this: {reason}") from reason
+    return prompt.ids, len(turns) - len(asked) + prompt.dropped
 
 
 def settled_part(text: str, style: str) -> tuple[str, bool]:
@@ -129,9 +158,8 @@ class AnswerStream(StoppingCriteria):
         show: is given each new piece of text.
     """
 
-    def __init__(self, tokenizer, prompt_length: int, stop_ids: list[int], style: str, show: Callable[[str], object]):
-        self.tokenizer, self.prompt_length, self.stop_ids, self.style = tokenizer, prompt_length, stop_ids, style
-        self.show = show
+    def __init__(self, lm: LanguageModel, prompt_length: int, show: Callable[[str], object]):
+        self.lm, self.prompt_length, self.show = lm, prompt_length, show
         self.shown = ""
         self.unsettled = ""
         self.over = False
@@ -142,16 +170,16 @@ class AnswerStream(StoppingCriteria):
 
     def update(self, answer_ids: list[int]) -> bool:
         """Show what is new in the answer so far; returns whether it is over."""
-        text_ids = [token for token in answer_ids if token not in self.stop_ids]
-        self.unsettled = decode_answer(text_ids, self.tokenizer)
-        text, begins_next_turn = settled_part(self.unsettled, self.style)
+        text_ids = [token for token in answer_ids if token not in self.lm.stop_ids]
+        self.unsettled = decode_answer(text_ids, self.lm.tokenizer)
+        text, begins_next_turn = settled_part(self.unsettled, self.lm.prompt_format)
         self.over = begins_next_turn or len(text_ids) < len(answer_ids)
         self._show(text.lstrip())
         return self.over
 
     def close(self) -> str:
         """Show what was held back and return the whole answer."""
-        self._show(cut_at_next_human(self.unsettled, self.style).rstrip("\ufffd").strip())
+        self._show(cut_at_next_human(self.unsettled, self.lm.prompt_format).rstrip("\ufffd").strip())
         return self.shown
 
     def _show(self, text):
@@ -170,7 +198,6 @@ def stream_answers(
     lms: list[LanguageModel],
     prompts: list[list[int]],
     settings: dict,
-    style: str = PLAIN,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[GrowingAnswer]]:
     """Let several models answer at the same time, each its own prompt; yields all answers whenever one has grown.
@@ -189,7 +216,7 @@ def stream_answers(
             answer.text += piece
             changed.set()
 
-        stream = AnswerStream(lm.tokenizer, len(prompt), lm.stop_ids, style, show)
+        stream = AnswerStream(lm, len(prompt), show)
 
         def stop(input_ids, scores, **kwargs):
             return torch.full((1,), closed.is_set() or is_stopped(), dtype=torch.bool, device=input_ids.device)

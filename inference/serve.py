@@ -3,7 +3,8 @@
     python inference/serve.py --path output/actor                                  # http://127.0.0.1:7860
     python inference/serve.py --path output/sft output/actor --votes output/votes.jsonl
 
-Each vote adds a row {"prompt", "chosen", "rejected"} to the votes file, which is a --data_path for step 2 as it is.
+Each vote adds a row {"prompt", "chosen", "rejected"} of messages to the votes file, which is a --data_path for step 2
+as it is, in any prompt format.
 Needs Gradio: pip install gradio
 """
 
@@ -26,14 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from inference.conversation import (
     add_conversation_arguments,
     answer_settings,
+    asks_alone,
     build_prompt,
     check_model_folders,
+    check_system_prompt,
     describe,
     input_limit,
     load_models,
     stream_answers,
 )
-from utils.data.prompt_format import CHAT_TEMPLATE, PLAIN, format_answer, format_prompt
+from utils.data.conversation import Message, assistant, system, user
 from utils.generation.saved_model import LanguageModel, check_ids
 from utils.process.errors import UserError
 from utils.process.launch import run_main
@@ -73,25 +76,46 @@ def parse_args(argv=None):
 
 
 class VotesFile:
-    """Rows of prompt, chosen and rejected, one JSON object a line; each is added whole."""
+    """Rows of prompt, chosen and rejected as messages, one JSON object a line; each is added whole.
+
+    Raises:
+        UserError: the file cannot be written, or holds something else than such rows.
+    """
 
     def __init__(self, path: str):
         self.path, self._lock = Path(path), threading.Lock()
         if self.path.suffix != ".jsonl":
             raise UserError(f"--votes {path}: the name must end in .jsonl")
         try:
+            content = self.path.read_bytes() if self.path.exists() else b""
+            self._check(content)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as file:
-                file.seek(0)
-                content = file.read()
+            with self.path.open("ab") as file:
                 if content and not content.endswith(b"\n"):  # an editor left the last line open
                     file.write(b"\n")
         except OSError as error:
             raise UserError(f"--votes {path} cannot be written: {error}") from error
         self.count = len(content.splitlines())
 
-    def add(self, prompt: str, chosen: str, rejected: str) -> None:
-        line = json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}, ensure_ascii=False) + "\n"
+    def _check(self, content: bytes) -> None:
+        """A file of both forms would be read as one of them, and the rows of the other left out."""
+        for number, line in enumerate(content.splitlines(), start=1):
+            try:
+                row = json.loads(line) if line.strip() else {"prompt": []}
+            except ValueError as error:
+                raise UserError(f"--votes {self.path}, line {number}: no JSON object: {error}") from error
+            prompt = row.get("prompt") if isinstance(row, dict) else None
+            if isinstance(prompt, str):
+                raise UserError(
+                    f"--votes {self.path}, line {number}: a vote as text, as earlier versions wrote them; new ones are "
+                    "messages. Name another file; step 2 reads both: --data_path OLD NEW"
+                )
+            if not isinstance(prompt, list):
+                raise UserError(f"--votes {self.path}, line {number}: no vote; name a file of votes, or a new one")
+
+    def add(self, prompt: list[Message], chosen: str, rejected: str) -> None:
+        row = {"prompt": prompt, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+        line = json.dumps(row, ensure_ascii=False) + "\n"
         with self._lock, self.path.open("ab") as file:
             file.write(line.encode())
             self.count += 1
@@ -108,17 +132,17 @@ class Session:
         order: the number of the model on each side.
         answers, ended: of each side; an answer that did not end was cut off.
         open_to_vote: both answers are there, and nobody has voted.
-        seen_turns: the part of the conversation that the models could take into account.
+        seen_turns: the part of the conversation that the models could take into account, system prompt included.
         running: answers are being written, by the one thread that changes a session meanwhile.
         stop, forget: what that thread is asked to do: end the answers there, and begin a new conversation.
     """
 
-    turns: list[dict] = field(default_factory=list)
+    turns: list[Message] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
     open_to_vote: bool = False
-    seen_turns: list[dict] = field(default_factory=list)
+    seen_turns: list[Message] = field(default_factory=list)
     running: bool = False
     stop: bool = False
     forget: bool = False
@@ -133,7 +157,7 @@ class Session:
     def continue_with(self, side: int) -> None:
         """Let the answer of one side go on in the conversation."""
         if self.answers:
-            self.turns.append({"role": "assistant", "content": self.answers[side]})
+            self.turns.append(assistant(self.answers[side]))
         self.answers, self.ended, self.open_to_vote = [], [], False
 
 
@@ -144,15 +168,15 @@ class Host:
         self,
         lms: list[LanguageModel],
         settings: dict,
-        style: str,
         limits: list[int | None],
         votes: VotesFile | None,
         blind: bool = True,
-        allow_special_tokens: bool = False,
+        system_prompt: str | None = None,
     ):
-        self.lms, self.settings, self.style, self.limits = lms, settings, style, limits
-        self.votes, self.blind, self.allow_special_tokens = votes, blind, allow_special_tokens
-        self.vote_style = PLAIN if style == CHAT_TEMPLATE else style  # step 2 writes the template itself
+        self.lms, self.settings, self.limits = lms, settings, limits
+        self.votes, self.blind, self.system_prompt = votes, blind, system_prompt
+        for lm, limit in zip(lms, limits, strict=True):
+            check_system_prompt(lm, system_prompt, limit)
 
     def ask(self, session: Session, message: str) -> Iterator[None]:
         """Answer a question in the session, token by token; yields whenever an answer has grown.
@@ -170,13 +194,10 @@ class Host:
         if self.blind:
             random.shuffle(order)
         lms, limits = [self.lms[number] for number in order], [self.limits[number] for number in order]
-        turns = [*session.turns, {"role": "user", "content": message}]
+        turns = [*session.turns, user(message)]
 
         def build_prompts(turns):
-            return [
-                build_prompt(turns, lm.tokenizer, self.style, limit, self.allow_special_tokens)
-                for lm, limit in zip(lms, limits, strict=True)
-            ]
+            return [build_prompt(turns, lm, limit, self.system_prompt) for lm, limit in zip(lms, limits, strict=True)]
 
         # Both see the same part of the conversation, which is the prompt of the vote.
         seen_turns = turns[max(dropped for _, dropped in build_prompts(turns)) :]
@@ -184,12 +205,13 @@ class Host:
         for lm, ids in zip(lms, prompts, strict=True):
             check_ids([ids], lm.model, lm.name)
 
-        session.turns, session.seen_turns, session.order = turns, seen_turns, order
+        before = [] if self.system_prompt is None else [system(self.system_prompt)]
+        session.turns, session.seen_turns, session.order = turns, [*before, *seen_turns], order
         session.answers, session.ended = [""] * len(lms), [False] * len(lms)
         session.running, session.stop = True, False
         try:
             yield
-            for answers in stream_answers(lms, prompts, self.settings, self.style, lambda: session.stop):
+            for answers in stream_answers(lms, prompts, self.settings, lambda: session.stop):
                 session.answers = [answer.text for answer in answers]
                 session.ended = [answer.ended for answer in answers]
                 yield
@@ -218,15 +240,18 @@ class Host:
                 raise UserError("Both answers are the same: choose the tie.")
             if not (chosen and rejected):
                 raise UserError("An answer without a word makes no pair to learn from: choose the tie.")
-            self.votes.add(
-                format_prompt(session.seen_turns, self.vote_style),
-                format_answer(chosen, self.vote_style),
-                format_answer(rejected, self.vote_style),
-            )
+            self.votes.add(session.seen_turns, chosen, rejected)
             message = f"{SIDES[better]} is better: row {self.votes.count} of {self.votes.path}."
         names = [f"{side} was {self.lms[number].name}" for side, number in zip(SIDES, session.order, strict=True)]
         session.continue_with(better or 0)
         return f"{message} {', '.join(names)}."
+
+    def remark(self) -> str:
+        """What the page says above the conversations: that earlier turns are not seen, where it is so."""
+        if not any(map(asks_alone, self.lms)):
+            return ""
+        trained = "A model here was" if len(self.lms) > 1 else "This model was"
+        return f"{trained} trained on single questions: each question is answered alone, earlier turns are not seen."
 
     def verdict(self, session: Session) -> str:
         """The status under finished answers: whether one was cut off, and the question for a vote."""
@@ -261,7 +286,7 @@ class PageEvents:
         """The session, each side's conversation, and the vote buttons: on while there are answers to compare."""
         sides, gr = [], self.gr
         for side in range(len(self.host.lms)):
-            answer = [{"role": "assistant", "content": session.answers[side]}] if session.answers else []
+            answer = [assistant(session.answers[side])] if session.answers else []
             # Messages are text; the page would take a "<b>" in them for HTML.
             turns = [turn | {"content": html.escape(turn["content"], quote=False)} for turn in session.turns + answer]
             sides.append(turns)
@@ -305,6 +330,7 @@ def build_page(gr, host: Host, title: str):
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session())
         gr.Markdown(f"## {title}")
+        gr.Markdown(host.remark(), visible=bool(host.remark()))
         with gr.Row():
             chats = [_chat_column(gr, side, label) for side, label in zip(SIDES, labels, strict=False)]
         with gr.Row(visible=compares):
@@ -362,7 +388,7 @@ def make_host(args) -> Host:
     votes = VotesFile(args.votes) if len(args.path) == len(SIDES) else None
     lms = load_models(args)
     limits = [input_limit(lm, args) for lm in lms]
-    return Host(lms, settings, args.prompt_style, limits, votes, not args.show_names, args.allow_special_tokens)
+    return Host(lms, settings, limits, votes, not args.show_names, args.system_prompt)
 
 
 def main(argv=None):

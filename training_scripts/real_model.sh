@@ -49,7 +49,7 @@ has_module() { python -c "import importlib.util, sys; sys.exit(importlib.util.fi
 step() { # step NUMBER FLAGS...
     echo
     echo "=== step $1 ($((SECONDS - started)) s so far) ==="
-    launch "$1" "$output/step$1" "${@:2}"
+    launch "$1" "$output/step$1" --overwrite_output_dir "${@:2}"
 }
 
 common=(--data_path "$data" --data_split "$split" --data_output_path "$output/data" --dtype bf16 --seed "$seed")
@@ -87,4 +87,4 @@ python "$project/evaluation_scripts/run_report.py" --output_dir "$output"
 echo
 echo "all of it took $((SECONDS - started)) s. Talk to the result:"
 echo "    source ${VENV:-$project/.venv}/bin/activate"
-echo "    python $project/inference/chatbot.py --path $output/step3/actor --prompt_style hh"
+echo "    python $project/inference/chatbot.py --path $output/step3/actor"

@@ -25,7 +25,7 @@ def served(tmp_path_factory):
     """(model folder, port) of a server; the model was given the template that training gives."""
     folder = make_model(tmp_path_factory.mktemp("served"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    pf.carry_template(tokenizer, pf.PLAIN)
+    pf.remember(tokenizer, pf.HUMAN_ASSISTANT)
     tokenizer.save_pretrained(folder)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

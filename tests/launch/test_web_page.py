@@ -90,9 +90,11 @@ def test_two_models_are_asked_compared_and_voted_on(served, browser):
     page.get_by_text("B is better: row 1").wait_for()
     assert "A was" in page.locator("#status").inner_text() and better.is_disabled()
     [row] = [json.loads(line) for line in votes.read_text().splitlines()]
-    assert row["prompt"] == " Human: say <i>red</i> Assistant:"
+    assert row["prompt"] == [{"role": "user", "content": "say <i>red</i>"}]
     for name, side in (("chosen", "B"), ("rejected", "A")):
-        assert row[name].startswith(" ") and " ".join(row[name].split()) == " ".join(answers[side].split())
+        [answer] = row[name]
+        assert answer["role"] == "assistant"
+        assert " ".join(answer["content"].split()) == " ".join(answers[side].split())
     assert bubbles(page, "A")[-1] == answers["B"]  # the better answer goes on on both sides
 
     assert bubbles(other, "A") == []  # another tab, another conversation

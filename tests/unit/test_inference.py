@@ -29,7 +29,7 @@ from evaluation_scripts.prompts import PROMPTS, read_prompts
 from inference import chatbot, serve
 from inference.conversation import AnswerStream, build_prompt
 from utils.data import prompt_format as pf
-from utils.data.preparation import create_prompt_dataset
+from utils.generation.asking import AskedFormat, PromptWriter
 from utils.generation.saved_model import LanguageModel, generate_answers, load_language_model, up_to_stop
 from utils.model.tokenizer import end_token_ids
 from utils.process.errors import UserError
@@ -123,6 +123,11 @@ def folders(tokenizer, tmp_path_factory):
     return {name: str(root / name) for name in ("random", "trained", "reward")}
 
 
+def speaker(tokenizer, prompt_format="human_assistant", **changes):
+    """A model that cannot speak, but is asked in a format."""
+    return LanguageModel("x", None, tokenizer, [EOS], None, asked=AskedFormat(prompt_format, True, "a test"), **changes)
+
+
 def chat_args(folder, *more):
     return chatbot.parse_args(["--path", folder, "--device", "cpu", *more])
 
@@ -162,7 +167,7 @@ def test_a_chat_template_is_used_when_asked_and_missed_when_absent(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "turns", [[], [user("q"), assistant("a")], [user("q"), user("q")], [{"role": "system", "content": "s"}, user("q")]]
+    "turns", [[], [user("q"), assistant("a")], [user("q"), user("q")], [{"role": "critic", "content": "s"}, user("q")]]
 )
 def test_turns_that_make_no_prompt_are_refused(turns):
     with pytest.raises(ValueError):
@@ -177,11 +182,11 @@ def test_a_chat_template_that_refuses_the_turns_is_a_readable_error():
 
 
 def test_an_unknown_style_is_refused():
-    with pytest.raises(ValueError, match="unknown prompt style"):
+    with pytest.raises(ValueError, match="unknown prompt format"):
         pf.format_prompt([user("q")], "xml")
 
 
-@pytest.mark.parametrize("style", ["plain", "hh"])
+@pytest.mark.parametrize("style", ["human_assistant", "hh"])
 def test_a_formatted_prompt_is_read_back_and_left_as_it_is(style):
     turns = [user("q, Human: or not"), assistant("a"), user("q2")]
     text = pf.format_prompt(turns, style)
@@ -198,9 +203,9 @@ def test_a_formatted_prompt_is_taken_apart_for_a_chat_template():
 
 
 def test_an_answer_is_cut_where_the_next_human_turn_begins():
-    assert pf.cut_at_next_human(" yes Human: no", "plain") == " yes"
+    assert pf.cut_at_next_human(" yes Human: no", "human_assistant") == " yes"
     assert pf.cut_at_next_human(" yes\n\nHuman: no Human: no", "hh") == " yes"
-    assert pf.cut_at_next_human(" yes, Humans: no", "plain") == " yes, Humans: no"
+    assert pf.cut_at_next_human(" yes, Humans: no", "human_assistant") == " yes, Humans: no"
     assert pf.cut_at_next_human(" yes Human: no", "chat_template") == " yes Human: no"
 
 
@@ -220,7 +225,7 @@ def test_the_oldest_turns_are_lost_first_and_bos_stays(tokenizer):
     turns = [user("one"), assistant("1"), user("two"), assistant("2"), user("three")]
 
     def built(limit):
-        ids, dropped = build_prompt(turns, tokenizer, "plain", limit)
+        ids, dropped = build_prompt(turns, speaker(tokenizer), limit)
         return tokenizer.decode(ids[1:]), ids[0], len(ids), dropped
 
     whole = " Human: one Assistant: 1 Human: two Assistant: 2 Human: three Assistant:"
@@ -233,7 +238,7 @@ def test_the_oldest_turns_are_lost_first_and_bos_stays(tokenizer):
 
 def test_an_answer_appears_bit_by_bit_without_marks_or_half_characters(tokenizer):
     shown = io.StringIO()
-    stream = AnswerStream(tokenizer, 0, [EOS], "plain", shown.write)
+    stream = AnswerStream(speaker(tokenizer), 0, shown.write)
     ids = tokenizer(" héllo  Hum?\n\nHuman: again", add_special_tokens=False)["input_ids"]
     seen = []
     for length in range(1, len(ids) + 1):
@@ -249,14 +254,14 @@ def test_an_answer_appears_bit_by_bit_without_marks_or_half_characters(tokenizer
 
 
 def test_an_empty_answer_before_the_next_turn_stays_empty(tokenizer):
-    stream = AnswerStream(tokenizer, 0, [EOS], "plain", io.StringIO().write)
+    stream = AnswerStream(speaker(tokenizer), 0, io.StringIO().write)
     assert stream.update(tokenizer("\n\nHuman: x", add_special_tokens=False)["input_ids"])
     assert stream.close() == ""
 
 
 def test_text_held_back_is_shown_when_the_answer_ends(tokenizer):
     shown = io.StringIO()
-    stream = AnswerStream(tokenizer, 0, [EOS], "plain", shown.write)
+    stream = AnswerStream(speaker(tokenizer), 0, shown.write)
     ids = tokenizer(" a Hum", add_special_tokens=False)["input_ids"] + [EOS]
     assert stream.update(ids)
     assert shown.getvalue() == "a"
@@ -287,7 +292,7 @@ def chat_with(monkeypatch, capsys, lm, lines, **changes):
     original = chatbot.build_prompt
     monkeypatch.setattr(chatbot, "build_prompt", remember)
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
-    conversation = chatbot.Conversation(lm, changes.get("max_input_tokens"), "Assistant", "plain")
+    conversation = chatbot.Dialogue(lm, changes.get("max_input_tokens"), "Assistant")
     chatbot.chat([conversation], {"do_sample": False, "max_new_tokens": 20})
     return prompts, capsys.readouterr().out
 
@@ -351,7 +356,7 @@ def test_several_models_answer_side_by_side_and_their_histories_go_on(folders, m
 def test_a_history_goes_into_the_next_prompt_and_clear_empties_the_file(monkeypatch, capsys, trained, tmp_path):
     history = tmp_path / "talk.json"
     history.write_text(json.dumps([{"messages": [user("a"), assistant("b")]}]))
-    conversation = chatbot.Conversation(trained, None, "Assistant", "plain")
+    conversation = chatbot.Dialogue(trained, None, "Assistant")
     conversation.turns = chatbot.read_history(str(history), 1)[0]
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
     prompts = []
@@ -386,12 +391,12 @@ def test_a_broken_history_is_named(tmp_path, content, message):
 def test_each_input_of_a_task_is_answered_on_its_own_and_greedily(folders, monkeypatch, capsys):
     typed(monkeypatch, "h\nstop\nh\n")
     prompts = []
-    original = chatbot.encode_prompt
-    monkeypatch.setattr(chatbot, "encode_prompt", lambda text, *rest: prompts.append(text) or original(text, *rest))
+    original = PromptWriter.write
+    monkeypatch.setattr(PromptWriter, "write", lambda *args: prompts.append(original(*args)) or prompts[-1])
     chatbot.main(
         ["--path", folders["trained"], "--task_prompt", "{input}i", "--device", "cpu", "--max_new_tokens", "30"]
     )
-    assert prompts == [f" Human: {line} Assistant:" for line in ("hi", "stopi", "hi")]
+    assert [one.text for one in prompts] == [f" Human: {line} Assistant:" for line in ("hi", "stopi", "hi")]
     out = capsys.readouterr().out
     assert "greedy" in out and out.count("Assistant: hello <b>you</b>\n") == 2
 
@@ -529,7 +534,7 @@ def test_saved_generation_settings_add_stop_ids_only_if_they_are_special(random_
 def host(trained, random_lm, tmp_path):
     settings = {"do_sample": False, "max_new_tokens": 60}
     votes = serve.VotesFile(str(tmp_path / "votes" / "votes.jsonl"))
-    return serve.Host([trained, random_lm], settings, "plain", [196, 196], votes, blind=False)
+    return serve.Host([trained, random_lm], settings, [196, 196], votes, blind=False)
 
 
 def asked(host, question, session=None):
@@ -557,27 +562,8 @@ def test_two_answers_grow_at_the_same_time_and_the_better_one_goes_on(host):
     assert "row 1 of" in told and f"A was {host.lms[0].name}" in told
     assert session.turns == [user("hi"), assistant("hello <b>you</b>")] and not session.open_to_vote
     assert rows_of(host) == [
-        {"prompt": " Human: hi Assistant:", "chosen": " hello <b>you</b>", "rejected": " " + worse}
+        {"prompt": [user("hi")], "chosen": [assistant("hello <b>you</b>")], "rejected": [assistant(worse)]}
     ]
-
-
-def test_votes_are_a_data_path_of_step_2(host, trained, tmp_path):
-    session = asked(host, "hi")
-    host.vote(session, 0)
-    asked(host, "hi", session)
-    host.vote(session, 1)
-    for _ in range(4):
-        host.vote(asked(host, "hi"), 1)
-    train, _ = create_prompt_dataset(
-        -1, [str(host.votes.path)], "0,1,0", str(tmp_path / "cache"), 2, 1234, trained.tokenizer, 200
-    )
-    texts = {
-        (trained.tokenizer.decode(row["chosen_ids"]), trained.tokenizer.decode(row["rejected_ids"])) for row in train
-    }
-    rows = rows_of(host)
-    assert rows[1]["prompt"] == " Human: hi Assistant: hello <b>you</b> Human: hi Assistant:"
-    expected = {tuple(f"<s>{row['prompt']}{row[answer]}</s>" for answer in ("chosen", "rejected")) for row in rows}
-    assert texts and texts <= expected
 
 
 def test_a_tie_and_a_question_without_a_vote_write_nothing(host):
@@ -595,7 +581,7 @@ def test_what_is_no_question_and_no_vote_is_refused(host, trained):
         asked(host, "  \n")
     with pytest.raises(UserError, match="no two answers"):
         host.vote(serve.Session(), 0)
-    twins = serve.Host([trained, trained], host.settings, "plain", [196, 196], host.votes)
+    twins = serve.Host([trained, trained], host.settings, [196, 196], host.votes)
     session = asked(twins, "hi")
     with pytest.raises(UserError, match="the same"):
         twins.vote(session, 0)
@@ -607,7 +593,7 @@ def test_what_is_no_question_and_no_vote_is_refused(host, trained):
 
 def test_sides_are_drawn_for_each_question_and_the_row_follows_the_side(host):
     random.seed(0)
-    blind = serve.Host(host.lms, host.settings | {"max_new_tokens": 20}, "plain", host.limits, host.votes)
+    blind = serve.Host(host.lms, host.settings | {"max_new_tokens": 20}, host.limits, host.votes)
     orders = set()
     for _ in range(6):
         session = asked(blind, "hi")
@@ -615,7 +601,7 @@ def test_sides_are_drawn_for_each_question_and_the_row_follows_the_side(host):
         assert session.answers[session.order.index(0)] == "hello <b>you</b>"
     assert orders == {(0, 1), (1, 0)}
     host.vote(session, session.order.index(0))
-    assert rows_of(host)[-1]["chosen"] == " hello <b>you</b>"
+    assert rows_of(host)[-1]["chosen"] == [assistant("hello <b>you</b>")]
 
 
 def test_a_stopped_answer_ends_early_and_is_not_voted_on(host):
@@ -632,13 +618,30 @@ def test_a_stopped_answer_ends_early_and_is_not_voted_on(host):
 
 def test_an_unfinished_line_of_the_votes_file_is_ended_and_its_rows_are_kept(tmp_path):
     path = tmp_path / "votes.jsonl"
-    path.write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}')
+    path.write_text(json.dumps({"prompt": [user("p")], "chosen": [assistant("c")], "rejected": [assistant("r")]}))
     votes = serve.VotesFile(str(path))
-    votes.add("q", "ü", "s")
+    votes.add([user("q")], "ü", "s")
     assert votes.count == 2
-    assert json.loads(path.read_text().splitlines()[1]) == {"prompt": "q", "chosen": "ü", "rejected": "s"}
+    added = {"prompt": [user("q")], "chosen": [assistant("ü")], "rejected": [assistant("s")]}
+    assert json.loads(path.read_text().splitlines()[1]) == added
     with pytest.raises(UserError, match=r"end in \.jsonl"):
         serve.VotesFile(str(tmp_path / "votes.txt"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": " Human: hi Assistant:", "chosen": " a", "rejected": " b"}', "line 2: a vote as text.*new ones"),
+        ('{"messages": []}', "line 2: no vote"),
+        ("[1", "line 2: no JSON object"),
+    ],
+)
+def test_a_votes_file_of_another_form_is_refused_and_stays_as_it_is(tmp_path, line, message):
+    path = tmp_path / "votes.jsonl"
+    path.write_text(content := json.dumps({"prompt": [user("p")]}) + "\n" + line)
+    with pytest.raises(UserError, match=message):
+        serve.VotesFile(str(path))
+    assert path.read_text() == content
 
 
 def test_the_page_is_refused_before_any_model_is_loaded(folders, monkeypatch, tmp_path):
@@ -748,8 +751,9 @@ def test_answers_of_every_way_are_judged_and_reported(folders, tmp_path, capsys)
     judge = rw_eval.load_judge(
         folders["reward"], rw_eval.parse_args(["--model_name_or_path", folders["reward"], "--device", "cpu"])
     )
-    records = [{"prompt": row["prompt"], "answer": row["answers"][0]} for row in rows[:3]]
-    assert expected == pytest.approx([s for (s,) in rw_eval.score_answers(judge, records, "plain", 200, 8)], abs=1e-5)
+    records = [rw_eval.question_record(row["prompt"], row["answers"][0]) for row in rows[:3]]
+    _, scores = rw_eval.score_records(judge, records, 200, 8)
+    assert expected == pytest.approx([score for (score,) in scores], abs=1e-5)
 
     out = capsys.readouterr().out
     [line] = [line for line in out.splitlines() if re.match(r"greeting +Greedy +finetune 1", line)]
@@ -815,6 +819,7 @@ def test_each_language_asks_about_the_same_topics():
         (["--num_return_sequences", "3", "--num_beams", "2"], "more than --num_beams"),
         (["--output", "table.pdf"], "must end in"),
         (["--prompts_file", "/no/such/file.txt"], "cannot be read"),
+        (["--prompts_file", "/no/such/file.jsonl"], "no such file"),
         (["--batch_size", "0"], "at least 1"),
         (["--do_sample", "--temperature", "0"], "must be above 0"),
     ],
@@ -841,7 +846,7 @@ def test_flags_without_effect_are_pointed_out(capsys):
 
 def test_a_row_without_a_prompt_is_named(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    path.write_text('{"prompt": "a"}\n{"prompt": null}\n')
     with pytest.raises(UserError, match=r"line 2.*'prompt'"):
         read_prompts(str(path))
 

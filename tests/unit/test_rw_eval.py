@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,8 @@ from helpers import make_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from evaluation_scripts import rw_eval
-from utils.data.encoding import REWARD, RewardRowMaker, TokenRules
+from utils.data.conversation import Texts
+from utils.generation.asking import AskedFormat
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.process.errors import UserError
 
@@ -47,14 +49,29 @@ def judge(folder):
     return rw_eval.load_judge(folder, reward_args(folder))
 
 
-def encoded(tokenizer, record, max_seq_len=512, style="plain"):
+def judge_in(tokenizer, prompt_format, known=True):
+    """A judge without a model, which only encodes."""
+    return rw_eval.Judge("x", None, tokenizer, 0, None, AskedFormat(prompt_format, known, "a test"))
+
+
+def encoded(tokenizer, record, max_seq_len=512, prompt_format="human_assistant", known=True):
     """The rows of a record's answers."""
-    rows = RewardRowMaker(None, tokenizer, TokenRules(REWARD, max_seq_len, chat_template=style == "chat_template"))
-    return rw_eval.encode_record(record, rows, style)[0]
+    _, [pair] = rw_eval.encode_records(judge_in(tokenizer, prompt_format, known), [record], max_seq_len)
+    return pair.rows
+
+
+def text_record(row):
+    """A row of a file with texts."""
+    answers = tuple(text for name, text in row.items() if name != "prompt")
+    return rw_eval.record_of(Texts(row["prompt"], tuple(row["prompt"] + answer for answer in answers), answers))
 
 
 def pair(prompt, chosen="yes", rejected="no"):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def question(prompt, *answers):
+    return rw_eval.question_record(prompt, *(answers or ("yes", "no")))
 
 
 # ---------------------------------------------------------------- what is scored
@@ -63,7 +80,7 @@ def pair(prompt, chosen="yes", rejected="no"):
 def test_scores_are_those_of_plain_transformers_whatever_the_padding(folder, judge):
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     texts = ["short", "a somewhat longer prompt", "the longest of the three prompts, by far"]
-    rows = [encoded(judge.tokenizer, pair(text))[0] for text in texts]
+    rows = [encoded(judge.tokenizer, question(text))[0] for text in texts]
     with torch.no_grad():
         direct = [plain(input_ids=torch.tensor([row])).logits.item() for row in rows]
     assert len(set(direct)) == 3
@@ -73,13 +90,13 @@ def test_scores_are_those_of_plain_transformers_whatever_the_padding(folder, jud
 
 def test_scored_answers_end_with_one_eos_and_begin_with_one_blank(judge):
     eos = judge.tokenizer.eos_token_id
-    for ids in encoded(judge.tokenizer, pair("q", "fine", "  fine\n")):
+    for ids in encoded(judge.tokenizer, question("q", "fine", "  fine\n")):
         assert ids.count(eos) == 1 and ids[-1] == eos
         assert judge.tokenizer.decode(ids[1:-1]) == " Human: q Assistant: fine"
 
 
 def test_a_row_in_the_datasets_form_is_scored_as_it_stands(judge):
-    chosen, _ = encoded(judge.tokenizer, DATASET_FORM)
+    chosen, _ = encoded(judge.tokenizer, text_record(DATASET_FORM), prompt_format="hh")
     assert judge.tokenizer.decode(chosen[1:-1]) == DATASET_FORM["prompt"] + " a \n"
 
 
@@ -101,13 +118,11 @@ def test_rows_of_a_file_stand_as_they_are_unless_a_style_is_asked_for(folder, ju
 
 
 def test_a_single_answer_has_the_score_it_has_in_a_pair(folder, judge):
-    pairs = [DATASET_FORM, pair("x" * 300)]  # the second one is cut
-    singles = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in pairs]
-    args = reward_args(folder, "--max_seq_len", 40)
-    # Answers of one length lose the same beginning of the prompt.
-    pairs[1]["rejected"] = pairs[1]["chosen"]
-    in_pairs = [chosen for chosen, _ in rw_eval.score_records(judge, pairs, args)]
-    alone = [score for (score,) in rw_eval.score_records(judge, singles, args)]
+    # The second one is cut. Answers of one length lose the same beginning of the prompt.
+    pairs = [text_record(DATASET_FORM), question("x" * 300, "yes", "yes")]
+    singles = [text_record({name: DATASET_FORM[name] for name in ("prompt", "chosen")}), question("x" * 300, "yes")]
+    in_pairs = [chosen for chosen, _ in rw_eval.score_records(judge, pairs, 40, 8)[1]]
+    alone = [score for (score,) in rw_eval.score_records(judge, singles, 40, 8)[1]]
     assert alone == pytest.approx(in_pairs, abs=1e-5)
     assert alone[0] != pytest.approx(alone[1], abs=1e-3)
 
@@ -118,12 +133,12 @@ def test_a_chat_template_brings_its_own_bos_and_no_second_one(folder):
         "<s>{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    chosen, _ = encoded(tokenizer, pair("q", "a", "b"), style="chat_template")
+    chosen, _ = encoded(tokenizer, question("q", "a", "b"), prompt_format="chat_template")
     assert tokenizer.decode(chosen) == "<s><user>q</s><assistant>a</s>"
 
 
 def test_too_long_a_pair_loses_the_beginning_of_its_prompt(folder, judge, capsys):
-    record = pair("x" * 100, "good", "bad")
+    record = question("x" * 100, "good", "bad")
     rows = encoded(judge.tokenizer, record, max_seq_len=40)
     assert max(map(len, rows)) == 40
     texts = [judge.tokenizer.decode(ids[1:]) for ids in rows]
@@ -131,7 +146,7 @@ def test_too_long_a_pair_loses_the_beginning_of_its_prompt(folder, judge, capsys
     assert prompts[0] == prompts[1]  # of both, so that they stay comparable
     assert set(prompts[0]) == {"x"} and len(prompts[0]) < 40
     assert [text[len(prompts[0]) :] for text in texts] == [" Assistant: good</s>", " Assistant: bad</s>"]
-    [scores] = rw_eval.score_records(judge, [record], reward_args(folder, "--max_seq_len", 40))
+    _, [scores] = rw_eval.score_records(judge, [record], 40, 8)
     assert scores == pytest.approx(rw_eval.score_rows(judge.model, rows, 1), abs=1e-5)
     assert "1 of 1 rows are longer than 40 tokens" in capsys.readouterr().err
 
@@ -185,26 +200,37 @@ def test_single_answers_of_a_folder_s_split_by_their_columns(folder, judge, tmp_
     evaluate(folder, "--data_path", tmp_path, *columns, "--output", output)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["test 0", "test 1", "test 2"]
-    direct = rw_eval.score_rows(judge.model, [encoded(judge.tokenizer, row, style=None)[0] for row in rows], 1)
+    direct = rw_eval.score_rows(
+        judge.model,
+        [
+            encoded(judge.tokenizer, text_record({name: row[name] for name in ("prompt", "answer")}), known=False)[0]
+            for row in rows
+        ],
+        1,
+    )
     assert [row["score"] for row in rows] == pytest.approx(direct, abs=1e-5)
     printed = capsys.readouterr()
     assert "accuracy" not in printed.out and "all scores mean" in printed.out
     assert "3 of 3 prompts are no ' Human: ... Assistant:' text; they are scored as they stand" in printed.err
     evaluate(folder, "--data_path", tmp_path, *columns, "--split", "train", "--output", output)
     assert "train 0" in output.read_text() and "test 0" not in output.read_text()
-    with pytest.raises(UserError, match=r"split 'dev', found only: train, test"):
+    with pytest.raises(UserError, match=r"--split dev: no such split; there are test, train"):
         evaluate(folder, "--data_path", tmp_path, "--split", "dev")
 
 
 def test_a_file_of_pairs_has_single_answers_where_a_column_of_them_is_named(folder, tmp_path):
     path = write_rows(tmp_path / "pairs.jsonl", PAIRS)
     records = rw_eval.read_records(reward_args(folder, "--data_path", path, "--answer_column", "rejected"))
-    assert records == [{"prompt": row["prompt"], "answer": row["rejected"]} for row in PAIRS]
+    assert records == [
+        replace(text_record({name: row[name] for name in ("prompt", "rejected")}), place=f"{path}, line {number}")
+        for number, row in enumerate(PAIRS, start=1)
+    ]
 
 
 def test_rows_without_a_text_are_counted_with_their_place_and_none_left_is_an_error(folder, tmp_path, capsys):
     path = write_rows(tmp_path / "pairs.jsonl", [PAIRS[0], PAIRS[1] | {"chosen": " "}, {"prompt": "p", "chosen": "c"}])
-    assert rw_eval.read_records(reward_args(folder, "--data_path", path)) == PAIRS[:1]
+    [record] = rw_eval.read_records(reward_args(folder, "--data_path", path))
+    assert (record.prompt, *record.answers) == tuple(PAIRS[0].values())
     told = capsys.readouterr().err
     assert "1 of 3 rows used, 2 skipped" in told
     assert "line 2" in told and "field 'chosen' is empty" in told
@@ -229,8 +255,8 @@ def test_what_cannot_be_scored_is_refused_before_loading(flags, message):
 
 
 def test_a_file_with_neither_pairs_nor_answers_names_its_columns(folder, tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "c"}])
-    with pytest.raises(UserError, match=r"expected the column 'prompt' or 'answer', found .*'completion'"):
+    path = write_rows(tmp_path / "rows.jsonl", [{"text_a": "p", "text_b": "c"}])
+    with pytest.raises(UserError, match=r"expected the column 'prompt'.*, found .*'text_b'"):
         evaluate(folder, "--data_path", path)
 
 
@@ -274,7 +300,7 @@ def test_bf16_computes_the_head_in_fp32(folder):
 def test_scores_that_are_no_numbers_are_an_error(folder, judge, monkeypatch):
     monkeypatch.setattr(rw_eval, "score_rows", lambda *args: [0.0, 1.0, 0.0, math.nan])
     with pytest.raises(UserError, match="row 2 has the score nan"):
-        rw_eval.score_records(judge, [pair("p")] * 2, reward_args(folder))
+        rw_eval.score_records(judge, [question("p")] * 2, 100, 8)
 
 
 # ---------------------------------------------------------------- what is told
@@ -290,19 +316,19 @@ def test_the_wilson_interval_has_its_known_values_and_solves_its_equation():
 
 
 def test_a_tie_is_half_right_and_marked(capsys):
-    records = [pair("first"), pair("second"), pair("third")]
+    records = [question("first"), question("second"), question("third")]
     scores = [(2.0, 1.0), (1.5, 1.5), (0.0, 1.0)]
-    assert [row["correct"] for row in rw_eval.output_rows(records, scores)] == [1.0, 0.5, 0.0]
-    assert "0.5000 (1.5 of 3 pairs, 1 ties;" in rw_eval.summary(scores, object())
+    assert [rw_eval.output_row(*row)["correct"] for row in zip(records, scores, strict=True)] == [1.0, 0.5, 0.0]
+    assert "0.5000 (1.5 of 3 pairs, 1 ties;" in rw_eval.summary(records, scores, object())
     lines = rw_eval.score_table(records, scores, 20).splitlines()
     assert [line.split()[-1] for line in lines[1:]] == ["1.0000", "tie", "wrong"]
-    assert "saved" not in rw_eval.summary(scores, object())
+    assert "saved" not in rw_eval.summary(records, scores, object())
 
 
-@pytest.mark.parametrize("record", [pair("word " * 50), {"prompt": "word " * 50, "answer": "word " * 50}])
+@pytest.mark.parametrize("record", [question("word " * 50), question("word " * 50, "word " * 50)])
 def test_the_table_fits_100_columns_and_says_what_it_leaves_out(record):
     records = [record] * 30
-    scores = [(-123.4567, 1234.5678)[: len(record) - 1]] * 30
+    scores = [(-123.4567, 1234.5678)[: len(record.answers)]] * 30
     lines = rw_eval.score_table(records, scores, 20).splitlines()
     assert len(lines) == 22 and lines[-1] == "  ... and 10 more rows (--show)"
     assert max(map(len, lines)) <= 100

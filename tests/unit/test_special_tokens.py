@@ -8,14 +8,17 @@ from helpers import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from evaluation_scripts.rw_eval import encode_record
+from evaluation_scripts.rw_eval import Judge, encode_records, record_of
 from inference.conversation import build_prompt
 from utils.data import prompt_format
-from utils.data.encoding import REWARD, RLHF, SFT, RewardRowMaker, TokenRules
+from utils.data.conversation import Texts
+from utils.data.encoding import REWARD, RLHF, SFT
 from utils.data.preparation import create_prompt_dataset
 from utils.data.special_tokens import CLOSE, OPEN, mark_spellings, unmarked
 from utils.data.text_encoder import TextEncoder
 from utils.data.unsupervised import get_unsupervised_data
+from utils.generation.asking import AskedFormat
+from utils.generation.saved_model import LanguageModel
 
 CHATML = (
     "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{{ turn['content'] }}<|im_end|>{{ '\\n' }}{% endfor %}"
@@ -127,20 +130,30 @@ def test_pairs_written_by_a_chat_template_stay_text(tmp_path, tokenizer, as_text
 
 
 def test_chat_and_evaluation_read_prompts_as_text(tokenizer, as_text):
-    turns = [{"role": "user", "content": HOSTILE}]
-    bos = tokenizer.bos_token_id
-    assert build_prompt(turns, tokenizer, "plain", None)[0] == [bos, *as_text(f" Human: {HOSTILE} Assistant:")]
-    templated, _ = build_prompt(turns, tokenizer, "chat_template", None)
+    turns, bos = [{"role": "user", "content": HOSTILE}], tokenizer.bos_token_id
+
+    def asked(style):
+        return AskedFormat(style, True, "a test")
+
+    def prompt(style, **allowed):
+        return build_prompt(turns, LanguageModel("x", None, tokenizer, [], None, asked=asked(style), **allowed), None)[
+            0
+        ]
+
+    assert prompt("human_assistant") == [bos, *as_text(f" Human: {HOSTILE} Assistant:")]
     user = _turn(tokenizer, as_text, "user", *_cut_hostile())
-    assert templated == [*user, *as_text("\n"), *_control(tokenizer, "<|im_start|>"), *as_text("assistant\n")]
-    allowed, _ = build_prompt(turns, tokenizer, "chat_template", None, allow_special_tokens=True)
-    assert allowed.count(tokenizer.eos_token_id) == 2
-    rows = RewardRowMaker(None, tokenizer, TokenRules(REWARD, 200))
-    [chosen, _], _ = encode_record(PAIR, rows, None)
-    assert chosen == [bos, *as_text(PAIR["prompt"] + PAIR["chosen"]), tokenizer.eos_token_id]
-    templated_rows = RewardRowMaker(None, tokenizer, TokenRules(REWARD, 200, chat_template=True))
-    [chosen, _], _ = encode_record(PAIR, templated_rows, "chat_template")
-    assert chosen.count(tokenizer.eos_token_id) == 2
+    templated = [*user, *as_text("\n"), *_control(tokenizer, "<|im_start|>"), *as_text("assistant\n")]
+    assert prompt("chat_template") == templated
+    assert prompt("chat_template", allow_special_tokens=True).count(tokenizer.eos_token_id) == 2
+
+    def scored(known, style):
+        judge = Judge("x", None, tokenizer, 0, None, asked(style)._replace(known=known))
+        texts = Texts(PAIR["prompt"], (PAIR["prompt"] + PAIR["chosen"],), (PAIR["chosen"],))
+        return encode_records(judge, [record_of(texts)], 200)[1][0].rows[0]
+
+    as_it_stands = [bos, *as_text(PAIR["prompt"] + PAIR["chosen"]), tokenizer.eos_token_id]
+    assert scored(False, "human_assistant") == as_it_stands
+    assert scored(True, "chat_template").count(tokenizer.eos_token_id) == 2
 
 
 def test_unsupervised_text_is_text_unless_the_flag_says_otherwise(tmp_path, tokenizer, as_text):

@@ -50,6 +50,7 @@ class PreparationCounts:
 
     Attributes:
         read: rows used and skipped, with reasons and places.
+        without_answer: rows that were dropped, since nothing to learn was left of them.
         glued: rows whose prompt and answer have no blank between them; glued_examples: how the first ones read there.
         unused: fields of turns that nothing is done with, and in how many turns they are.
     """
@@ -59,6 +60,7 @@ class PreparationCounts:
     truncated: int = 0
     without_eos: int = 0
     identical: int = 0
+    without_answer: int = 0
     glued: int = 0
     glued_examples: list[str] = field(default_factory=list)
     unused: dict[str, int] = field(default_factory=dict)
@@ -71,6 +73,8 @@ class PreparationCounts:
             parts.append(f"{self.without_eos} of them lost an answer's end")
         if self.identical:
             parts.append(f"{self.identical} pairs dropped, their answers being identical")
+        if self.without_answer:
+            parts.append(f"{self.without_answer} dropped, no answer being left of them within the length")
         if self.unused:
             parts.append("not used: " + ", ".join(f"{name} ({count} turns)" for name, count in self.unused.items()))
         return ", ".join(parts)
@@ -247,6 +251,9 @@ class SftRowMaker(RowMaker):
         drop = self.tokens_to_drop(len(ids), start, leading)
         kept = cut(ids, self.rules.max_seq_len, leading, drop)
         spans = moved_spans(spans, leading, drop, len(kept))
+        if not spans and answers_only:
+            self.counts.without_answer += 1
+            return None
         self.count_cut(not fits, kept[-1] in self.end_ids)
         end_id = -1 if self.by_template else self.eos
         return kept, list(chain.from_iterable(spans)), answers_only, end_id
@@ -359,7 +366,7 @@ def make_row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) 
     """
     if raw_dataset is not None:
         for step, has, what in (
-            (SFT, raw_dataset.has_answer, "answers"),
+            (SFT, raw_dataset.has_answer, "answers (a column chosen, say)"),
             (REWARD, raw_dataset.has_rejected, "rejected answers"),
         ):
             if rules.train_phase == step and not has:
@@ -371,7 +378,10 @@ def make_row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) 
     if rules.prompt_format == prompt_format.CHAT_TEMPLATE and not prompt_format.has_own_template(tokenizer):
         raise DataError("--chat_template: the tokenizer has none of its own; name one, as in --chat_template chatml")
     kind = {SFT: SftRowMaker, REWARD: RewardRowMaker, RLHF: PromptRowMaker}[rules.train_phase]
-    return kind(raw_dataset, tokenizer, rules)
+    try:
+        return kind(raw_dataset, tokenizer, rules)
+    except ValueError as error:  # of a chat template that cannot be used
+        raise DataError(f"--chat_template: {error}") from error
 
 
 class RowEncoder:

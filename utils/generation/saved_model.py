@@ -7,6 +7,7 @@ import importlib.util
 import re
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,20 +22,29 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from utils.data.batching import pad_rows, to_device
-from utils.data.prompt_format import PLAIN, STYLES, format_prompt, truncate_left
+from utils.data.prompt_format import truncate_left
 from utils.ds_utils import TORCH_DTYPES
+from utils.generation.asking import UNNAMED, AskedFormat, PromptWriter, add_prompt_format_argument, choose_format
 from utils.model.inputs import embedding_rows
+from utils.model.loading import check_there
 from utils.model.model_utils import check_model, grow_embedding
 from utils.model.soft_prompt import SoftPromptModel, base_of_soft_prompt, load_soft_prompt, soft_prompt_config
 from utils.model.tokenizer import end_token_ids, load_hf_tokenizer
+from utils.precision import inference_dtype
 from utils.process.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # what --add_eot_token stands for in all three training steps
+SUITS = "where it names none, its tokenizer's chat template, and human_assistant where it has none"
 
 
 @dataclass
 class LanguageModel:
-    """A causal language model with all that is needed to ask it something."""
+    """A causal language model with all that is needed to ask it something.
+
+    Attributes:
+        asked: the prompt format in which it is asked, and why in this one.
+        allow_special_tokens: a prompt that spells a special token means it.
+    """
 
     name: str
     model: PreTrainedModel | SoftPromptModel
@@ -42,6 +52,17 @@ class LanguageModel:
     stop_ids: list[int]  # an answer ends at the first of these
     max_positions: int | None  # longest prompt + answer in tokens; None: the configuration names no limit
     in_4bit: bool = False
+    asked: AskedFormat = UNNAMED
+    allow_special_tokens: bool = False
+
+    @property
+    def prompt_format(self) -> str:
+        return self.asked.name
+
+    @cached_property
+    def prompts(self) -> PromptWriter:
+        """Writes what the model is asked."""
+        return PromptWriter(self.tokenizer, self.asked, self.allow_special_tokens)
 
     @property
     def pad_id(self) -> int:
@@ -56,16 +77,10 @@ class Answer:
     ended: bool  # by a stop id; otherwise cut off at max_new_tokens
 
 
-def add_loading_arguments(parser, style: str | None = PLAIN, style_help: str = "default: plain"):
-    """The flags that say how a saved model is loaded and asked; ``style`` is the default of --prompt_style."""
+def add_loading_arguments(parser, otherwise: str = SUITS):
+    """The flags that say how a saved model is loaded and asked; ``otherwise``: in which format if it names none."""
     group = parser.add_argument_group("loading")
-    group.add_argument(
-        "--prompt_style",
-        choices=STYLES,
-        default=style,
-        help="how a conversation is written as text: plain (' Human: ... Assistant:'), hh (the same on paragraphs of "
-        f"their own, as in rm-static) or the tokenizer's chat_template; {style_help}",
-    )
+    add_prompt_format_argument(group, otherwise)
     group.add_argument(
         "--dtype",
         choices=["auto", *TORCH_DTYPES],
@@ -122,10 +137,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype of a --dtype value."""
     if name != "auto":
         return TORCH_DTYPES[name]
-    if device.type == "cpu":
-        return torch.float32
-    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float16
+    return inference_dtype(device)
 
 
 def check_model_folder(path: str, allow_hub_name: bool = True, allow_soft_prompt: bool = False):
@@ -133,6 +145,7 @@ def check_model_folder(path: str, allow_hub_name: bool = True, allow_soft_prompt
     folder = Path(path)
     if not folder.is_dir():
         if allow_hub_name and re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?", path) and not Path(path.split("/")[0]).exists():
+            check_there(path)
             return
         raise UserError(f"no such model folder: {path}")
     if (folder / "config.json").is_file():
@@ -186,10 +199,7 @@ def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_
     tokenizer = load_hf_tokenizer(
         path, add_special_tokens=END_OF_TEXT if add_eot_token else None, trust_remote_code=args.trust_remote_code
     )
-    try:
-        format_prompt([{"role": "user", "content": "?"}], args.prompt_style, tokenizer)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    asked = choose_format(path, tokenizer, args.prompt_format)
     prompt_config = soft_prompt_config(path)
     weights_path = path if prompt_config is None else base_of_soft_prompt(path, prompt_config, args.base_model)
     model = load_pretrained(AutoModelForCausalLM, weights_path, args, args.load_in_4bit)
@@ -208,7 +218,9 @@ def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_
         grow_embedding(model, tokenizer)  # as in training, where a pad token may have been added
         model = load_soft_prompt(model, path)
         max_positions = None if max_positions is None else max_positions - model.num_virtual_tokens
-    return LanguageModel(path, model, tokenizer, stop_ids, max_positions, args.load_in_4bit)
+    return LanguageModel(
+        *(path, model, tokenizer, stop_ids, max_positions, args.load_in_4bit), asked, args.allow_special_tokens
+    )
 
 
 def check_ids(rows: list[list[int]], model: PreTrainedModel, path: str):
