@@ -268,7 +268,7 @@ class Host:
 # ---------------------------------------------------------------- the page
 
 
-# The conversations take the height that the rest of the page leaves, so that nothing has to be scrolled to write or vote.
+# The conversations take the height that the rest of the page leaves, so that nothing is scrolled to write or to vote.
 # Gradio's page is a flex box, in which a container with automatic margins is as narrow as it can be without a width.
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1100px !important; margin: 0 auto !important; }
