@@ -213,6 +213,11 @@ SHAPES = {
             [" s Human: q Assistant: m Human: p Assistant:"],
         ),
     ),
+    "a prompt of messages beside answers with a system turn": (
+        [{"prompt": [user("q")], "chosen": [system("s"), user("q"), answer("c")], "rejected": [answer("r")]}],
+        "preference pairs as messages, which begin with the prompt",
+        ([f" s{ONE}"], [[" s" + one for one in PAIR]], [" s" + ASKED]),
+    ),
     "Intel/orca_dpo_pairs": (
         [{"system": text, "question": "q", "chosen": "c", "rejected": "r"} for text in ("", "s")],
         "preference pairs as texts, written as conversations",
@@ -291,6 +296,15 @@ SHAPES = {
             [ONE, " Human: p Assistant:[[ x</s>]]", " Human: q Assistant:[[ m]] Human: p Assistant:[[ c</s>]]"],
             [PAIR],
             [ASKED, " Human: p Assistant:", " Human: q Assistant: m Human: p Assistant:"],
+        ),
+    ),
+    "rated responses under system prompts": (
+        [{"system": "st"[i // 2], "prompt": "q", "response": "rcxy"[i], "helpfulness": i % 2} for i in range(4)],
+        "rated responses, grouped by prompt",
+        (
+            [f" s{ONE}", " t Human: q Assistant:[[ y</s>]]"],
+            [[" s" + one for one in PAIR], [f" t Human: q Assistant: {one}</s>" for one in "yx"]],
+            [" s" + ASKED, " t" + ASKED],
         ),
     ),
     "HelpSteer2 preference": (
@@ -615,6 +629,7 @@ def test_other_kinds_of_files_hold_the_same_rows(ending, opened, tokenizer):
             [" a word, Assistant: c</s>"],
             hh("q") + "\n\nAssistant:",
         ),
+        (hh("q", "c\n\nAssistant: c"), hh("q", "r"), [" c\n\nAssistant: c</s>"], hh("q") + "\n\nAssistant:"),
         (" Human: q Assistant: c", " Human: q Assistant: r", [" c</s>"], " Human: q Assistant:"),
     ],
 )
@@ -623,18 +638,30 @@ def test_transcripts_part_at_their_last_common_mark(chosen, rejected, learned, p
     assert dataset.recognised() == "preference pairs as transcripts, prompt implicit"
     assert made(dataset, tokenizer, 3) == [prompt]
     [row] = made(dataset, tokenizer, 1)
-    assert re.findall(r"\[\[(.*?)\]\]", row) == learned and row.replace("[[", "").replace("]]", "") == chosen + "</s>"
+    assert (
+        re.findall(r"(?s)\[\[(.*?)\]\]", row) == learned and row.replace("[[", "").replace("]]", "") == chosen + "</s>"
+    )
     pairs = [[chosen + "</s>", rejected + "</s>"]] if chosen != rejected else []
     assert made(dataset, tokenizer, 2) == pairs
     # A template takes them apart at the same marks, and no turn is lost; it learns the answers of the prompt, too.
     [chat] = made(dataset, tokenizer, 1, "chatml")
     taken_apart = in_marks(chat.replace("[[", "").replace("]]", ""))
-    assert taken_apart == f"{chosen}</s>".replace("\n\nHuman", " Human").replace("\n\nAssistant", " Assistant")
-    found = [f" {part.removesuffix('<|im_end|>')}" for part in re.findall(r"\[\[(.*?)\]\]", chat)]
+    marks = f"{chosen}</s>".replace("\n\nHuman", " Human").replace("\n\nAssistant", " Assistant")
+    assert taken_apart.replace("\n\nAssistant", " Assistant") == marks
+    found = [f" {part.removesuffix('<|im_end|>')}" for part in re.findall(r"(?s)\[\[(.*?)\]\]", chat)]
     assert found[-len(learned) :] == [part.removesuffix("</s>") for part in learned]
 
 
-def test_transcripts_without_a_common_prompt_are_skipped(opened, tokenizer):
+def test_answers_without_a_common_prompt_are_skipped(opened, tokenizer):
+    rows = [
+        {"chosen": [system("s"), user(text), answer("c")], "rejected": [system("s"), user("z"), answer("r")]}
+        for text in "qz"
+    ]
+    assert skipped(opened(rows), tokenizer, 2) == {"the answers have no prompt in common": 1}
+    inside = [{"chosen": hh("a, Assistant: q", "c"), "rejected": hh("a, Assistant: z", "c")}]
+    assert skipped(opened(inside), tokenizer, 3) == {
+        "the answers have no prompt in common that ends in 'Assistant:'": 1
+    }
     dataset = opened(
         [{"chosen": hh("q", "c"), "rejected": hh("z", "c")}, {"chosen": hh("q", "c"), "rejected": hh("q", "")}]
     )
@@ -820,6 +847,7 @@ def test_reward_functions_get_the_columns_of_grouped_rows(opened, tokenizer):
 @pytest.mark.parametrize(
     "rows, words",
     [
+        ([{"prompt": "q", "responses": ["a", "b"], "rewards": [7, 9]}], "lists of answers, by rewards"),
         ([{"messages": 3, "question": "q", "answer": "c"}], "questions and answers; columns not read: messages"),
         (
             [{"messages": None, "conversations": [said("human", "q")]}],

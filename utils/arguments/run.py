@@ -9,10 +9,13 @@ from transformers.utils import is_flash_attn_2_available
 
 from utils.arguments.data import check_data, settle_format
 from utils.arguments.kinds import not_negative, positive, size
+from utils.precision import default_dtype, warning_of
+from utils.process.console import print_rank_0
 from utils.process.errors import UserError
 from utils.process.files import check_output_dir
 from utils.process.launch import COMM_TIMEOUT
 from utils.process.ranks import check_same_on_all_nodes
+from utils.process.world import is_rank_0
 
 # Flags whose values may differ between nodes: where things lie there.
 OF_A_NODE = re.compile("rank|path|_dir|resume|deepspeed_config|data_config|reward_function|dataset_name|num_workers")
@@ -107,6 +110,14 @@ def check_checkpoints(args) -> None:
         raise UserError(f"{flag} needs a folder: give --checkpoint_dir or --output_dir")
 
 
+def _settle_dtype(args, device_type: str) -> None:
+    if args.dtype is None:
+        args.dtype, reason = default_dtype(device_type)
+        print_rank_0(f"training in {args.dtype}: {reason} (--dtype)")
+    elif is_rank_0() and (warning := warning_of(args.dtype, device_type)) is not None:
+        print_rank_0(f"WARNING: {warning}")
+
+
 def settle_common(args) -> None:
     """Fill in, and check, what depends on the machine."""
     check_data(args)
@@ -115,8 +126,7 @@ def settle_common(args) -> None:
     if args.add_eot_token and not args.eot_token.strip():
         raise UserError("--eot_token: a token that ends answers has letters or signs, and this one is blank")
     accelerator = get_accelerator()
-    if args.dtype is None:
-        args.dtype = "bf16" if accelerator.is_bf16_supported() else "fp32"
+    _settle_dtype(args, accelerator.device_name())
     if args.dtype == "fp16" and not accelerator.is_fp16_supported():
         raise UserError(f"--dtype fp16: {accelerator.device_name()} does not support it; use bf16 or fp32")
     if args.dtype == "bf16" and not accelerator.is_bf16_supported():
