@@ -5,7 +5,7 @@ from pathlib import Path
 from utils.model.adapters import save_lora_adapter
 from utils.model.inputs import unwrap
 from utils.model.merging import read_adapter, save_merged_model
-from utils.model.saving import save_pretrained_model, save_weights
+from utils.model.saving import save_pretrained_model
 from utils.module.lora import lora_layers
 from utils.process.console import is_rank_0
 from utils.process.ranks import agree
@@ -56,8 +56,3 @@ def save_trained_model(model, tokenizer, args, base_model_name_or_path, sub_fold
     save_hf_format(model, tokenizer, args, sub_folder)
     if args.save_lora_adapters:
         save_lora_adapters(model, tokenizer, args, base_model_name_or_path, sub_folder)
-
-
-def save_zero_three_model(model_ema, global_rank, save_dir, zero_stage=0) -> None:
-    """Write the weights alone (no configuration, no tokenizer) as safetensors; every rank must call this."""
-    save_weights(unwrap(model_ema), Path(save_dir))
