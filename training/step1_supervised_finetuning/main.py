@@ -144,7 +144,7 @@ def main():
             bar.note(perf.pace(tokens, seconds))
             figures |= {"skipped_steps": nonfinite.skipped}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
-                figures |= perf.print_throughput(engine, args, seconds, int(tokens), int(rows))
+                figures |= perf.print_throughput(engine, args, seconds, tokens=int(tokens), rows=int(rows))
             writer.write(checkpoints.steps + 1, figures)
             checkpoints.end_step(epoch, step + 1)
         evaluate_and_report(epoch + 1)

@@ -338,8 +338,11 @@ def check_checkpoint(checkpoint: Checkpoint, model_class, config, trust_remote_c
     return {} if renaming is None else {"key_mapping": renaming}
 
 
-def load_state_dict_into_model(model_to_load, state_dict, start_prefix="", zero_stage=0) -> None:
+def load_state_dict_into_model(model_to_load=None, state_dict=None, start_prefix="", zero_stage=0) -> list[str]:
     """Copy a state dict into a model, also one that ZeRO-3 has partitioned.
+
+    Returns:
+        what went wrong, as published callers look at it: nothing, since all that can go wrong is raised.
 
     Raises:
         UserError: naming the keys that are missing, unexpected, or of another shape. Nothing is loaded then.
@@ -367,3 +370,4 @@ def load_state_dict_into_model(model_to_load, state_dict, start_prefix="", zero_
                         target.copy_(state_dict[name])
             else:
                 target.copy_(state_dict[name])
+    return []

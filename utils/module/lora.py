@@ -18,14 +18,17 @@ import math
 import re
 from contextlib import contextmanager
 
+import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from utils.module.quantize import PackedWeight, Packing, packed_weights
 from utils.process.errors import UserError
+from utils.process.world import get_rank
 
 
 def fold(weight, right, left, scaling: float, transposed: bool = False) -> torch.Tensor:
@@ -226,14 +229,34 @@ def convert_linear_layer_to_lora(
     return model
 
 
+def _z3_params_to_fetch(param_list) -> list:
+    """The parameters of a list that ZeRO-3 keeps in shards at the moment."""
+    return [p for p in param_list if hasattr(p, "ds_id") and p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+
+
+@torch.no_grad()
+def _move_update_into_weight(layer: LinearLayer_LoRA) -> None:
+    """Of a layer that ZeRO-3 has partitioned; every rank must call this. Its update is zero afterwards."""
+    with deepspeed.zero.GatheredParameters(
+        [layer.weight, layer.lora_right_weight, layer.lora_left_weight], modifier_rank=0
+    ):
+        if get_rank() == 0:
+            layer.weight.copy_(layer.folded_weight())
+            layer.lora_left_weight.zero_()
+
+
 def convert_lora_to_linear_layer(model):
     """Turn every LoRA layer back into a plain linear layer with the update folded in, for good.
 
-    Not for a model that ZeRO-3 has partitioned: there the saving code folds layer by layer.
+    Layers that ZeRO-3 has partitioned keep their class, with an update of zero: DeepSpeed gathers weights by the
+    layer that it knows. There every rank must call this.
     """
     for name, layer in lora_layers(model):
-        parent_name, _, child_name = name.rpartition(".")
         layer.unfuse_lora_weight()
+        if hasattr(layer.lora_left_weight, "ds_id"):
+            _move_update_into_weight(layer)
+            continue
+        parent_name, _, child_name = name.rpartition(".")
         weight = nn.Parameter(layer.folded_weight(), requires_grad=layer.weight.requires_grad)
         if layer.transposed:
             plain = Conv1D(weight.shape[1], 1)
