@@ -24,6 +24,7 @@ from utils.data.unsupervised import get_unsupervised_data
 from utils.engine.build import load_tokenizer
 from utils.model.loading import WEIGHT_FILES, load_config
 from utils.model.model_utils import check_model, check_positions
+from utils.model.packing import refuse_state
 from utils.model.reward_functions import RewardFunction, check_columns, columns_wanted, load_reward_functions
 from utils.model.reward_model import reward_scale
 from utils.model.soft_prompt import check_soft_prompt_inputs
@@ -241,6 +242,8 @@ def _warmup(args, total_steps: int) -> str:
 
 def _parameters(args, step: int, configs: dict, tokenizer) -> tuple[str, dict[str, MetaModel]]:
     models = models_of_step(args, step, configs, tokenizer)
+    if step == 1 and args.packing:
+        refuse_state(models["model"].model)
     parts = []
     for name, model in models.items():
         sizes, layers = model.sizes, len(model.adapted)
