@@ -87,4 +87,4 @@ python "$project/evaluation_scripts/run_report.py" --output_dir "$output"
 echo
 echo "all of it took $((SECONDS - started)) s. Talk to the result:"
 echo "    source ${VENV:-$project/.venv}/bin/activate"
-echo "    python $project/inference/chatbot.py --path $output/step3/actor --prompt_style hh"
+echo "    python $project/inference/chatbot.py --path $output/step3/actor"

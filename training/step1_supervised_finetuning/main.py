@@ -35,6 +35,7 @@ from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
+from utils.run.model_card import RunCard
 
 
 def load_data(args, tokenizer):
@@ -80,12 +81,14 @@ def evaluate(engine, label_log_probs, loader, device) -> tuple[float, float]:
 
 def main():
     # 1. Arguments, processes, seeds
-    args = arguments.build_parser(step=1).parse_args()
+    parser = arguments.build_parser(step=1)
+    args = parser.parse_args()
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=1)
-    args = arguments.settle(args, step=1)
+    given, args = args, arguments.settle(args, step=1)
     checkpoints = Checkpoints(args, "model_name_or_path")
+    arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 
     # 2. Tokenizer and data, after a look whether the model's files are all there and fit
@@ -96,6 +99,7 @@ def main():
     if args.soft_prompt is not None:
         soft_prompt.check_soft_prompt_inputs(args, tokenizer)
     train_dataset, sampler, train_loader, eval_loader = load_data(args, tokenizer)
+    card = RunCard.of(1, args, arguments.given_flags(parser, given), train_dataset)
     steps_per_epoch, total_steps = sampler.steps(), args.num_train_epochs * sampler.steps()
 
     # 3. Model, optimizer, engine
@@ -149,9 +153,9 @@ def main():
     if args.output_dir is not None:
         print_rank_0("saving the final model ...")
         if args.soft_prompt is not None:
-            soft_prompt.save_soft_prompt(engine.module, tokenizer, Path(args.output_dir))
+            results.save_trained_soft_prompt(engine, tokenizer, args, card)
         else:
-            results.save_trained_model(engine, tokenizer, args, args.model_name_or_path)
+            results.save_trained_model(engine, tokenizer, args, args.model_name_or_path, card=card)
     checkpoints.finish()
     writer.close()
 

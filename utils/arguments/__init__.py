@@ -1,5 +1,6 @@
 """Every command-line flag of the three steps, each defined once, and what a run makes of what was given."""
 
+from utils.arguments.config_file import given_flags, write_run_config
 from utils.arguments.model import QUANTIZATIONS
 from utils.arguments.rlhf import RLHFBatchSizes
 from utils.arguments.run import MAY_CHANGE_AT_RESUME, nothing_saved

@@ -20,7 +20,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=38, width=100)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Errors are one line, as all of ours, said by one rank, and name the nearest flag or value that there is."""
 
     def parse_args(self, args=None, namespace=None):
@@ -55,8 +55,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def new_parser(description: str) -> argparse.ArgumentParser:
-    return _Parser(description=description, formatter_class=_HelpFormatter)
+def new_parser(description: str, parser_class: type[Parser] = Parser) -> Parser:
+    return parser_class(description=description, formatter_class=_HelpFormatter)
 
 
 LARGEST = 2**31 - 1  # more of anything is a slip, and some libraries' numbers end here
@@ -106,11 +106,17 @@ def above_zero(text: str) -> float:
 
 def size(text: str) -> int:
     """Bytes; units are powers of 1000, as on the hub."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])B", text.strip().upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip().upper())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size as in 5GB or 500MB")
     number, unit = match.groups()
-    value = int(float(number) * 1000 ** (1 + "KMGT".index(unit)))
+    value = int(float(number) * 1000 ** " KMGT".index(unit or " "))
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
+
+
+def size_text(count: int) -> str:
+    """A number of bytes as ``size`` reads it, in the largest unit that leaves it whole."""
+    power = max(power for power in range(5) if count % 1000**power == 0)
+    return f"{count // 1000**power}{' KMGT'[power].strip()}B"

@@ -31,7 +31,8 @@ def add_dtype_argument(parser) -> None:
         "--dtype",
         choices=["fp16", "bf16", "fp32"],
         default=None,
-        help="training precision; None for bf16 where the accelerator supports it, else fp32 (published scripts: fp16)",
+        help="training precision; None for bf16 where the hardware itself has it, else fp16 on GPUs and fp32 on CPUs "
+        "(published scripts: fp16)",
     )
     parser.add_argument(
         "--attn_implementation",

@@ -10,10 +10,13 @@ from transformers.utils import is_flash_attn_2_available
 
 from utils.arguments.data import check_data, settle_format
 from utils.arguments.kinds import not_negative, positive, size
+from utils.precision import default_dtype, warning_of
+from utils.process.console import print_rank_0
 from utils.process.errors import UserError
 from utils.process.files import METRICS_FILE, check_output_dir, results_in
 from utils.process.launch import COMM_TIMEOUT
 from utils.process.ranks import check_same_on_all_nodes
+from utils.process.world import is_rank_0
 
 # Flags whose values may differ between nodes: where things lie there.
 OF_A_NODE = re.compile("rank|path|_dir|resume|deepspeed_config|data_config|reward_function|dataset_name|num_workers")
@@ -130,7 +133,7 @@ def check_output(args, step: int) -> None:
     output = Path(args.output_dir).resolve()
     for name in STARTS:
         start = getattr(args, name, None)
-        if start is None or not Path(start).is_dir():
+        if start is None or not (Path(start) / "config.json").is_file():
             continue
         folder = Path(start).resolve()
         if output.is_relative_to(folder) or folder in (output / part for part in PARTS[step]):
@@ -153,6 +156,14 @@ def nothing_saved(args) -> str | None:
     return f"{what}: no --output_dir, the folder for the model and {METRICS_FILE}"
 
 
+def _settle_dtype(args, device_type: str) -> None:
+    if args.dtype is None:
+        args.dtype, reason = default_dtype(device_type)
+        print_rank_0(f"training in {args.dtype}: {reason} (--dtype)")
+    elif is_rank_0() and (warning := warning_of(args.dtype, device_type)) is not None:
+        print_rank_0(f"WARNING: {warning}")
+
+
 def settle_common(args) -> None:
     """Fill in, and check, what depends on the machine."""
     check_data(args)
@@ -161,8 +172,7 @@ def settle_common(args) -> None:
     if args.add_eot_token and not args.eot_token.strip():
         raise UserError("--eot_token: a token that ends answers has letters or signs, and this one is blank")
     accelerator = get_accelerator()
-    if args.dtype is None:
-        args.dtype = "bf16" if accelerator.is_bf16_supported() else "fp32"
+    _settle_dtype(args, accelerator.device_name())
     if args.dtype == "fp16" and not accelerator.is_fp16_supported():
         raise UserError(f"--dtype fp16: {accelerator.device_name()} does not support it; use bf16 or fp32")
     if args.dtype == "bf16" and not accelerator.is_bf16_supported():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import SchedulerType
 
+from utils.arguments.config_file import ConfigParser
 from utils.arguments.data import add_data_arguments
 from utils.arguments.kinds import new_parser, non_negative_float
 from utils.arguments.model import (
@@ -35,9 +36,9 @@ DESCRIPTIONS = {
 }
 
 
-def build_parser(step: int) -> argparse.ArgumentParser:
-    """Every flag of a step."""
-    parser = new_parser(DESCRIPTIONS[step])
+def build_parser(step: int) -> ConfigParser:
+    """Every flag of a step, to be given on the command line or in a file (--config)."""
+    parser = new_parser(DESCRIPTIONS[step], ConfigParser)
     add_data_arguments(parser, step)
     if step == 1:
         add_supervised_arguments(parser, learning_rate=1e-3)

@@ -81,11 +81,10 @@ def write_turns(turns, style, waits=False):
 def _write_bare(turns):
     if [turn["role"] for turn in turns[:2]] != ["user", "assistant"][: len(turns)] or len(turns) > 2:
         raise ValueError("the format bare holds one question and its answer, nothing else")
-    text = turns[0]["content"]
+    text = turns[0]["content"].rstrip()
     places = [(0, len(text))]
     if len(turns) == 2:
-        gap = "" if text[-1:].isspace() else " "
-        text += gap + turns[1]["content"].strip()
+        text += " " + turns[1]["content"].strip()
         places.append((places[0][1], len(text)))
     return text, places
 
@@ -374,7 +373,7 @@ def _carried(tokenizer, style):
     begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     bos = "{{- bos_token -}}" if begins_with_bos else ""
     if style == BARE:
-        return _CARRIED + _NO_SYSTEM + _ONE_TURN + bos + "{{- messages[0]['content'] -}}"
+        return _CARRIED + _NO_SYSTEM + _ONE_TURN + bos + "{{- messages[0]['content'].rstrip() -}}"
     marks = {role: json.dumps(mark) for role, mark in _MARKS[style].items()}
     body = bos + _SYSTEM_FIRST % ("' '" if style == HUMAN_ASSISTANT else '"\\n\\n"')
     body += _ONLY_ALTERNATING + "{%- for turn in turns -%}{{- "

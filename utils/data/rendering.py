@@ -65,8 +65,8 @@ class ConversationWriter:
         turns, first = [*conversation.prompt, *answer], len(conversation.prompt)
         messages, tools = self._suited(turns, conversation.tools)
         text, places = self._written(messages, tools)
-        if self.by_template and not (self.learns or places):
-            return self._behind_its_prompt(text, messages, last, tools)
+        if self.by_template and len(answer) == 1 and not (self.learns or places):
+            return self._behind_its_prompt(text, messages, tools)
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if places and self.by_template:  # by generation markers: one for each answer
             places = dict(zip(answers, places, strict=True))
@@ -82,19 +82,20 @@ class ConversationWriter:
                 if name in message and not (self.by_template and getattr(self.abilities, ability)):
                     yield name
 
-    def _behind_its_prompt(self, text: str, messages: list[Message], last: int, tools) -> Rendered:
-        """A row with one answer, which follows its prompt as it is asked for.
+    def _behind_its_prompt(self, text: str, messages: list[Message], tools) -> Rendered:
+        """A row whose last turn is its answer, which follows its prompt as it is asked for.
 
         A template may write the prompt otherwise once it is answered (Mistral's takes the system turn away). The
         answer is then written by its training form, behind the prompt as the template asks.
         """
-        asked = self._written(messages[:last], tools, waits=True)[0]
+        asked = self._written(messages[:-1], tools, waits=True)[0]
         if not text.startswith(asked) and (form := chat_templates.training_form(self.template, self.special)):
-            offered = chat_templates.render_template(form, self.special, messages[:last], tools, True)[0]
+            offered = chat_templates.render_template(form, self.special, messages[:-1], tools, True)[0]
             written = chat_templates.render_template(form, self.special, messages, tools)[0]
             if written.startswith(offered):
                 text = asked + written[len(offered) :]
-        return Rendered(text, len(common_start([asked, text])))
+        start = len(common_start([asked, text]))
+        return Rendered(text, start)
 
     def head(self, conversation: Conversation) -> int:
         """How much of a row's text stays when its beginning is cut: BOS, system turn, the header of the first question.

@@ -31,6 +31,7 @@ from utils.process.errors import EndOfRun, UserError
 from utils.process.files import flush_to_disk, write_text
 from utils.process.ranks import agree, all_gather_objects, all_reduce_sum
 from utils.process.seeds import random_states, restore_random_states
+from utils.process.versions import versions
 from utils.process.world import get_rank, get_world_size, ranks_per_node
 from utils.run.checkpoint_files import (
     FINISHED_FILE,
@@ -57,7 +58,7 @@ from utils.run.engine_state import (
     save_average,
     save_engine,
 )
-from utils.run.same_run import differences, flags_of, model_fingerprint, rows_fingerprint, versions
+from utils.run.same_run import differences, flags_of, model_fingerprint, rows_fingerprint
 
 STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 PATIENCE = 3  # seconds after which another Ctrl-C is a second one
