@@ -141,7 +141,7 @@ def check_output(args, step: int) -> None:
     output = Path(args.output_dir).resolve()
     for name in STARTS:
         start = getattr(args, name, None)
-        if start is None or not Path(start).is_dir():
+        if start is None or not (Path(start) / "config.json").is_file():
             continue
         folder = Path(start).resolve()
         if output.is_relative_to(folder) or folder in (output / part for part in PARTS[step]):
