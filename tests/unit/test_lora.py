@@ -271,7 +271,7 @@ def test_experts_that_a_scope_leaves_out_are_named_with_their_share(family):
 def test_what_is_left_out_is_printed_where_lora_is_added(capsys):
     parser = new_parser("test")
     add_lora_arguments(parser)
-    args = parser.parse_args("--lora_dim 2 --lora_module_name all-linear".split())
+    args = parser.parse_args(["--lora_dim", "2", "--lora_module_name", "all-linear"])
     adapt_model(random_model(WITH_EXPERTS["mixtral"]), args)
     assert "are weights of another kind" in capsys.readouterr().out
     adapt_model(random_model(FAMILIES["llama"]), args)

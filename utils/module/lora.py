@@ -201,14 +201,14 @@ def _kinds(names) -> str:
 
 
 def describe_left_out(model, part_module_name: str) -> str | None:
-    """What a scope that reads as "all" leaves without LoRA, with its share; None for nothing, or a scope of the user's."""
+    """What a scope that reads as "all" leaves without LoRA, with its share; None: nothing, or the scope is narrower."""
     outside = matrices_outside_linear_layers(model)
     if part_module_name not in ("auto", "all-linear") or not outside:
         return None
     left, total = sum(map(_size, outside.values())), count_parameters(model)[1]
     return (
-        f"LoRA covers linear layers; {left:,} of {total:,} parameters ({100 * left / total:.1f} %) are weights of another "
-        f"kind, as experts of a mixture are, and stay frozen or train whole: {_kinds(outside)}"
+        f"LoRA covers linear layers; {left:,} of {total:,} parameters ({100 * left / total:.1f} %) are weights of "
+        f"another kind, as experts of a mixture are, and stay frozen or train whole: {_kinds(outside)}"
     )
 
 
