@@ -29,6 +29,7 @@ from utils.model.reward_functions import RewardFunction, check_columns, columns_
 from utils.model.reward_model import reward_scale
 from utils.model.soft_prompt import check_soft_prompt_inputs
 from utils.model.tokenizer import check_same_tokenizer
+from utils.module.lora import check_packing_share
 from utils.planning.engine_memory import GIB, Bytes, Machine
 from utils.planning.estimate import CPU_MARGIN, Estimate, estimate, models_of_step
 from utils.planning.meta_model import MetaModel
@@ -244,6 +245,8 @@ def _parameters(args, step: int, configs: dict, tokenizer) -> tuple[str, dict[st
     models = models_of_step(args, step, configs, tokenizer)
     if step == 1 and args.packing:
         refuse_state(models["model"].model)
+    if step < 3 and args.quantize is not None:
+        check_packing_share(models["model"].model)
     parts = []
     for name, model in models.items():
         sizes, layers = model.sizes, len(model.adapted)
