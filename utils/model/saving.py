@@ -219,7 +219,7 @@ def _save(module, folder: Path, max_shard_size, write_rest=lambda target, scratc
     barrier()
 
 
-def save_weights(module, folder: Path, max_shard_size: int | str | None = None, alone: bool = False) -> None:
+def save_weights(module, folder: Path, max_shard_size: int | str | None = None, *, alone: bool = False) -> None:
     """The weights, without configuration and tokenizer; every rank must call this unless rank 0 saves ``alone``."""
     _save(module, folder, max_shard_size or MAX_SHARD_SIZE, alone=alone)
 
@@ -231,7 +231,7 @@ def _align_special_tokens(config, tokenizer) -> None:
 
 
 def save_pretrained_model(
-    model, tokenizer, folder: Path, max_shard_size: int | str | None = None, alone: bool = False
+    model, tokenizer, folder: Path, max_shard_size: int | str | None = None, *, alone: bool = False
 ) -> None:
     """Write config, generation config, safetensors and the full tokenizer to ``folder``; every rank must call this.
 
