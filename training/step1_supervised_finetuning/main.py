@@ -8,7 +8,6 @@ The loss is the mean over the real tokens of an optimizer step, however they fal
 accumulation; every finished answer ends with one EOS that is learned like any other token.
 """
 
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,18 +23,19 @@ from utils.engine import build
 from utils.engine.nonfinite import NonFiniteSteps
 from utils.engine.update import Update
 from utils.model import soft_prompt
-from utils.model.inputs import forward_accepts, sft_inputs
-from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
+from utils.model.inputs import sft_inputs
+from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count, perplexity_of, warn_diverged
 from utils.model.model_utils import check_model, create_hf_model
+from utils.model.packing import choose_packing, refuse_state
 from utils.planning.preflight import preflight
 from utils.process.console import now, print_rank_0, progress
-from utils.process.errors import UserError
 from utils.process.launch import init_distributed, run_main
 from utils.process.ranks import all_reduce_sum
 from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
+from utils.run.model_card import RunCard
 
 
 def load_data(args, tokenizer):
@@ -57,10 +57,8 @@ def load_model(args, tokenizer, ds_config):
     """The language model to train, behind a soft prompt where the flags ask for one."""
     options = build.model_options(args, args.dropout)
     model = create_hf_model(AutoModelForCausalLM, args.model_name_or_path, tokenizer, ds_config, **options)
-    if args.packing and not forward_accepts(model, "position_ids"):
-        raise UserError(
-            f"--packing: {type(model).__name__} takes no positions, so rows of a block cannot be kept apart"
-        )
+    if args.packing:
+        refuse_state(model)
     return model if args.soft_prompt is None else soft_prompt.make_soft_prompt_model(model, tokenizer, args)
 
 
@@ -76,17 +74,19 @@ def evaluate(engine, label_log_probs, loader, device) -> tuple[float, float]:
     engine.train()
     loss_sum, tokens = all_reduce_sum(total.float()).tolist()
     loss = loss_sum / max(tokens, 1)
-    return math.exp(min(loss, 700.0)), loss
+    return perplexity_of(loss), loss
 
 
 def main():
     # 1. Arguments, processes, seeds
-    args = arguments.build_parser(step=1).parse_args()
+    parser = arguments.build_parser(step=1)
+    args = parser.parse_args()
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=1)
-    args = arguments.settle(args, step=1)
+    given, args = args, arguments.settle(args, step=1)
     checkpoints = Checkpoints(args, "model_name_or_path")
+    arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 
     # 2. Tokenizer and data, after a look whether the model's files are all there and fit
@@ -97,6 +97,7 @@ def main():
     if args.soft_prompt is not None:
         soft_prompt.check_soft_prompt_inputs(args, tokenizer)
     train_dataset, sampler, train_loader, eval_loader = load_data(args, tokenizer)
+    card = RunCard.of(1, args, arguments.given_flags(parser, given), train_dataset)
     steps_per_epoch, total_steps = sampler.steps(), args.num_train_epochs * sampler.steps()
 
     # 3. Model, optimizer, engine
@@ -106,6 +107,7 @@ def main():
     learning_rate = args.learning_rate if args.soft_prompt is None else args.soft_prompt_learning_rate
     engine = build.trained_engine(model, args, ds_config, total_steps, learning_rate=learning_rate)
     label_log_probs, update = LabelLogProbs(engine), Update({"model": engine})
+    packing = choose_packing(label_log_probs) if args.packing else ""
     nonfinite = NonFiniteSteps(args.skip_nonfinite, sampler, checkpoints.save_before_step)
     checkpoints.resume(writer, train_dataset, {"model": engine}, nonfinite=nonfinite)
 
@@ -113,6 +115,7 @@ def main():
         print_rank_0(f"***** Evaluating perplexity, Epoch {epoch}/{args.num_train_epochs} *****")
         perplexity, loss = evaluate(engine, label_log_probs, eval_loader, device)
         print_rank_0(f"ppl: {perplexity}, loss: {loss}")
+        warn_diverged(loss)
         writer.write(checkpoints.steps, {"perplexity": perplexity, "loss": loss}, "eval")
 
     # 4. Train
@@ -130,7 +133,8 @@ def main():
             learned, tokens, rows = batching.count_window(window, batching.count_batch, device)
             for batch in update.micro_batches(window):
                 batch = batching.to_device(batch, device)
-                loss_sum = causal_lm_loss_sum(label_log_probs, sft_inputs(engine.module, batch), batch["labels"])
+                inputs = sft_inputs(engine.module, batch, packing)
+                loss_sum = causal_lm_loss_sum(label_log_probs, inputs, batch["labels"])
                 update.backward(loss_sum / max(learned, 1))
             figures = update.step(partial(nonfinite.skip, step=step))
             if args.print_loss:
@@ -138,7 +142,7 @@ def main():
                 print(f"{place}, loss = {figures['loss']}", flush=True)
             seconds = watch.lap()
             bar.note(perf.pace(tokens, seconds))
-            figures |= {"lr": engine.get_lr()[0], "skipped_steps": nonfinite.skipped}
+            figures |= {"skipped_steps": nonfinite.skipped}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
                 figures |= perf.print_throughput(engine, args, seconds, tokens=int(tokens), rows=int(rows))
             writer.write(checkpoints.steps + 1, figures)
@@ -149,9 +153,9 @@ def main():
     if args.output_dir is not None:
         print_rank_0("saving the final model ...")
         if args.soft_prompt is not None:
-            soft_prompt.save_soft_prompt(engine.module, tokenizer, Path(args.output_dir))
+            results.save_trained_soft_prompt(engine, tokenizer, args, card)
         else:
-            results.save_trained_model(engine, tokenizer, args, args.model_name_or_path)
+            results.save_trained_model(engine, tokenizer, args, args.model_name_or_path, card=card)
     checkpoints.finish()
     writer.close()
 

@@ -34,6 +34,7 @@ from utils.process.ranks import all_reduce_sum
 from utils.process.seeds import set_random_seed
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
+from utils.run.model_card import RunCard
 
 
 def load_data(args, tokenizer):
@@ -98,18 +99,21 @@ def print_scores(figures: dict[str, float]) -> None:
 
 def main():
     # 1. Arguments, processes, seeds
-    args = arguments.build_parser(step=2).parse_args()
+    parser = arguments.build_parser(step=2)
+    args = parser.parse_args()
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=2)
-    args = arguments.settle(args, step=2)
+    given, args = args, arguments.settle(args, step=2)
     checkpoints = Checkpoints(args, "model_name_or_path")
+    arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 
     # 2. Tokenizer and data, after a look whether the model's files are all there and fit
     check_model(AutoModel, args.model_name_or_path, args.trust_remote_code, lengths={"--max_seq_len": args.max_seq_len})
     tokenizer = build.load_tokenizer(args, args.model_name_or_path)
     train_dataset, sampler, train_loader, eval_loader = load_data(args, tokenizer)
+    card = RunCard.of(2, args, arguments.given_flags(parser, given), train_dataset)
     steps_per_epoch, total_steps = sampler.steps(), args.num_train_epochs * sampler.steps()
 
     # 3. Model, optimizer, engine
@@ -155,7 +159,7 @@ def main():
                 epoch_loss.update(figures["loss"])
             seconds = watch.lap()
             bar.note(perf.pace(tokens, seconds))
-            figures |= {"lr": engine.get_lr()[0], "skipped_steps": nonfinite.skipped}
+            figures |= {"skipped_steps": nonfinite.skipped}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
                 figures |= perf.print_throughput(engine, args, seconds, tokens=int(tokens), rows=int(answers))
             steps = checkpoints.steps + 1
@@ -173,7 +177,7 @@ def main():
         print_rank_0("saving model ...")
         model.config.reward_score_mean = last_figures["score_mean"]
         model.config.reward_score_std = last_figures["score_std"]
-        results.save_trained_model(engine, tokenizer, args, args.model_name_or_path)
+        results.save_trained_model(engine, tokenizer, args, args.model_name_or_path, card=card)
     checkpoints.finish()
     writer.close()
 

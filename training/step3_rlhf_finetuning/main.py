@@ -42,6 +42,7 @@ from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank, get_world_size
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
+from utils.run.model_card import RunCard
 
 
 def check_models(args, tokenizer) -> None:
@@ -97,7 +98,7 @@ def generate(trainer, prompt_batches, args, step: int, times: StepTimes, refuse)
     return Experience.concat(rounds, trainer.tokenizer.pad_token_id)
 
 
-def save(args, rlhf_engine, tokenizer) -> None:
+def save(args, rlhf_engine, tokenizer, card: RunCard) -> None:
     """Each trained model, and the average of the actor, to its folder under --output_dir."""
     if args.output_dir is None:
         return
@@ -109,25 +110,28 @@ def save(args, rlhf_engine, tokenizer) -> None:
         ("actor_ema", rlhf_engine.actor_ema, actor_path),
     ):
         if engine is not None:
-            results.save_trained_model(engine, tokenizer, args, start, sub_folder=name)
+            results.save_trained_model(engine, tokenizer, args, start, sub_folder=name, card=card)
 
 
 def main():
     # 1. Arguments, processes, seeds
-    args = arguments.build_parser(step=3).parse_args()
+    parser = arguments.build_parser(step=3)
+    args = parser.parse_args()
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=3)
-    args = arguments.settle(args, step=3)
+    given, args = args, arguments.settle(args, step=3)
     batch = arguments.RLHFBatchSizes.of(args)
     reward_functions = load_reward_functions(args.reward_function)
     checkpoints = Checkpoints(args, "actor_model_name_or_path", "critic_model_name_or_path")
+    arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 
     # 2. Tokenizer and prompts, after a look whether both models' files are all there and fit
     tokenizer = build.load_tokenizer(args, args.actor_model_name_or_path)
     check_models(args, tokenizer)
     prompts, sampler, loader, updates = load_prompts(args, tokenizer, batch, reward_functions)
+    card = RunCard.of(3, args, arguments.given_flags(parser, given), prompts)
     unsupervised = UnsupervisedBatches(args, tokenizer) if args.unsupervised_dataset_name else None
 
     # 3. The engines and the trainer
@@ -188,7 +192,7 @@ def main():
             break
 
     # 5. Save
-    save(args, rlhf_engine, tokenizer)
+    save(args, rlhf_engine, tokenizer, card)
     if checkpoints.steps < stop_after:  # a test is not the whole run
         checkpoints.finish()
     writer.close()

@@ -98,13 +98,18 @@ class Reporter:
         run = {
             "updates": len(losses),
             "skipped_updates": self.trainer.skipped_updates,
-            **{f"{name}_lr": engine.get_lr()[0] for name, engine in self.engine.trained_engines().items()},
+            **self._learning_rates(losses),
             "seconds": times.total,
             "generate_seconds": times.generate,
             "training_seconds": times.training,
         }
         self.writer.write(step, metrics | averaged | throughput | run)
         return answer_tokens
+
+    def _learning_rates(self, losses) -> dict[str, float]:
+        """Of the last update of the step; without one, of that to come."""
+        engines = self.engine.trained_engines()
+        return {f"{name}_lr": losses[-1][f"{name}_lr"] if losses else engines[name].get_lr()[0] for name in engines}
 
 
 def sample_rows(experience: Experience, tokenizer, count: int) -> list[dict]:

@@ -254,6 +254,11 @@ class PackedDataset(Dataset):
         self.lengths = np.array([sum(int(dataset.lengths[i]) for i in block) for block in self.blocks])
         self.fill = self.lengths.sum() / (block_size * max(len(self.blocks), 1))
 
+    @property
+    def counts(self):
+        """What became of the rows, as in the dataset that is packed."""
+        return self.dataset.counts
+
     def __len__(self):
         return len(self.blocks)
 

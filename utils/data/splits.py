@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from utils.data.readers import (
@@ -28,6 +27,7 @@ from utils.data.readers import (
     text_fingerprint,
 )
 from utils.process.console import print_rank_0
+from utils.process.hub import HUB_NAME, trouble_with_hub
 
 EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")  # names of the eval split, the first found counts
 # Files of the hub's layout that describe a dataset and hold no rows.
@@ -37,9 +37,7 @@ SPLIT_IN_NAME = re.compile(
 )
 # "-00000-of-00004-0a1b2c3d4e5f6a7b", "_3", ".part2", or a name that is nothing else: a piece of a split.
 SHARD = re.compile(r"(?:^|[-_.])(?:part|shard|chunk)?[-_]?\d+(?:[-_]of[-_]\d+(?:-[0-9a-f]{6,})?)?$", re.IGNORECASE)
-HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")  # owner/name
 ALL = "all"  # a choice: every configuration, or every training split
-HUB_SECONDS = 5  # for the hub's first answer
 
 
 class Flags(NamedTuple):
@@ -234,6 +232,18 @@ def _splits(
 # ---------------------------------------------------------------- files and folders
 
 
+def refuse_model(path: Path) -> None:
+    """Raises: DataError for the folder of a model, or of step 3's models: json files lie there too, and are no data."""
+    for folder in (path, path / "actor"):
+        config = next((name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()), None)
+        weights = [file.name for kind in ("*.safetensors", "*.bin") for file in sorted(folder.glob(kind))]
+        if config and weights:
+            raise DataError(
+                f"{path} is a model folder ({folder / config} beside {weights[0]}); here a file, a folder or a name of "
+                "data is expected; models are given by flags that end in model_name_or_path"
+            )
+
+
 def open_splits(
     path: str | os.PathLike, config: str | None = None, split: str | None = None, flags: Flags | None = None
 ) -> Splits:
@@ -252,6 +262,7 @@ def open_splits(
         DataError: nothing to read there, or several that could be meant; the error of a split comes when it is opened.
     """
     path, flags = Path(path), flags or Flags()
+    refuse_model(path)
     if path.is_file():
         if split or (config and config != ALL):
             flag = f"{flags.split} {split}" if split else f"{flags.config} {config}"
@@ -426,7 +437,7 @@ def splits_of_hub(
     import datasets  # as above
 
     flags = flags or Flags()
-    trouble = _trouble_with_hub(hub_name)
+    trouble = trouble_with_hub(hub_name, "dataset")
     if isinstance(trouble, RepositoryNotFoundError):
         raise DataError(
             f"dataset {hub_name!r}: not found locally ({_places(tried)}), and the hub has none of this name, or it is "
@@ -455,15 +466,6 @@ def splits_of_hub(
 
 def _places(tried: Sequence[Path]) -> str:
     return f"looked for {' or '.join(map(str, tried))}"
-
-
-def _trouble_with_hub(hub_name: str) -> Exception | None:
-    """What keeps the hub from answering for a dataset, found with one request; the library would try for a while."""
-    try:
-        HfApi().dataset_info(hub_name, timeout=HUB_SECONDS)
-    except Exception as error:  # each version of the client has network errors of its own
-        return error
-    return None
 
 
 @contextmanager

@@ -219,6 +219,11 @@ def _save(module, folder: Path, max_shard_size, write_rest=lambda target, scratc
     barrier()
 
 
+def write_readme(folder: Path, text: str | None) -> None:
+    if text is not None:
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+
 def save_weights(module, folder: Path, max_shard_size: int | str | None = None, *, alone: bool = False) -> None:
     """The weights, without configuration and tokenizer; every rank must call this unless rank 0 saves ``alone``."""
     _save(module, folder, max_shard_size or MAX_SHARD_SIZE, alone=alone)
@@ -231,7 +236,13 @@ def _align_special_tokens(config, tokenizer) -> None:
 
 
 def save_pretrained_model(
-    model, tokenizer, folder: Path, max_shard_size: int | str | None = None, *, alone: bool = False
+    model,
+    tokenizer,
+    folder: Path,
+    max_shard_size: int | str | None = None,
+    readme: str | None = None,
+    *,
+    alone: bool = False,
 ) -> None:
     """Write config, generation config, safetensors and the full tokenizer to ``folder``; every rank must call this.
 
@@ -239,6 +250,7 @@ def save_pretrained_model(
 
     Args:
         max_shard_size: bytes, or text as in "5GB"; a larger model is written in several files with an index.
+        readme: the text of README.md, on rank 0; None for none.
         alone: rank 0 saves and no other rank need call this; of weights that ZeRO-3 has sharded all but these.
     """
 
@@ -254,6 +266,7 @@ def save_pretrained_model(
                 if not file.name.endswith(".safetensors"):
                     file.rename(scratch / file.name)
         tokenizer.save_pretrained(scratch)
+        write_readme(scratch, readme)
 
     if alone and is_sharded(model):
         if get_rank() == 0:
