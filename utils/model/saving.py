@@ -224,7 +224,7 @@ def write_readme(folder: Path, text: str | None) -> None:
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def save_weights(module, folder: Path, max_shard_size: int | str | None = None, alone: bool = False) -> None:
+def save_weights(module, folder: Path, max_shard_size: int | str | None = None, *, alone: bool = False) -> None:
     """The weights, without configuration and tokenizer; every rank must call this unless rank 0 saves ``alone``."""
     _save(module, folder, max_shard_size or MAX_SHARD_SIZE, alone=alone)
 
@@ -241,6 +241,7 @@ def save_pretrained_model(
     folder: Path,
     max_shard_size: int | str | None = None,
     readme: str | None = None,
+    *,
     alone: bool = False,
 ) -> None:
     """Write config, generation config, safetensors and the full tokenizer to ``folder``; every rank must call this.
