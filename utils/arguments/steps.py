@@ -15,6 +15,7 @@ from utils.arguments.model import (
 )
 from utils.arguments.rlhf import add_rlhf_arguments, check_rlhf
 from utils.arguments.run import add_run_arguments, settle_common
+from utils.arguments.watching import add_watching_arguments, check_watching
 from utils.process.files import check_output_dir
 from utils.process.ranks import agree
 from utils.process.world import is_rank_0
@@ -44,6 +45,7 @@ def build_parser(step: int) -> argparse.ArgumentParser:
     else:
         add_rlhf_arguments(parser)
     add_run_arguments(parser, step)
+    add_watching_arguments(parser, step)
     if step == 1:
         _add_sft_arguments(parser.add_argument_group("step 1"))
     elif step == 2:
@@ -84,8 +86,6 @@ def _add_reward_arguments(group) -> None:
         help="weight of (chosen + rejected end score)^2 in the loss, which keeps the scores around 0, as in 0.01; "
         "0 for off",
     )
-    add("--eval_interval", type=int, default=0, help="evaluate every so many optimizer steps; 0 after epochs only")
-    add("--eval_iters", type=int, default=100, help="evaluation batches per rank; 0 for all")
 
 
 class Settled(argparse.Namespace):
@@ -123,6 +123,7 @@ def check_step(args: argparse.Namespace, step: int) -> None:
         UserError: a combination that cannot work.
     """
     args.deepspeed_config_overrides = args.deepspeed_config_overrides or args.deepspeed_config
+    check_watching(args, step)
     if step == 3:
         check_rlhf(args)
         return

@@ -33,16 +33,16 @@ def save_lora_adapters(model, tokenizer, args, base_model_name_or_path, sub_fold
         save_lora_adapter(module, tokenizer, base_model_name_or_path, folder, args.trust_remote_code)
 
 
-def save_quantised_model(model, tokenizer, args, base_model_name_or_path) -> None:
+def save_quantised_model(model, tokenizer, args, base_model_name_or_path, sub_folder="") -> None:
     """Save a QLoRA model whole: its adapters, and their update folded into the base's own files; on every rank.
 
     The packed weights are not saved: they are the base's, rounded.
     """
-    save_lora_adapters(model, tokenizer, args, base_model_name_or_path)
+    save_lora_adapters(model, tokenizer, args, base_model_name_or_path, sub_folder)
 
     def merge() -> None:
         if is_rank_0():
-            folder = Path(args.output_dir)
+            folder = Path(args.output_dir) / sub_folder
             save_merged_model(base_model_name_or_path, read_adapter(folder / "adapter"), folder, args.max_shard_size)
 
     agree(merge)
@@ -51,7 +51,7 @@ def save_quantised_model(model, tokenizer, args, base_model_name_or_path) -> Non
 def save_trained_model(model, tokenizer, args, base_model_name_or_path, sub_folder="") -> None:
     """Save a model in every form that the flags ask for; every rank must call this."""
     if args.quantize is not None:
-        save_quantised_model(model, tokenizer, args, base_model_name_or_path)
+        save_quantised_model(model, tokenizer, args, base_model_name_or_path, sub_folder)
         return
     save_hf_format(model, tokenizer, args, sub_folder)
     if args.save_lora_adapters:
