@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from utils.process.world import get_rank, is_rank_0
 
-PROGRESS_SECONDS = {"classic": 10, "brief": 60}  # between progress lines where there is no terminal
+PROGRESS_SECONDS = 10  # between progress lines where there is no terminal
+BRIEF_FACTOR = 6  # more between them where the steps have lines of their own
 
 _kind = "classic"
 
@@ -75,9 +76,10 @@ class progress:
             yield from self._bar
             return
         start = last = time.monotonic()
+        seconds = PROGRESS_SECONDS * (BRIEF_FACTOR if is_brief() else 1)
         for done, item in enumerate(self._iterable):
             moment = time.monotonic()
-            if moment - last >= PROGRESS_SECONDS[_kind] and done and self._total:
+            if moment - last >= seconds and done and self._total:
                 last, filled = moment, 30 * done // self._total
                 left = datetime.timedelta(seconds=round((moment - start) / done * (self._total - done)))
                 bar = f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{self._total}"
