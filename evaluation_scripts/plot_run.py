@@ -4,6 +4,8 @@
 python evaluation_scripts/plot_run.py output/quickstart/step3
 python evaluation_scripts/plot_run.py output/a/step3 output/b/step3 --output compare.html --smooth 0.8
 python evaluation_scripts/plot_run.py output/sft --metrics train/loss train/grad_norm
+
+Training curves are smoothed where that is asked for; evaluations stand as they are, and the last one counts.
 """
 
 import argparse
@@ -23,12 +25,13 @@ from utils.run.metrics_file import METRICS_FILE
 # What a reader wants first, in this order, of whichever step the runs are of.
 FIRST_LOOK = (
     *("train/loss", "eval/perplexity", "eval/accuracy", "train/accuracy"),
-    *("train/score", "train/kl", "train/answer_length", "train/eos_rate", "train/entropy"),
+    *("train/score", "eval/score", "train/kl", "eval/kl", "train/answer_length", "train/eos_rate", "train/entropy"),
     *("train/actor_loss", "train/critic_loss", "train/explained_variance", "train/clip_fraction"),
     *("train/grad_norm", "train/actor_grad_norm", "train/lr", "train/actor_lr", "train/tokens_per_second"),
 )
 UNITS = {
     "train/kl": "nats per answer",
+    "eval/kl": "nats per answer",
     "train/answer_length": "tokens",
     "train/eos_rate": "share of answers",
     "train/entropy": "nats",
@@ -37,7 +40,13 @@ UNITS = {
     "train/tokens_per_second": "tokens/s",
 }
 COLORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#bab0ac")
+MEAN_OF = 10  # last rows of a training curve, which jumps from step to step
 Curve = list[tuple[float, float]]  # (step, value)
+
+
+def is_training(metric: str) -> bool:
+    """Whether its rows come with steps of training, and not with evaluations."""
+    return metric.startswith("train/")
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
@@ -98,7 +107,7 @@ def choose(runs: list[dict[str, Curve]], wanted: list[str] | None) -> list[str]:
     """
     known = sorted(set().union(*runs))
     if wanted is None:
-        shown = [name for name in FIRST_LOOK if any(len(run.get(name, ())) > 1 for run in runs)]
+        shown = [name for name in FIRST_LOOK if any(len(run.get(name, ())) > is_training(name) for run in runs)]
         return shown or known
     for name in wanted:
         if name not in known:
@@ -107,7 +116,11 @@ def choose(runs: list[dict[str, Curve]], wanted: list[str] | None) -> list[str]:
 
 
 def draw(runs: dict[str, dict[str, Curve]], metrics: list[str], weight: float):
-    """One panel per metric, one colour per run; with ``weight`` above 0 the raw curve pale behind the smoothed."""
+    """One panel per metric, one colour per run; a smoothed training curve has the raw one pale behind it.
+
+    Args:
+        weight: of the past, in smoothing; 0 for none.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -119,8 +132,8 @@ def draw(runs: dict[str, dict[str, Curve]], metrics: list[str], weight: float):
     for axis, metric in zip(axes.flat, metrics, strict=False):
         for i, (name, curves) in enumerate(runs.items()):
             curve, color = curves.get(metric, []), COLORS[i % len(COLORS)]
-            marker = "o" if len(curve) < 3 else None
-            if weight:
+            marker = "o" if len(curve) < 3 or not is_training(metric) else None
+            if weight and is_training(metric):
                 axis.plot([p[0] for p in curve], [p[1] for p in curve], color=color, alpha=0.25, linewidth=1)
                 curve = smooth(curve, weight)
             steps, values = [p[0] for p in curve], [p[1] for p in curve]
@@ -128,7 +141,7 @@ def draw(runs: dict[str, dict[str, Curve]], metrics: list[str], weight: float):
         values = [value for curves in runs.values() for _, value in curves.get(metric, ())]
         if min(values) > 0 and max(values) > 100 * min(values):
             axis.set_yscale("log")
-        axis.set_title(metric.removeprefix("train/"), fontsize=10)
+        axis.set_title(_title(metric, [curves.get(metric, []) for curves in runs.values()]), fontsize=10)
         axis.set_ylabel(UNITS.get(metric, ""), fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
@@ -144,14 +157,34 @@ def draw(runs: dict[str, dict[str, Curve]], metrics: list[str], weight: float):
     return figure
 
 
-def last_values(runs: dict[str, dict[str, Curve]], metrics: list[str], count: int = 10) -> list[list[str]]:
-    """Rows of (metric, mean of the last values of each run)."""
+def _title(metric: str, curves: list[Curve]) -> str:
+    """The name of a metric, and of a single run's evaluations the last."""
+    if is_training(metric) or len(curves) > 1:
+        return metric.removeprefix("train/")
+    step, value = curves[0][-1]
+    return f"{metric}: {value:.4g} at step {step}"
 
-    def mean(curve: Curve) -> str:
-        values = [value for _, value in curve[-count:]]
-        return f"{sum(values) / len(values):.4g}" if values else ""
 
-    return [[metric, *(mean(curves.get(metric, [])) for curves in runs.values())] for metric in metrics]
+def last_values(runs: dict[str, dict[str, Curve]], metrics: list[str]) -> list[list[str]]:
+    """Rows of (metric, the last value of each run and its step); of training curves with the mean of the last rows."""
+
+    def cell(metric: str, curve: Curve) -> str:
+        if not curve:
+            return ""
+        step, value = curve[-1]
+        text = f"{value:.6g} at step {step}"
+        values = [value for _, value in curve[-MEAN_OF:]]
+        if is_training(metric) and len(values) > 1:
+            text += f" (mean of the last {len(values)}: {sum(values) / len(values):.6g})"
+        return text
+
+    return [[metric, *(cell(metric, curves.get(metric, [])) for curves in runs.values())] for metric in metrics]
+
+
+def print_table(rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def write_page(figure, runs, metrics, file: Path) -> None:
@@ -159,7 +192,7 @@ def write_page(figure, runs, metrics, file: Path) -> None:
     svg = io.StringIO()
     figure.savefig(svg, format="svg")
     drawing = svg.getvalue()[svg.getvalue().index("<svg") :]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("mean of the last 10 rows", *runs))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("last value", *runs))
     rows = last_values(runs, metrics)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
     file.write_text(
@@ -195,7 +228,12 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT", help="--output_dir of a step, one per run")
     parser.add_argument("--output", type=Path, default=None, help=".png or .html file; default: OUTPUT/curves.png")
     parser.add_argument("--metrics", nargs="+", default=None, help="names, as in train/loss; default: a first look")
-    parser.add_argument("--smooth", type=smoothing, default=0.0, help="weight of the past in a moving average; 0: off")
+    parser.add_argument(
+        "--smooth",
+        type=smoothing,
+        default=0.0,
+        help="weight of the past in a moving average of training curves; 0: off",
+    )
     args = parser.parse_args()
     output = args.output or (args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent) / "curves.png"
     if output.suffix not in (".png", ".html"):
@@ -207,6 +245,7 @@ def main() -> None:
         write_page(figure, runs, metrics, output)
     else:
         figure.savefig(output, dpi=110)
+    print_table([["last value", *runs], *last_values(runs, metrics)])
     print(f"{len(metrics)} curves of {len(runs)} {'runs' if len(runs) > 1 else 'run'}: {output}")
 
 

@@ -38,11 +38,12 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 @pytest.fixture(autouse=True)
-def own_answer_to_sigterm():
-    """A run that ends by an error leaves its answer to SIGTERM behind, as its process is to end."""
-    before = signal.getsignal(signal.SIGTERM)
+def own_answer_to_signals():
+    """A run that ends by an error leaves its answer to signals behind, as its process is to end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, answer in before.items():
+        signal.signal(number, answer)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ step() { # step NUMBER FOLDER FLAGS...
         return
     fi
     echo "=== step $1 ($SECONDS s so far) ===" >&2
-    launch "$1" "$output/$2" "${@:3}"
+    launch "$1" "$output/$2" --overwrite_output_dir "${@:3}"
     if [ -z "${DRY_RUN:-}" ]; then touch "$output/$2/done"; fi
 }
 

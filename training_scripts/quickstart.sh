@@ -29,7 +29,7 @@ mkdir -p "$output"
 step() { # step NUMBER FLAGS...
     echo
     echo "=== step $1 ($((SECONDS - started)) s so far) ==="
-    launch "$1" "$output/step$1" "${@:2}"
+    launch "$1" "$output/step$1" --overwrite_output_dir "${@:2}"
 }
 
 common=(--data_path local/demo --data_split "4,3,3" --data_output_path "$output/data" --dtype fp32 --seed "$seed" --console brief)

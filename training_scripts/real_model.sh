@@ -49,7 +49,7 @@ has_module() { python -c "import importlib.util, sys; sys.exit(importlib.util.fi
 step() { # step NUMBER FLAGS...
     echo
     echo "=== step $1 ($((SECONDS - started)) s so far) ==="
-    launch "$1" "$output/step$1" "${@:2}"
+    launch "$1" "$output/step$1" --overwrite_output_dir "${@:2}"
 }
 
 common=(--data_path "$data" --data_split "$split" --data_output_path "$output/data" --dtype bf16 --seed "$seed"

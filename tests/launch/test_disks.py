@@ -61,7 +61,7 @@ def test_no_room_for_the_model_leaves_the_checkpoint_and_no_half_of_it(run_step,
     arguments = [*start(1), *flags(text, output_dir=output, checkpoint_dir=tmp_path / "checkpoints")]
     with pytest.raises(UserError, match=r"could not save the model to .*: .*No space left on device"):
         run_step(1, arguments)
-    assert [file.name for file in output.iterdir()] == ["metrics.jsonl"]
+    assert {file.name for file in output.iterdir()} == {"metrics.jsonl", "run_config.yaml"}
     # The training is not lost: with room the model is saved by the next start.
     run_step(1, [*arguments, *flags("--resume auto", output_dir=tmp_path / "elsewhere")])
     assert (tmp_path / "elsewhere/model.safetensors").exists()

@@ -1,6 +1,8 @@
 """Runs that are stopped or lose a rank, and their next start."""
 
 import multiprocessing
+import os
+import re
 import signal
 import subprocess
 import time
@@ -41,30 +43,41 @@ def test_sigterm_ends_a_forked_worker_of_a_rank(run_step, start, tmp_path, monke
     assert ends == [-signal.SIGTERM]
 
 
-LAUNCHERS = ("torchrun", "deepspeed")
+CASES = [(launcher, number) for launcher in ("torchrun", "deepspeed") for number in (signal.SIGTERM, signal.SIGINT)]
 
 
-def stop_by_sigterm(launcher, arguments, output) -> int:
-    """Start two ranks, stop the launcher in the middle; the steps that the checkpoint says are done."""
-    command = launch_command(SCRIPTS / "patched_main.py", [*arguments, "--output_dir", output], launcher, ranks=2)
+SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+
+
+def stop(number, launcher, arguments, output, ranks=2) -> str:
+    """Start ranks, stop them in the middle; what they said.
+
+    SIGTERM goes to the launcher; SIGINT to all of its processes, as a terminal sends it.
+    """
+    command = launch_command(SCRIPTS / "patched_main.py", [*arguments, "--output_dir", output], launcher, ranks)
     environment = surroundings(PATCH="slow_steps", PYTHONPATH=PYTHONPATH)
     metrics, log = output / "metrics.jsonl", output.with_suffix(".log")
+    said = f"stopped by {SIGNALS[number]}"
     with log.open("w") as console:
-        run = subprocess.Popen(command, stdout=console, stderr=console, env=environment)
+        run = subprocess.Popen(command, stdout=console, stderr=console, env=environment, start_new_session=True)
     try:
         end = time.monotonic() + 120
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:  # the first evaluation is one of them
             assert run.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.05)
-        run.terminate()
+        os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
         run.wait(60)
-        while "stopped by SIGTERM after" not in log.read_text():  # deepspeed goes before its ranks
+        while said not in log.read_text():  # deepspeed goes before its ranks
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.05)
     finally:
         run.kill()
-    assert "Traceback (most recent call last)" not in log.read_text().split("stopped by SIGTERM")[0], log.read_text()
-    return newest_checkpoint(output / "checkpoints").state["steps"]
+    console = log.read_text()
+    # What torchrun and deepspeed say of the signal to themselves is theirs.
+    assert launcher != "python" or "Traceback" not in console, console
+    assert not re.search(r"Traceback(?!.*(SignalException|runner\.py))", console, re.DOTALL), console
+    assert console.count(said) == 1, console
+    return console
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +86,28 @@ def stopped(small_models, pairs_folder, cache_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
     arguments = step_arguments(1, small_models, pairs_folder, cache_folder)
     arguments += flags("--zero_stage 2 --checkpoint_steps 100 --resume auto")
-    steps = {launcher: stop_by_sigterm(launcher, arguments, folder / launcher) for launcher in LAUNCHERS}
-    runs = [(1, [*arguments, "--output_dir", folder / name]) for name in ("plain", *LAUNCHERS)]
+    steps = {}
+    for launcher, number in CASES:
+        output = folder / f"{launcher}-{number}"
+        assert f"{SIGNALS[number]}: finishing the step" in stop(number, launcher, arguments, output)
+        steps[output.name] = newest_checkpoint(output / "checkpoints").state["steps"]
+    runs = [(1, [*arguments, "--output_dir", folder / name]) for name in ("plain", *steps)]
     return folder, steps, run_in_one_launch(runs, folder)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_sigterm_to_a_launcher_stops_and_saves_two_ranks_and_the_rest_is_done_by_the_next_start(stopped, launcher):
-    folder, steps, console = stopped
-    assert 2 <= steps[launcher] < 8
-    assert f"step-{steps[launcher]:08d}: {steps[launcher]} steps are done" in console, console
-    assert_same_run(folder / "plain", folder / launcher)
+@pytest.mark.parametrize("launcher, number", CASES)
+def test_a_signal_stops_and_saves_two_ranks_and_the_rest_is_done_by_the_next_start(stopped, launcher, number):
+    (folder, steps, console), name = stopped, f"{launcher}-{number}"
+    assert 2 <= steps[name] < 8
+    assert f"step-{steps[name]:08d}: {steps[name]} steps are done" in console, console
+    assert_same_run(folder / "plain", folder / name)
+
+
+def test_ctrl_c_under_plain_python_saves_and_ends_well_or_says_that_nothing_is_kept(start, tmp_path):
+    console = stop(signal.SIGINT, "python", [*start(1), *flags("--checkpoint_steps 100")], tmp_path / "kept")
+    assert "stopped by Ctrl-C after" in console and newest_checkpoint(tmp_path / "kept/checkpoints") is not None
+    console = stop(signal.SIGINT, "python", start(1), tmp_path / "lost")
+    assert "stopped by Ctrl-C; nothing of this run is kept (--checkpoint_steps" in console
 
 
 def test_torchrun_starts_the_ranks_again_when_one_is_killed_and_they_go_on(start, tmp_path):

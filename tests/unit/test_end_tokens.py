@@ -68,7 +68,7 @@ def test_end_tokens_are_eos_the_turns_end_and_the_special_ones_that_the_model_na
 
 def test_a_template_that_training_wrote_down_adds_no_end_token(tmp_path):
     tokenizer = _tokenizer(tmp_path)
-    prompt_format.carry_template(tokenizer, prompt_format.TURNS)
+    prompt_format.remember(tokenizer, prompt_format.HH)
     assert end_token_ids(_model(None), tokenizer) == [tokenizer.eos_token_id]
 
 

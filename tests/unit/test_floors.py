@@ -11,6 +11,7 @@ FLOORS = {
     "utils.module": 2,
     "utils.demo": 2,
     "utils.ds_utils": 2,
+    "utils.precision": 2,
     "utils.model": 3,
 }
 FLOORS |= {f"utils.{room}": 4 for room in ("arguments", "generation", "engine", "perf")}

@@ -366,7 +366,7 @@ def test_a_chat_template_is_tried_before_data_is_prepared(folder, tmp_path, monk
     tokenizer = load_hf_tokenizer(folder)
     tokenizer.chat_template = NESTED + "{# of data #}"
     file = write_pairs(tmp_path / "pairs.jsonl", 20)
-    with pytest.raises(UserError, match=r"--chat_template: .*pairs\.jsonl, line \d+: .*does not come to an end"):
+    with pytest.raises(UserError, match=r"--chat_template: .*does not come to an end"):
         create_prompt_dataset(
             0, [str(file)], "1,1,1", str(tmp_path / "cache"), SFT, 1, tokenizer, 32, chat_template=True
         )
@@ -630,12 +630,12 @@ def test_flags_out_of_range(step, flag, value, capsys):
     with pytest.raises(SystemExit) as ended:
         parser.parse_args([*names, "x", flag, value])
     assert ended.value.code == 2
-    assert f"error: argument {flag}" in capsys.readouterr().err
+    assert f"error: {flag}" in capsys.readouterr().err
 
 
 def _common(**changes):
     args = dict(data_path=[], add_eot_token=False, eot_token="<e>", data_output_path="/nowhere", data_split="1,1,1")
-    args |= dict(data_config=None, dataset_split=None, dataset_config=None)
+    args |= dict(chat_template=False, prompt_format=None, data_config=None, dataset_split=None, dataset_config=None)
     return lambda: settle_common(argparse.Namespace(**args | changes))
 
 

@@ -47,8 +47,35 @@ def test_a_picture_beside_the_run_and_a_page_that_needs_no_other_file(tmp_path, 
     _plot(monkeypatch, first, second, "--output", tmp_path / "page.html", "--smooth", "0.5")
     page = (tmp_path / "page.html").read_text()
     assert "<svg" in page and "a&lt;b&gt;/step3" in page and "<b>" not in page
-    assert "<td>train/score</td><td>2</td><td>4</td>" in page  # the means of 0..4 and of their doubles
+    score = "<td>{0} at step 4 (mean of the last 5: {1})</td>"  # of 0..4, and of their doubles
+    assert f"<td>train/score</td>{score.format(4, 2)}{score.format(8, 4)}" in page
     assert "2 curves of 2 runs" in capsys.readouterr().out
+
+
+def test_the_last_evaluation_counts_and_only_training_curves_are_smoothed(tmp_path, monkeypatch, capsys):
+    rows = [{"step": 0, "eval/perplexity": 1582.71234}, {"step": 40, "eval/perplexity": 1.9187654}]
+    rows[1:1] = [{"step": i + 1, "train/loss": 8 / (i + 1)} for i in range(40)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = {}
+
+    def keep(figure, *_, **__):
+        for axis in figure.axes:
+            drawn[axis.get_title()] = [list(line.get_ydata()) for line in axis.get_lines()]
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
+    _plot(monkeypatch, tmp_path, "--smooth", "0.9")
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert drawn["eval/perplexity: 1.919 at step 40"] == [[1582.71234, 1.9187654]]
+    assert drawn["loss"] == [losses, [value for _, value in plot_run.smooth(list(enumerate(losses)), 0.9)]]
+    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert printed["eval/perplexity"] == f"{rows[-1]['eval/perplexity']:.6g} at step 40"
+    assert printed["train/loss"] == f"0.2 at step 40 (mean of the last 10: {sum(losses[-10:]) / 10:.6g})"
+
+
+def test_a_run_with_one_evaluation_shows_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "eval/accuracy": 0.75, "train/loss": 1}\n')
+    _plot(monkeypatch, tmp_path)
+    assert "eval/accuracy  0.75 at step 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

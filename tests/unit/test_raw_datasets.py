@@ -438,7 +438,7 @@ def test_hub_failure_says_where_was_looked_and_what_failed(tmp_path, monkeypatch
     def no_network(*args):
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(splits, "_trouble_with_hub", lambda name: None)
+    monkeypatch.setattr(splits, "trouble_with_hub", lambda *name: None)
     monkeypatch.setattr(datasets, "load_dataset", no_network)
     with pytest.raises(
         DataError, match=r"not found locally .* could not be downloaded because ConnectionError: no route to"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import load_main, make_model, make_reward_model
+from helpers import flags, load_main, make_model, make_reward_model, read_metrics
 from test_rlhf import _trainer
 
 from training.step3_rlhf_finetuning.reporting import StepTimes, sample_rows
@@ -211,3 +211,42 @@ def test_a_dry_run_refuses_what_the_run_would(trainer, rewards, monkeypatch):
     assert text.startswith("4 prompts") and asked == [{"keep_columns": "all"}]
     with pytest.raises(UserError, match="strange asks for"):
         preflight._data(trainer.args, 3, trainer.tokenizer, load_reward_functions([f"{rewards}:strange"]))
+
+
+GSM8K = """
+import json
+from pathlib import Path
+
+SEEN = Path(__file__).with_suffix(".seen")
+
+
+def final(text):
+    return text.rpartition("####")[2].strip()
+
+
+def exact(completions, answer, prompt_messages, **columns):
+    rows = [dict(zip(("completion", "answer", "messages"), row)) for row in zip(completions, answer, prompt_messages)]
+    with SEEN.open("a") as file:
+        file.writelines(json.dumps(row | {"columns": sorted(columns)}) + "\\n" for row in rows)
+    return [float(final(right) in said) for said, right in zip(completions, answer)]
+"""
+
+
+def test_gsm8k_rows_meet_the_answers_to_their_own_questions(model_folder, run_step, tmp_path):
+    rows = [{"question": f"How many are {n}?", "answer": f"They are {n}. #### {n}", "level": n} for n in range(8)]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "exact.py").write_text(GSM8K)
+    text = "--dtype fp32 --data_split 0,0,1 --reward_model_weight 0 --advantage_estimator grpo --max_answer_seq_len 8"
+    text += " --num_generations_per_prompt 2 --per_device_generation_batch_size 4 --per_device_training_batch_size 4"
+    places = dict(data_path=tmp_path / "gsm8k.jsonl", data_output_path=tmp_path / "cache", output_dir=tmp_path / "out")
+    places |= dict(reward_function=f"{tmp_path / 'exact.py'}:exact", actor_model_name_or_path=model_folder)
+    run_step(3, flags(text, **places))
+    seen = [json.loads(line) for line in (tmp_path / "exact.seen").read_text().splitlines()]
+    assert len(seen) == 12  # two answers to each of the rows that are trained on, in whole batches
+    for row in seen:
+        number = row["answer"].rpartition("#### ")[2]
+        assert row["messages"] == [{"role": "user", "content": f"How many are {number}?"}]
+        assert {"question", "level"} <= set(row["columns"])
+    hits = [float(row["answer"].rpartition("#### ")[2] in row["completion"]) for row in seen]
+    scores = [row["train/score/exact"] for row in read_metrics(tmp_path / "out") if "train/score/exact" in row]
+    assert np.mean(scores) == pytest.approx(np.mean(hits))

@@ -53,7 +53,7 @@ def test_training_splits_side_by_side_are_not_merged(tmp_path):
 def test_a_saved_dataset_and_the_hub_follow_the_same_rule(tmp_path, monkeypatch, saved):
     data = DatasetDict({name: Dataset.from_list(rows_of(name)) for name in PREFS})
     data.save_to_disk(str(tmp_path / "saved"))
-    monkeypatch.setattr(splits, "_trouble_with_hub", lambda name: None)
+    monkeypatch.setattr(splits, "trouble_with_hub", lambda *name: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: data)
 
     def opened(**choice):
@@ -136,7 +136,7 @@ def test_a_known_dataset_can_be_chosen_from_too(tmp_path):
 
 
 def test_a_hub_that_does_not_answer_is_told_at_once_with_the_way_to_a_copy(tmp_path, monkeypatch):
-    monkeypatch.setattr(splits, "_trouble_with_hub", lambda name: OSError("no route to host"))
+    monkeypatch.setattr(splits, "trouble_with_hub", lambda *name: OSError("no route to host"))
     begin = time.monotonic()
     with pytest.raises(DataError) as error:
         get_raw_dataset("some/nobody-has-this", str(tmp_path), 1, 0)
@@ -157,7 +157,7 @@ def test_an_earlier_download_is_read_without_the_hub_and_said(tmp_path, monkeypa
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(splits, "_trouble_with_hub", lambda name: OSError("no route to host"))
+    monkeypatch.setattr(splits, "trouble_with_hub", lambda *name: OSError("no route to host"))
     opened = splits.splits_of_hub("some/one", "en, ja", [tmp_path])
     assert read(opened) == ["en"] * 10 + ["ja"] * 10
     assert offline == [True, True] and not datasets.config.HF_HUB_OFFLINE
@@ -168,7 +168,7 @@ def test_configurations_of_the_hub_are_asked_for(tmp_path, monkeypatch):
     def load(name, config):
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']")
 
-    monkeypatch.setattr(splits, "_trouble_with_hub", lambda name: None)
+    monkeypatch.setattr(splits, "trouble_with_hub", lambda *name: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DataError, match=r"'some/one': choose with --dataset_config: .*\['main', 'socratic'\]"):
         get_raw_dataset("some/one", str(tmp_path), 1, 0)
@@ -176,6 +176,6 @@ def test_configurations_of_the_hub_are_asked_for(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["some/file.jsonl", "one", "a/b/c", "../x/y", "/abs/olute"])
 def test_what_is_no_hub_name_is_not_asked_of_the_hub(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(splits, "_trouble_with_hub", lambda name: pytest.fail("asked"))
+    monkeypatch.setattr(splits, "trouble_with_hub", lambda *name: pytest.fail("asked"))
     with pytest.raises(DataError, match="unknown dataset"):
         get_raw_dataset(name, str(tmp_path), 1, 0)

@@ -8,7 +8,6 @@ The loss is the mean over the real tokens of an optimizer step, however they fal
 accumulation; every finished answer ends with one EOS that is learned like any other token.
 """
 
-import math
 import sys
 from functools import partial
 from itertools import islice
@@ -26,7 +25,7 @@ from utils.engine.nonfinite import NonFiniteSteps
 from utils.engine.update import Update
 from utils.model import soft_prompt
 from utils.model.inputs import forward_accepts, sft_inputs
-from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
+from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count, perplexity_of
 from utils.model.model_utils import check_model, create_hf_model
 from utils.planning.preflight import preflight
 from utils.process.console import now, print_rank_0, progress, set_console
@@ -39,6 +38,7 @@ from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
 from utils.run.console_lines import SupervisedConsole
 from utils.run.evaluation import Evaluations
+from utils.run.model_card import RunCard
 
 
 def load_data(args, tokenizer):
@@ -80,26 +80,28 @@ def evaluate(engine, label_log_probs, loader, device, iterations: int) -> dict[s
     engine.train()
     loss_sum, tokens = all_reduce_sum(total.float()).tolist()
     loss = loss_sum / max(tokens, 1)
-    return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
+    return {"perplexity": perplexity_of(loss), "loss": loss}
 
 
-def save(args, engine, tokenizer, sub_folder: str = "", figures=None) -> None:
+def save(args, engine, tokenizer, card: RunCard, sub_folder: str = "", figures=None) -> None:
     """The model as it is, or its soft prompt, to --output_dir or a folder in it; ``figures`` have no place there."""
     if args.soft_prompt is not None:
-        soft_prompt.save_soft_prompt(engine.module, tokenizer, Path(args.output_dir) / sub_folder)
+        results.save_trained_soft_prompt(engine, tokenizer, args, sub_folder, card)
     else:
-        results.save_trained_model(engine, tokenizer, args, args.model_name_or_path, sub_folder)
+        results.save_trained_model(engine, tokenizer, args, args.model_name_or_path, sub_folder, card)
 
 
 def main():
     # 1. Arguments, processes, seeds
-    args = arguments.build_parser(step=1).parse_args()
+    parser = arguments.build_parser(step=1)
+    args = parser.parse_args()
     set_console(args.console)
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=1)
-    args = arguments.settle(args, step=1)
+    given, args = args, arguments.settle(args, step=1)
     checkpoints = Checkpoints(args, "model_name_or_path")
+    arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 
     # 2. Tokenizer and data, after a look whether the model's files are all there and fit
@@ -110,6 +112,7 @@ def main():
     if args.soft_prompt is not None:
         soft_prompt.check_soft_prompt_inputs(args, tokenizer)
     train_dataset, sampler, train_loader, eval_loader = load_data(args, tokenizer)
+    card = RunCard.of(1, args, arguments.given_flags(parser, given), train_dataset)
     steps_per_epoch, total_steps = sampler.steps(), args.num_train_epochs * sampler.steps()
 
     # 3. Model, optimizer, engine
@@ -122,7 +125,7 @@ def main():
     nonfinite = NonFiniteSteps(args.skip_nonfinite, sampler, checkpoints.save_before_step)
     console = SupervisedConsole(args, 1, total_steps)
     measure = partial(evaluate, engine, label_log_probs, eval_loader, device)
-    save_to = partial(save, args, engine, tokenizer)
+    save_to = partial(save, args, engine, tokenizer, card)
     evaluations = Evaluations(args, 1, measure, console, writer, save_to, len(eval_loader))
     checkpoints.resume(writer, train_dataset, {"model": engine}, nonfinite=nonfinite, evaluations=evaluations)
 
@@ -150,7 +153,7 @@ def main():
                 print(f"{place}, loss = {figures['loss']}", flush=True)
             seconds, steps = watch.lap(), checkpoints.steps + 1
             bar.note(perf.pace(tokens, seconds))
-            figures |= {"lr": engine.get_lr()[0], "skipped_steps": nonfinite.skipped}
+            figures |= {"skipped_steps": nonfinite.skipped}
             shows = (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch
             writer.write(steps, figures | console.step(steps, figures, engine, seconds, tokens, rows, shows))
             evaluations.after_step(steps, epoch + 1)

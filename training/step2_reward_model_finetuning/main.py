@@ -37,6 +37,7 @@ from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
 from utils.run.console_lines import SupervisedConsole
 from utils.run.evaluation import Evaluations
+from utils.run.model_card import RunCard
 
 
 def load_data(args, tokenizer):
@@ -90,28 +91,31 @@ def evaluate(engine, loader, device, iterations: int) -> dict[str, float]:
     }
 
 
-def save(args, engine, tokenizer, sub_folder: str = "", figures=None) -> None:
+def save(args, engine, tokenizer, card: RunCard, sub_folder: str = "", figures=None) -> None:
     """The model as it is to --output_dir or a folder in it, with the scale of its scores beside the weights."""
     config = engine.module.config
     config.reward_score_mean, config.reward_score_std = figures["score_mean"], figures["score_std"]
-    results.save_trained_model(engine, tokenizer, args, args.model_name_or_path, sub_folder)
+    results.save_trained_model(engine, tokenizer, args, args.model_name_or_path, sub_folder, card)
 
 
 def main():
     # 1. Arguments, processes, seeds
-    args = arguments.build_parser(step=2).parse_args()
+    parser = arguments.build_parser(step=2)
+    args = parser.parse_args()
     set_console(args.console)
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=2)
-    args = arguments.settle(args, step=2)
+    given, args = args, arguments.settle(args, step=2)
     checkpoints = Checkpoints(args, "model_name_or_path")
+    arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 
     # 2. Tokenizer and data, after a look whether the model's files are all there and fit
     check_model(AutoModel, args.model_name_or_path, args.trust_remote_code, lengths={"--max_seq_len": args.max_seq_len})
     tokenizer = build.load_tokenizer(args, args.model_name_or_path)
     train_dataset, sampler, train_loader, eval_loader = load_data(args, tokenizer)
+    card = RunCard.of(2, args, arguments.given_flags(parser, given), train_dataset)
     steps_per_epoch, total_steps = sampler.steps(), args.num_train_epochs * sampler.steps()
 
     # 3. Model, optimizer, engine
@@ -122,9 +126,8 @@ def main():
     update, epoch_loss = Update({"model": engine}), MovingAverage()
     nonfinite = NonFiniteSteps(args.skip_nonfinite, sampler, checkpoints.save_before_step)
     console = SupervisedConsole(args, 2, total_steps)
-    measure, save_to = partial(evaluate, engine, eval_loader, device), partial(save, args, engine, tokenizer)
-    sizes = dict(batches=len(eval_loader), saves_with_figures=True)
-    evaluations = Evaluations(args, 2, measure, console, writer, save_to, **sizes)
+    measure, save_to = partial(evaluate, engine, eval_loader, device), partial(save, args, engine, tokenizer, card)
+    evaluations = Evaluations(args, 2, measure, console, writer, save_to, len(eval_loader))
     tracked = dict(nonfinite=nonfinite, epoch_loss=epoch_loss, evaluations=evaluations)
     checkpoints.resume(writer, train_dataset, {"model": engine}, **tracked)
 
@@ -156,7 +159,7 @@ def main():
                 epoch_loss.update(figures["loss"])
             seconds, steps = watch.lap(), checkpoints.steps + 1
             bar.note(perf.pace(tokens, seconds))
-            figures |= {"lr": engine.get_lr()[0], "skipped_steps": nonfinite.skipped}
+            figures |= {"skipped_steps": nonfinite.skipped}
             shows = (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch
             writer.write(steps, figures | console.step(steps, figures, engine, seconds, tokens, answers, shows))
             evaluations.after_step(steps, epoch + 1)

@@ -44,6 +44,7 @@ from utils.process.world import get_rank, get_world_size
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
 from utils.run.evaluation import Evaluations
+from utils.run.model_card import RunCard
 
 
 def check_models(args, tokenizer) -> None:
@@ -109,11 +110,11 @@ def judge(trainer, experience) -> dict[str, float]:
     return figures
 
 
-def update_models(trainer, windows, args, skip) -> list[dict]:
-    """Optimizer steps of actor and critic from passes over ``windows()``, the average behind them; figures of each."""
+def update_models(trainer, args, skip, experience, batch, shuffler, unsupervised) -> list[dict]:
+    """Optimizer steps of actor and critic from --ppo_epochs passes, the average behind them; the figures of each."""
     losses, engines = [], trainer.rlhf_engine
     for _ in range(args.ppo_epochs):
-        for window in windows():
+        for window in micro_batch_windows(experience, batch, shuffler, unsupervised):
             loss = trainer.train_rlhf(window, skip)
             if loss is not None:
                 losses.append(loss)
@@ -122,7 +123,7 @@ def update_models(trainer, windows, args, skip) -> list[dict]:
     return losses
 
 
-def save(args, rlhf_engine, tokenizer, sub_folder: str = "", figures=None) -> None:
+def save(args, rlhf_engine, tokenizer, card: RunCard, sub_folder: str = "", figures=None) -> None:
     """Each trained model, and the average of the actor, to its folder under --output_dir, or under a folder in it."""
     if args.output_dir is None:
         return
@@ -134,33 +135,29 @@ def save(args, rlhf_engine, tokenizer, sub_folder: str = "", figures=None) -> No
         ("actor_ema", rlhf_engine.actor_ema, actor_path),
     ):
         if engine is not None:
-            results.save_trained_model(engine, tokenizer, args, start, sub_folder=str(Path(sub_folder) / name))
-
-
-def make_evaluations(args, held_out, trainer, reporter, writer, device) -> Evaluations:
-    """What happens beside the updates: answers to held-out prompts, the best models, models saved on the way."""
-    watched = HeldOutPrompts(held_out, args, trainer, reporter, device)
-    save_to = partial(save, args, trainer.rlhf_engine, trainer.tokenizer)
-    return Evaluations(args, 3, watched.measure, watched, writer, save_to, len(watched))
+            results.save_trained_model(engine, tokenizer, args, start, str(Path(sub_folder) / name), card)
 
 
 def main():
     # 1. Arguments, processes, seeds
-    args = arguments.build_parser(step=3).parse_args()
+    parser = arguments.build_parser(step=3)
+    args = parser.parse_args()
     set_console(args.console)
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=3)
-    args = arguments.settle(args, step=3)
+    given, args = args, arguments.settle(args, step=3)
     batch = arguments.RLHFBatchSizes.of(args)
     reward_functions = load_reward_functions(args.reward_function)
     checkpoints = Checkpoints(args, "actor_model_name_or_path", "critic_model_name_or_path")
+    arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 
     # 2. Tokenizer and prompts, after a look whether both models' files are all there and fit
     tokenizer = build.load_tokenizer(args, args.actor_model_name_or_path)
     check_models(args, tokenizer)
     prompts, sampler, loader, updates, held_out = load_prompts(args, tokenizer, batch, reward_functions)
+    card = RunCard.of(3, args, arguments.given_flags(parser, given), prompts)
     unsupervised = UnsupervisedBatches(args, tokenizer) if args.unsupervised_dataset_name else None
 
     # 3. The engines and the trainer
@@ -168,10 +165,11 @@ def main():
     total = args.num_train_epochs * updates
     trainer = make_trainer(args, tokenizer, reward_functions, total * args.ppo_epochs * batch.steps_per_pass)
     set_random_seed(args.seed + 1000 * get_rank())  # from here on ranks sample different answers
-    shuffler = np.random.default_rng([args.seed, get_rank()])
-    engines = trainer.rlhf_engine
+    shuffler, engines = np.random.default_rng([args.seed, get_rank()]), trainer.rlhf_engine
     reporter = Reporter(args, engines, trainer, writer, total)
-    evaluations = make_evaluations(args, held_out, trainer, reporter, writer, device)
+    save_to = partial(save, args, engines, tokenizer, card)
+    watched = HeldOutPrompts(held_out, args, trainer, reporter, device)
+    evaluations = Evaluations(args, 3, watched.measure, watched, writer, save_to, len(watched))
     nonfinite = NonFiniteSteps(args.skip_nonfinite, sampler, checkpoints.save_before_step)
     tracked = dict(trainer=trainer, reporter=reporter, shuffler=shuffler, nonfinite=nonfinite, evaluations=evaluations)
     tracked |= {"unsupervised": unsupervised} if unsupervised else {}
@@ -199,25 +197,24 @@ def main():
             times.experience = watch.lap()
 
             # 4c. Updates: several passes, each in a fresh order
-            windows = partial(micro_batch_windows, experience, batch, shuffler, unsupervised)
-            losses = update_models(trainer, windows, args, partial(nonfinite.skip, step=update))
+            skip = partial(nonfinite.skip, step=update)
+            losses = update_models(trainer, args, skip, experience, batch, shuffler, unsupervised)
             times.training = watch.lap()
 
             # 4d. Report
-            figures["skipped_steps"] = nonfinite.skipped
-            answer_tokens = reporter.report(epoch, step, experience, figures, losses, times)
-            bar.note(perf.pace(answer_tokens, times.total))
+            figures |= {"skipped_steps": nonfinite.skipped}
+            bar.note(perf.pace(reporter.report(epoch, step, experience, figures, losses, times), times.total))
             evaluations.after_step(step + 1, epoch + 1)
             checkpoints.end_step(epoch, update + 1)
-        if checkpoints.steps >= stop_after:
-            print_rank_0(f"test mode: stopping after {checkpoints.steps} steps (--test_stop_step)")
         if checkpoints.steps >= stop_after or evaluations.stopped:
             break
     evaluations.at_end(checkpoints.steps, epoch + 1)
 
     # 5. Save
-    save(args, engines, tokenizer)
-    if checkpoints.steps < stop_after:  # a test is not the whole run
+    save_to()
+    if checkpoints.steps >= stop_after:  # a test is not the whole run
+        print_rank_0(f"test mode: stopped after {checkpoints.steps} steps (--test_stop_step)")
+    else:
         checkpoints.finish()
     writer.close()
     reporter.end()

@@ -84,7 +84,7 @@ class Reporter:
             generate_time=times.generate,
             generated_steps=times.generated_positions,
         )
-        rates = {f"{name}_lr": engine.get_lr()[0] for name, engine in self.engine.trained_engines().items()}
+        rates = self._learning_rates(losses)
         self._print_last_lines(step, metrics, averaged, rates, times)
         if not losses:
             print_rank_0(f"step {step}: no usable answer in the whole batch, no update")
@@ -139,6 +139,11 @@ class Reporter:
         parts += [f"{times.total:.1f} s", f"left {self._left.text(self._total - step - 1)}"]
         parts += [f"skipped {metrics['skipped_steps']}"] if metrics.get("skipped_steps") else []
         print_brief("  ".join(parts))
+
+    def _learning_rates(self, losses) -> dict[str, float]:
+        """Of the last update of the step; without one, of that to come."""
+        engines = self.engine.trained_engines()
+        return {f"{name}_lr": losses[-1][f"{name}_lr"] if losses else engines[name].get_lr()[0] for name in engines}
 
     def evaluating(self, steps: int, epoch: int) -> None:
         print_classic(f"***** Evaluating answers, Epoch {epoch}/{self.args.num_train_epochs} *****")

@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+from transformers import SchedulerType
+
+from utils.arguments.config_file import ConfigParser
 from utils.arguments.data import add_data_arguments
 from utils.arguments.kinds import new_parser, non_negative_float
 from utils.arguments.model import (
@@ -14,8 +17,9 @@ from utils.arguments.model import (
     warn_num_padding,
 )
 from utils.arguments.rlhf import add_rlhf_arguments, check_rlhf
-from utils.arguments.run import add_run_arguments, settle_common
+from utils.arguments.run import add_run_arguments, check_output, nothing_saved, settle_common
 from utils.arguments.watching import add_watching_arguments, check_watching
+from utils.process.console import print_rank_0
 from utils.process.files import check_output_dir
 from utils.process.ranks import agree
 from utils.process.world import is_rank_0
@@ -33,9 +37,9 @@ DESCRIPTIONS = {
 }
 
 
-def build_parser(step: int) -> argparse.ArgumentParser:
-    """Every flag of a step."""
-    parser = new_parser(DESCRIPTIONS[step])
+def build_parser(step: int) -> ConfigParser:
+    """Every flag of a step, to be given on the command line or in a file (--config)."""
+    parser = new_parser(DESCRIPTIONS[step], ConfigParser)
     add_data_arguments(parser, step)
     if step == 1:
         add_supervised_arguments(parser, learning_rate=1e-3)
@@ -111,8 +115,15 @@ def settle(args: argparse.Namespace, step: int) -> Settled:
     check_step(settling, step)
     if step in (2, 3):
         warn_num_padding(settling)
-    if not settling.dry_run:
-        agree(lambda: check_output_dir(settling.output_dir if is_rank_0() else None))
+
+    def check_output_folder() -> None:
+        check_output(settling, step)
+        if not settling.dry_run:
+            check_output_dir(settling.output_dir)
+
+    agree(check_output_folder if is_rank_0() else lambda: None)
+    if note := nothing_saved(settling):
+        print_rank_0(note)
     return Settled(**vars(settling))
 
 
@@ -130,6 +141,23 @@ def check_step(args: argparse.Namespace, step: int) -> None:
     check_supervised(args)
     if step == 1:
         check_soft_prompt(args)
+
+
+def warmup_steps(args: argparse.Namespace, total_steps: int) -> int:
+    """Optimizer steps of rising learning rate in a run of so many."""
+    return args.num_warmup_steps if args.warmup_ratio is None else round(args.warmup_ratio * total_steps)
+
+
+def warmup_note(args: argparse.Namespace, total_steps: int) -> str | None:
+    """What to say of a warmup that the run does not get to the end of; None where all is in order."""
+    warmup = warmup_steps(args, total_steps)
+    if warmup < total_steps or warmup == 0 or args.lr_scheduler_type == SchedulerType.CONSTANT:
+        return None
+    flag = f"--num_warmup_steps {warmup}" if args.warmup_ratio is None else f"--warmup_ratio {args.warmup_ratio:g}"
+    return (
+        f"{flag}: the learning rate still rises when the run ends after {total_steps} optimizer steps, at "
+        f"{100 * (total_steps - 1) / warmup:.0f} % of its peak; --warmup_ratio 0.03 fits any length"
+    )
 
 
 def end_token(args: argparse.Namespace) -> str | None:

@@ -366,7 +366,7 @@ def make_row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) 
     """
     if raw_dataset is not None:
         for step, has, what in (
-            (SFT, raw_dataset.has_answer, "answers"),
+            (SFT, raw_dataset.has_answer, "answers (a column chosen, say)"),
             (REWARD, raw_dataset.has_rejected, "rejected answers"),
         ):
             if rules.train_phase == step and not has:
@@ -378,7 +378,10 @@ def make_row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) 
     if rules.prompt_format == prompt_format.CHAT_TEMPLATE and not prompt_format.has_own_template(tokenizer):
         raise DataError("--chat_template: the tokenizer has none of its own; name one, as in --chat_template chatml")
     kind = {SFT: SftRowMaker, REWARD: RewardRowMaker, RLHF: PromptRowMaker}[rules.train_phase]
-    return kind(raw_dataset, tokenizer, rules)
+    try:
+        return kind(raw_dataset, tokenizer, rules)
+    except ValueError as error:  # of a chat template that cannot be used
+        raise DataError(f"--chat_template: {error}") from error
 
 
 class RowEncoder:

@@ -156,10 +156,14 @@ class BlendedDataset(ConcatDataset):
         lengths: as in PromptDataset, in the order of the rows.
         columns: of the data, that all of the datasets have.
         answers_per_row: of step 2, of the row that has most.
+        counts: what became of the rows of each dataset, as printed.
     """
 
-    def __init__(self, datasets: Sequence[PromptDataset], seed: int, columns: Sequence[str] = ()):
+    def __init__(
+        self, datasets: Sequence[PromptDataset], seed: int, columns: Sequence[str] = (), counts: Sequence[str] = ()
+    ):
         super().__init__(datasets)
+        self.counts = list(counts)
         self.columns, self.answers_per_row = list(columns), max(dataset.answers_per_row for dataset in datasets)
         rows = super().__len__()
         self._order = np.arange(rows) if len(datasets) == 1 else get_shuffle_idx(seed, rows)
@@ -213,7 +217,7 @@ def _blend(opened: Sequence["_OpenSource"], split: str, limit: int | None, seed:
             # Unusable rows made a dataset smaller than it seemed: the others fill its place, or shrink by its weight.
             sizes = [min(len(p), s) if len(p) < w else s for p, s, w in zip(parts, sizes, wanted, strict=True)]
     parts = [part.first(count) for part, count in zip(parts, wanted, strict=True)]
-    _print_blend(split, opened, parts, limit)
+    counts = _print_blend(split, opened, parts, limit)
     if not sum(map(len, parts)):
         shares = ", ".join(f"{one.source.path} ({one.source.data_split or 'used whole'})" for one in opened)
         raise UserError(
@@ -221,12 +225,12 @@ def _blend(opened: Sequence["_OpenSource"], split: str, limit: int | None, seed:
             f"the datasets give this step nothing: {shares}; see the counts above"
         )
     columns = [name for name in opened[0].columns() if all(name in one.columns() for one in opened)]
-    return BlendedDataset(parts, seed, columns)
+    return BlendedDataset(parts, seed, columns, counts)
 
 
-def _print_blend(split: str, opened: Sequence["_OpenSource"], parts: Sequence[PromptDataset], limit) -> None:
-    for one, part in zip(opened, parts, strict=True):
-        print_counts(split, one.files[split], len(part))
+def _print_blend(split: str, opened: Sequence["_OpenSource"], parts: Sequence[PromptDataset], limit) -> list[str]:
+    """Print what became of the rows; returns that of each dataset."""
+    counts = [print_counts(split, one.files[split], len(part)) for one, part in zip(opened, parts, strict=True)]
     if len(opened) > 1:
         used = ", ".join(f"{len(part)} of {one.source.path}" for one, part in zip(opened, parts, strict=True))
         reason = f", limited to {limit}" if limit == sum(map(len, parts)) else ""
@@ -235,6 +239,7 @@ def _print_blend(split: str, opened: Sequence["_OpenSource"], parts: Sequence[Pr
         for one, part in zip(opened, parts, strict=True):
             if not len(part):
                 print_rank_0(f"data ({split}): WARNING: {one.source.path} is named, and not one row of it is used")
+    return counts
 
 
 def rows_of_blend(sizes: Sequence[int], weights: Sequence[float] | None, limit: int | None, seed: int) -> list[int]:

@@ -11,7 +11,6 @@ Trees          conversations that branch
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -600,10 +599,7 @@ class Trees(Shape):
 
 def _rank(node: Mapping) -> float | None:
     """The rank of a reply; None for none, which some files write as NaN."""
-    rank = node.get("rank")
-    if rank is None or rank == "" or (isinstance(rank, float) and math.isnan(rank)):
-        return None
-    return number(node, "rank")
+    return None if str(node.get("rank")).lower() in ("none", "", "nan") else number(node, "rank")
 
 
 def _replies(node: Mapping) -> list[Mapping]:

@@ -178,8 +178,9 @@ def _words_for(found: Found, shape: NamedRoles) -> str:
     if shape.label:
         kind = "unpaired feedback (answers that were liked are used)"
     words = f"{kind} {form}"
-    if any(as_messages) and shape.chosen:
-        words += ", which begin with the prompt" if _repeats(found, shape.chosen) else ", prompt explicit"
+    if any(as_messages):
+        repeats = shape.chosen and _repeats(found, shape.chosen)
+        words += ", which begin with the prompt" if repeats else ", prompt explicit" if shape.chosen else ""
     elif shape.conversation:
         words += ", written as conversations" + (f" with {shape.context}" if shape.context else "")
     return words

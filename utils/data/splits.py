@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from utils.data.readers import (
@@ -28,6 +27,7 @@ from utils.data.readers import (
     text_fingerprint,
 )
 from utils.process.console import print_rank_0
+from utils.process.hub import HUB_NAME, trouble_with_hub
 
 EVAL_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")  # names of the eval split, the first found counts
 # Files of the hub's layout that describe a dataset and hold no rows.
@@ -37,9 +37,7 @@ SPLIT_IN_NAME = re.compile(
 )
 # "-00000-of-00004-0a1b2c3d4e5f6a7b", "_3", ".part2", or a name that is nothing else: a piece of a split.
 SHARD = re.compile(r"(?:^|[-_.])(?:part|shard|chunk)?[-_]?\d+(?:[-_]of[-_]\d+(?:-[0-9a-f]{6,})?)?$", re.IGNORECASE)
-HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")  # owner/name
 ALL = "all"  # a choice: every configuration, or every training split
-HUB_SECONDS = 5  # for the hub's first answer
 
 
 class Flags(NamedTuple):
@@ -426,7 +424,7 @@ def splits_of_hub(
     import datasets  # as above
 
     flags = flags or Flags()
-    trouble = _trouble_with_hub(hub_name)
+    trouble = trouble_with_hub(hub_name, "dataset")
     if isinstance(trouble, RepositoryNotFoundError):
         raise DataError(
             f"dataset {hub_name!r}: not found locally ({_places(tried)}), and the hub has none of this name, or it is "
@@ -455,15 +453,6 @@ def splits_of_hub(
 
 def _places(tried: Sequence[Path]) -> str:
     return f"looked for {' or '.join(map(str, tried))}"
-
-
-def _trouble_with_hub(hub_name: str) -> Exception | None:
-    """What keeps the hub from answering for a dataset, found with one request; the library would try for a while."""
-    try:
-        HfApi().dataset_info(hub_name, timeout=HUB_SECONDS)
-    except Exception as error:  # each version of the client has network errors of its own
-        return error
-    return None
 
 
 @contextmanager

@@ -26,9 +26,11 @@ from utils.data.prompt_format import truncate_left
 from utils.ds_utils import TORCH_DTYPES
 from utils.generation.asking import UNNAMED, AskedFormat, PromptWriter, add_prompt_format_argument, choose_format
 from utils.model.inputs import embedding_rows
+from utils.model.loading import check_there
 from utils.model.model_utils import check_model, grow_embedding
 from utils.model.soft_prompt import SoftPromptModel, base_of_soft_prompt, load_soft_prompt, soft_prompt_config
 from utils.model.tokenizer import end_token_ids, load_hf_tokenizer
+from utils.precision import inference_dtype
 from utils.process.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # what --add_eot_token stands for in all three training steps
@@ -135,10 +137,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype of a --dtype value."""
     if name != "auto":
         return TORCH_DTYPES[name]
-    if device.type == "cpu":
-        return torch.float32
-    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float16
+    return inference_dtype(device)
 
 
 def check_model_folder(path: str, allow_hub_name: bool = True, allow_soft_prompt: bool = False):
@@ -146,6 +145,7 @@ def check_model_folder(path: str, allow_hub_name: bool = True, allow_soft_prompt
     folder = Path(path)
     if not folder.is_dir():
         if allow_hub_name and re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?", path) and not Path(path.split("/")[0]).exists():
+            check_there(path)
             return
         raise UserError(f"no such model folder: {path}")
     if (folder / "config.json").is_file():

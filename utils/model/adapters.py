@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from utils.model.loading import load_config
 from utils.model.reward_model import SCORE_SCALE
-from utils.model.saving import LORA_FACTORS, save_on_rank_0
+from utils.model.saving import LORA_FACTORS, save_on_rank_0, write_readme
 from utils.module.lora import LinearLayer_LoRA, lora_layers
 from utils.process.errors import UserError
 from utils.process.world import get_rank
@@ -44,7 +44,9 @@ def base_model_reference(model_name_or_path) -> str:
     return str(folder.resolve()) if folder.is_dir() else model_name_or_path
 
 
-def save_lora_adapter(model, tokenizer, base_model_name_or_path: str, folder: Path, trust_remote_code=False) -> None:
+def save_lora_adapter(
+    model, tokenizer, base_model_name_or_path: str, folder: Path, trust_remote_code=False, readme: str | None = None
+) -> None:
     """Write the LoRA factors, what trained beside them and the tokenizer to ``folder``; every rank must call this.
 
     ``peft`` loads it onto the base model, and inference/merge_lora.py folds it in. A reward model's adapter is that of
@@ -52,6 +54,7 @@ def save_lora_adapter(model, tokenizer, base_model_name_or_path: str, folder: Pa
 
     Args:
         base_model_name_or_path: what the model was made from.
+        readme: the text of README.md, on rank 0; None for none.
     """
     target, rename = model.for_saving() if hasattr(model, "for_saving") else (model, lambda name: name)
     base_config = load_config(base_model_name_or_path, trust_remote_code)
@@ -67,6 +70,7 @@ def save_lora_adapter(model, tokenizer, base_model_name_or_path: str, folder: Pa
         save_file(tensors, scratch / ADAPTER_WEIGHTS, metadata={"format": "pt", CHANGED_CONFIG: changed})
         (scratch / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save_pretrained(scratch)
+        write_readme(scratch, readme)
 
     save_on_rank_0(folder, "adapter", write, replaces=())
 

@@ -14,13 +14,17 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import deepspeed
+import huggingface_hub
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
 from utils.process.errors import UserError
+from utils.process.hub import trouble_with_hub
 from utils.process.world import get_rank
 
 WEIGHT_FILES = (
@@ -33,6 +37,7 @@ HEAD_NAMES = ("score.weight", "v_head.weight")
 PUBLISHED_PREFIX = r"^(rwtransformer|rwtranrsformer)\."  # the second is how the published code spells it
 # Masks and tables that old checkpoints hold although the model makes them itself.
 STALE_BUFFERS = re.compile(r"(\.masked_bias|\.inv_freq|\battn\.bias|\battention\.bias)$")
+HUB_MODEL = re.compile(r"\w[\w.-]{0,95}(/[\w.-]{1,96})?")  # owner/name; the oldest models have no owner
 LISTED_WEIGHTS = 8  # of those that an error names
 
 
@@ -82,9 +87,42 @@ class Checkpoint:
         return _read_one(*found[0]) if found else None
 
 
+def check_there(model_name_or_path) -> None:
+    """Refuse, within seconds, what is neither a folder nor a model of the hub or of an earlier download.
+
+    Where the hub does not answer and there is an earlier download, that is taken, and the libraries stop asking.
+
+    Raises:
+        UserError: with where it was looked for, and why the hub did not help.
+    """
+    name = str(model_name_or_path)
+    if Path(name).is_dir():
+        return
+    absent = f"no model could be loaded from {name!r}: there is no such folder (looked for {Path(name).absolute()})"
+    if Path(name).exists() or not HUB_MODEL.fullmatch(name):
+        raise UserError(f"{absent}; give the folder that holds its config.json, or its name on the hub, as owner/name")
+    trouble = trouble_with_hub(name, "model")
+    if isinstance(trouble, RepositoryNotFoundError):
+        raise UserError(
+            f"{absent}, and the hub has none of this name, or it is private: log in with `hf auth login`"
+        ) from trouble
+    if trouble is None:
+        return
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        reason = str(trouble).strip().partition("\n")[0]
+        raise UserError(
+            f"{absent}, no earlier download of it, and the hub does not answer: {reason}. Where there is a network: "
+            f"hf download {name} --local-dir models/{name}; then give models/{name}"
+        ) from trouble
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        _note_once(f"note: {name}: read from an earlier download, since the hub does not answer")
+
+
 def load_config(model_name_or_path, trust_remote_code: bool = False):
     """The configuration of a folder or hub name; UserError if there is none, it is broken or it asks for code."""
     name = str(model_name_or_path)
+    check_there(name)
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
         text_config = config.get_text_config()
@@ -147,6 +185,7 @@ def find_checkpoint(model_name_or_path) -> Checkpoint:
 
 def _fetch(model_name_or_path: str, file: str) -> Path | None:
     """The file in the folder, or in the cache of the hub (downloaded if need be); None if there is none."""
+    check_there(model_name_or_path)
     try:
         found = cached_file(model_name_or_path, file, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:

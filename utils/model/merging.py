@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from utils.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHANGED_CONFIG, KEY_PREFIX
 from utils.model.loading import Checkpoint, find_checkpoint, load_config
 from utils.model.reward_model import SCORE_SCALE
-from utils.model.saving import atomic_folder
+from utils.model.saving import atomic_folder, write_readme
 from utils.model.shards import open_shards
 from utils.model.tokenizer import keep_end_tokens
 from utils.module.lora import fold
@@ -348,11 +348,14 @@ def _write_settings(merge: Merge, base_model: str, folder: Path) -> None:
         generation_config.save_pretrained(folder)
 
 
-def save_merged_model(base_model: str, adapter: Adapter, folder: Path, max_shard_size) -> None:
+def save_merged_model(
+    base_model: str, adapter: Adapter, folder: Path, max_shard_size, readme: str | None = None
+) -> None:
     """Fold an adapter into its base model and write the merged model to ``folder``.
 
     Args:
         max_shard_size: bytes, or text as in "5GB", of the largest file.
+        readme: the text of README.md; None for none.
     """
     merge = Merge(base_model, adapter)
     print(f"{merge.checkpoint.name} + {adapter.folder}: {merge}", flush=True)
@@ -361,3 +364,4 @@ def save_merged_model(base_model: str, adapter: Adapter, folder: Path, max_shard
             for name, value in merge.weights():
                 write(name, value)
         _write_settings(merge, base_model, scratch)
+        write_readme(scratch, readme)

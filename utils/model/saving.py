@@ -207,6 +207,11 @@ def _save(module, folder: Path, max_shard_size, write_rest=lambda target, scratc
     barrier()
 
 
+def write_readme(folder: Path, text: str | None) -> None:
+    if text is not None:
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+
 def save_weights(module, folder: Path, max_shard_size: int | str | None = None) -> None:
     """The weights alone, without configuration and tokenizer; every rank must call this."""
     _save(module, folder, max_shard_size or MAX_SHARD_SIZE)
@@ -218,13 +223,16 @@ def _align_special_tokens(config, tokenizer) -> None:
         config.bos_token_id = tokenizer.bos_token_id
 
 
-def save_pretrained_model(model, tokenizer, folder: Path, max_shard_size: int | str | None = None) -> None:
+def save_pretrained_model(
+    model, tokenizer, folder: Path, max_shard_size: int | str | None = None, readme: str | None = None
+) -> None:
     """Write config, generation config, safetensors and the full tokenizer to ``folder``; every rank must call this.
 
     ``model`` is a Hugging Face model, or a RewardModel, which becomes a sequence-classification model with one label.
 
     Args:
         max_shard_size: bytes, or text as in "5GB"; a larger model is written in several files with an index.
+        readme: the text of README.md, on rank 0; None for none.
     """
 
     def write_rest(target, scratch: Path) -> None:
@@ -239,5 +247,6 @@ def save_pretrained_model(model, tokenizer, folder: Path, max_shard_size: int | 
                 if not file.name.endswith(".safetensors"):
                     file.rename(scratch / file.name)
         tokenizer.save_pretrained(scratch)
+        write_readme(scratch, readme)
 
     _save(model, folder, max_shard_size or MAX_SHARD_SIZE, write_rest)

@@ -19,7 +19,7 @@ from torch import nn
 
 from utils.model.adapters import ADAPTER_WEIGHTS, adapter_config, base_model_reference
 from utils.model.inputs import embedding_width, forward_accepts, position_ids_from_mask
-from utils.model.saving import save_on_rank_0
+from utils.model.saving import save_on_rank_0, write_readme
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.process.errors import UserError
 
@@ -158,7 +158,7 @@ def make_soft_prompt_model(base_model, tokenizer, args) -> SoftPromptModel:
     return SoftPromptModel(base_model, encoder.to(base_model.dtype), args.num_virtual_tokens, config)
 
 
-def save_soft_prompt(model: SoftPromptModel, tokenizer, folder: Path) -> None:
+def save_soft_prompt(model: SoftPromptModel, tokenizer, folder: Path, readme: str | None = None) -> None:
     """Write the vectors and their configuration in ``peft``'s format, and the tokenizer; every rank must call this.
 
     The base model is not copied: the configuration names its folder.
@@ -170,6 +170,7 @@ def save_soft_prompt(model: SoftPromptModel, tokenizer, folder: Path) -> None:
         save_file({"prompt_embeddings": vectors}, scratch / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         model.prompt_config.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        write_readme(scratch, readme)
 
     save_on_rank_0(folder, "soft prompt", write, replaces=WHOLE_MODEL_FILES)
 

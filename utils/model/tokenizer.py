@@ -7,7 +7,7 @@ from utils.data import prompt_format
 from utils.data.chat_templates import missing_tokens, named_template
 from utils.data.readers import DataError
 from utils.data.special_tokens import special_token_ids
-from utils.model.loading import load_config
+from utils.model.loading import check_there, load_config
 from utils.process.console import print_rank_0
 from utils.process.errors import UserError
 
@@ -27,6 +27,7 @@ def load_hf_tokenizer(model_name_or_path, fast_tokenizer=True, add_special_token
             without a free id for a token that must be added.
     """
     name = str(model_name_or_path)
+    check_there(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=fast_tokenizer, trust_remote_code=trust_remote_code)
         tokenizer("a")

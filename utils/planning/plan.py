@@ -15,14 +15,13 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from deepspeed.accelerator import get_accelerator
-
 from utils import arguments
 from utils.arguments.kinds import new_parser
 from utils.model.loading import load_config
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.planning.engine_memory import CUDA_BASELINE, CUDA_HOST_BASELINE, GIB, Bytes, Machine
 from utils.planning.estimate import Estimate, engines_of_step, estimate, models_of_step, states_alone
+from utils.precision import default_dtype
 from utils.process.errors import UserError
 
 # Settings that change the models themselves, not only how they are trained.
@@ -108,7 +107,7 @@ def smaller_settings(args, step: int, machine: Machine) -> list[list[Settings]]:
     stages = [getattr(args, f"{prefix}zero_stage") for prefix in prefixes]
     trains_lora = getattr(args, f"{prefixes[0]}lora_dim") > 0 or (step == 1 and args.soft_prompt is not None)
     groups = []
-    if args.dtype == "fp32" and get_accelerator().is_bf16_supported():
+    if args.dtype == "fp32" and default_dtype().dtype == "bf16":
         groups.append([{"dtype": "bf16"}])
     groups.append([{f"{prefix}gradient_checkpointing": True for prefix in prefixes}])
     if machine.ranks > 1:

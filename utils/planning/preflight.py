@@ -34,7 +34,7 @@ from utils.planning.meta_model import MetaModel
 from utils.planning.plan import Plan, suggest
 from utils.process.console import print_rank_0
 from utils.process.errors import UserError
-from utils.process.operators import load_operator
+from utils.process.operators import check_compiler, is_built
 from utils.process.world import get_world_size, ranks_per_node
 
 
@@ -79,7 +79,7 @@ def preflight(args, step: int) -> None:
     """
     print_rank_0(f"dry run of step {step}: {get_world_size()} rank(s), nothing is trained or saved")
     checks = Checks()
-    settled = checks.find("flags", lambda: _flags(args, step))
+    settled = checks.find("flags", lambda: _flags(args, step), show=True)
     args = args if settled is None else settled
     functions = []
     if step == 3 and args.reward_function:
@@ -148,10 +148,10 @@ def _packages(args, step: int) -> str:
         if importlib.util.find_spec(module) is None:
             raise UserError(f"--{flag} needs the package {package}: pip install {package}")
     if args.offload:
-        if shutil.which("c++") is None and shutil.which("g++") is None:
-            raise UserError("--offload compiles DeepSpeed's CPU Adam: install a C++ compiler (apt-get install g++)")
-        load_operator("CPUAdamBuilder")
-    return ", ".join(f"{package} is there (--{flag})" for flag, (_, package) in wanted.items()) or "none but the usual"
+        check_compiler("--offload", "cpu_adam")
+    found = ", ".join(f"{package} is there (--{flag})" for flag, (_, package) in wanted.items())
+    compiles = args.offload and not is_built("cpu_adam")
+    return (found or "none but the usual") + "; DeepSpeed's cpu_adam will be compiled, about a minute" * compiles
 
 
 def _model(args, step: int, name: str, path: str, configs: dict) -> str:
@@ -224,12 +224,19 @@ def _batches(args, step: int, datasets) -> str:
         if datasets is None or (step == 1 and args.packing):
             return text
         steps = -(-len(datasets[0]) // rows)
-        return f"{text}; {steps:,} steps per epoch, {steps * args.num_train_epochs:,} in all"
+        total = steps * args.num_train_epochs
+        return f"{text}; {steps:,} steps per epoch, {total:,} in all{_warmup(args, total)}"
     batch = arguments.RLHFBatchSizes.of(args)
     if datasets is None:
         return batch.explain()
     updates = batch.updates(len(datasets[0]), ranks) * args.num_train_epochs
-    return f"{batch.explain()}; {updates:,} updates in all"
+    total = updates * args.ppo_epochs * batch.steps_per_pass
+    return f"{batch.explain()}; {updates:,} updates in all{_warmup(args, total)}"
+
+
+def _warmup(args, total_steps: int) -> str:
+    note = arguments.warmup_note(args, total_steps)
+    return "" if note is None else f". {note}"
 
 
 def _parameters(args, step: int, configs: dict, tokenizer) -> tuple[str, dict[str, MetaModel]]:

@@ -4,6 +4,7 @@ Everything works with one process and no launcher too: a world of one still has 
 needs an "if distributed".
 """
 
+import contextlib
 import ctypes
 import datetime
 import os
@@ -26,7 +27,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 
 from utils.process.errors import EndOfRun, SharedError, UserError, meaning_of
-from utils.process.operators import load_operator
+from utils.process.operators import prepare_operators
 from utils.process.ranks import barrier
 from utils.process.world import get_local_rank, get_rank, ranks_per_node
 
@@ -88,18 +89,81 @@ def limit_cpu_threads() -> None:
 
     Torch takes all cores for each process; two ranks on one machine then fight for them and run several times slower.
     """
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_per_node()))
+    if "OMP_NUM_THREADS" in os.environ and not _torchrun_chose_threads():
+        return
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks_per_node())
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # DeepSpeed's operators load an OpenMP of their own, later
 
 
-def unname_shared_memory() -> None:
-    """Take the name off the segment through which CPU ranks of one machine reduce, once all of them have mapped it.
+def _torchrun_chose_threads() -> bool:
+    """torchrun sets OMP_NUM_THREADS to 1 for several ranks where it was not set: its own environment tells."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        return "OMP_NUM_THREADS" not in psutil.Process(os.getppid()).environ()
+    except psutil.Error:
+        return False
 
-    DeepSpeed leaves 69 MB per rank in /dev/shm, which is memory, when a run is killed or leaves by os._exit.
+
+def unusable_gpu(devices: Path = Path("/dev")) -> str | None:
+    """Why this machine's GPU would be left alone; None if it has none, torch can use it, or it is hidden on purpose."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu"
+    gpus = sorted(devices.glob("nvidia[0-9]*"))
+    if hidden or not gpus or torch.cuda.is_available():
+        return None
+    reason = f"torch {torch.__version__} is a build without CUDA; install one with it, in a fresh environment"
+    if torch.version.cuda is not None:
+        reason = f"torch {torch.__version__} finds none for CUDA {torch.version.cuda}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                torch.cuda.init()
+            except (RuntimeError, AssertionError) as error:
+                reason = f"torch {torch.__version__}: {str(error).partition(chr(10))[0]}"
+    return f'{gpus[0]} is a GPU that torch cannot use: {reason}. CUDA_VISIBLE_DEVICES="" computes on the CPU'
+
+
+def check_devices() -> None:
+    """Refuse a GPU that torch cannot use, and more ranks on this machine than it has devices.
+
+    Raises:
+        UserError: from the first rank of the node; its others raise it alike.
     """
-    barrier()
-    place = "_".join((str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(get_rank())))
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}").unlink(missing_ok=True)
+    accelerator, ranks, problem = get_accelerator(), max(ranks_per_node(), get_local_rank() + 1), None
+    if accelerator.device_name() == "cpu":
+        problem = unusable_gpu()
+    elif ranks > accelerator.device_count():
+        problem = (
+            f"{ranks} ranks on {socket.gethostname()}, and torch sees {accelerator.device_count()} GPU(s) there: each "
+            "rank needs one of its own. Start as many (deepspeed --num_gpus, torchrun --nproc_per_node, RANKS of the "
+            "scripts), or let CUDA_VISIBLE_DEVICES name more"
+        )
+    if problem is not None:
+        raise (UserError if get_local_rank() == 0 else SharedError)(problem)
+
+
+def _join_process_group(timeout: datetime.timedelta) -> None:
+    """Raises UserError: the port where the ranks are to meet is taken."""
+    # DeepSpeed makes further groups of the same ranks for ZeRO, which get torch's default, not that of the first group.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    except dist.DistError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']}, where the ranks are to meet, is taken by another program: give a free "
+            "one, by MASTER_PORT or the launcher's --master_port"
+        ) from error
+
+
+def _stop(*_signal) -> None:
+    """Ctrl-C in a run that keeps no checkpoints; the launcher may leave no time for more than a line."""
+    if get_rank() == 0:
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopped by Ctrl-C; nothing of this run is kept (--checkpoint_steps keeps checkpoints)\n")
+    raise KeyboardInterrupt
 
 
 def init_distributed(args) -> torch.device:
@@ -119,6 +183,9 @@ def init_distributed(args) -> torch.device:
         os.environ["MASTER_PORT"] = str(_free_port())
     if args.local_rank >= 0:
         os.environ["LOCAL_RANK"] = str(args.local_rank)
+    signal.signal(signal.SIGINT, _stop)
+    prepare_operators()
+    check_devices()
     limit_cpu_threads()
     # DeepSpeed still calls torch's collectives by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -127,12 +194,7 @@ def init_distributed(args) -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(get_local_rank())
-    load_operator("ShareMemCommBuilder")
-    timeout = datetime.timedelta(seconds=args.comm_timeout)
-    # DeepSpeed makes further groups of the same ranks for ZeRO, which get torch's default, not that of the first group.
-    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
-    unname_shared_memory()
+    _join_process_group(datetime.timedelta(seconds=args.comm_timeout))
     return torch.device(accelerator.current_device_name())
 
 
@@ -151,6 +213,8 @@ def run_main(main: Callable[[], None]) -> None:
         if get_rank() == 0:
             print(end, flush=True)
         barrier()
+    except KeyboardInterrupt:
+        exit_code = 128 + signal.SIGINT  # as shells have it
     except Exception as error:
         exit_code = 1
         _print_error(error)

@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -12,9 +14,42 @@ from torch.utils import cpp_extension
 from utils.process.errors import UserError
 from utils.process.world import get_world_size, ranks_per_node
 
+UNUSED = "deepspeed_shm_comm"  # adds up answers of tensor-parallel ranks, of which there are none here
+
+
+def prepare_operators() -> None:
+    """Say where operators are kept and which are not wanted; before anything of DeepSpeed starts, on every rank.
+
+    They are kept with the environment: one for another torch or Python would have to be built anew each time. DeepSpeed
+    builds its reduction through shared memory whenever a process group on CPUs begins, though training never calls it.
+    """
+    if "TORCH_EXTENSIONS_DIR" not in os.environ and _is_own_environment():
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
+    deepspeed.ops.__compatible_ops__[UNUSED] = False
+
+
+def _is_own_environment() -> bool:
+    """Whether this Python is one of several, which may write beside itself; not the system's."""
+    return sys.prefix not in ("/usr", "/usr/local") and os.access(sys.prefix, os.W_OK)
+
+
+def _root() -> Path:
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+
+
+def is_built(name: str) -> bool:
+    """Whether an operator, "cpu_adam" say, has been compiled for this environment."""
+    return any(_root().glob(f"**/{name}/{name}.so"))
+
+
+def check_compiler(flag: str, name: str) -> None:
+    """UserError if an operator that the flag needs would have to be compiled here, and there is no compiler."""
+    if not is_built(name) and shutil.which("c++") is None and shutil.which("g++") is None:
+        raise UserError(f"{flag} compiles DeepSpeed's {name}: install a C++ compiler (apt-get install g++)")
+
 
 def load_operator(builder_name: str) -> None:
-    """Let DeepSpeed build (the first time) and load one of its own operators, "ShareMemCommBuilder" say.
+    """Let DeepSpeed build (the first time) and load one of its own operators, "CPUAdamBuilder" say.
 
     Torch guards a build with a bare file. A run that is killed at the wrong moment leaves it behind, and every later
     run waits for it for ever, without a word. Ours is a lock of the kernel, which ends with the process that holds it:
@@ -26,7 +61,7 @@ def load_operator(builder_name: str) -> None:
     builder = get_accelerator().create_op_builder(builder_name)
     if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         return
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    root = _root()
     root.mkdir(parents=True, exist_ok=True)
     with open(root / f".{builder.NAME}.one-at-a-time", "w") as ours:
         try:
@@ -36,6 +71,11 @@ def load_operator(builder_name: str) -> None:
             return
         for lock in root.glob(f"**/{builder.NAME}/lock"):
             _clear_lock(lock)
+        if not is_built(builder.NAME):
+            print(
+                f"compiling DeepSpeed's {builder.NAME} into {root}, once for this environment: about a minute",
+                flush=True,
+            )
         builder.load()
 
 

@@ -11,6 +11,7 @@ It is written under another name and renamed when complete; then ``latest`` name
 every file must be there in its full size, and every flag that shapes the training must be what it was.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,11 +25,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 
+from utils.arguments import nothing_saved
 from utils.process.console import print_rank_0
 from utils.process.errors import EndOfRun, UserError
 from utils.process.files import flush_to_disk, write_text
 from utils.process.ranks import agree, all_gather_objects, all_reduce_sum
 from utils.process.seeds import random_states, restore_random_states
+from utils.process.versions import versions
 from utils.process.world import get_rank, get_world_size, ranks_per_node
 from utils.run.checkpoint_files import (
     FINISHED_FILE,
@@ -55,7 +58,10 @@ from utils.run.engine_state import (
     save_average,
     save_engine,
 )
-from utils.run.same_run import differences, flags_of, model_fingerprint, rows_fingerprint, versions
+from utils.run.same_run import differences, flags_of, model_fingerprint, rows_fingerprint
+
+STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+PATIENCE = 3  # seconds after which another Ctrl-C is a second one
 
 
 class Checkpoints:
@@ -79,7 +85,7 @@ class Checkpoints:
         self.args, self.steps, self.resumed_from = args, 0, None
         self.folder = _folder_of(args)
         self.enabled = args.checkpoint_steps > 0 or args.checkpoint_dir is not None
-        self._stop_asked, self._steps_saved = False, None
+        self._stop_asked, self._steps_saved = None, None
         self._fingerprints = {name: model_fingerprint(getattr(args, name)) for name in models}
         finished = None
 
@@ -179,7 +185,8 @@ class Checkpoints:
         if self.enabled:
             self._rank_state, self._updates = self._take_rank_state(), self._count_updates()
             self._process = os.getpid()
-            signal.signal(signal.SIGTERM, self._on_sigterm)
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._on_signal)
 
     def _count_updates(self) -> list[int]:
         return [engine.global_steps - engine.skipped_steps for engine in self._engines.values()]
@@ -235,7 +242,7 @@ class Checkpoints:
             yield later, done if later == epoch else 0
 
     def end_step(self, epoch: int, done: int) -> None:
-        """After each step: save where a checkpoint is due; after a SIGTERM to any rank save and end the run.
+        """After each step: save where a checkpoint is due; after a SIGTERM or Ctrl-C to any rank save and end the run.
 
         Args:
             done: steps of the epoch that are done.
@@ -248,24 +255,41 @@ class Checkpoints:
             return
         self._position = [epoch, done]
         self._rank_state, self._updates = self._take_rank_state(), self._count_updates()
-        stop = bool(all_reduce_sum(torch.tensor(int(self._stop_asked), device=get_accelerator().current_device_name())))
+        stop = self._signal_to_any_rank()
         if stop or (self.args.checkpoint_steps and self.steps % self.args.checkpoint_steps == 0):
             self._save()
         if stop:
             self._writer.close()
             raise EndOfRun(
-                f"stopped by SIGTERM after {self.steps} steps; all is in {self.folder / self._name}. "
+                f"stopped by {stop} after {self.steps} steps; all is in {self.folder / self._name}. "
                 "The same command with --resume auto goes on from there"
             )
 
-    def _on_sigterm(self, *_signal) -> None:
-        if os.getpid() != self._process:  # a forked worker (of a reward function's pool, say) ends as one does
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+    def _signal_to_any_rank(self) -> str | None:
+        """What asked any rank to stop; on all ranks alike."""
+        asked = [int(self._stop_asked == number) for number in STOP_SIGNALS]
+        counts = all_reduce_sum(torch.tensor(asked, device=get_accelerator().current_device_name())).tolist()
+        return next((name for name, count in zip(STOP_SIGNALS.values(), counts, strict=True) if count), None)
+
+    def _on_signal(self, number: int, _frame) -> None:
+        if os.getpid() != self._process:  # a forked worker (of a reward function's pool, say)
+            if number == signal.SIGTERM:  # it ends as one does; a Ctrl-C is the run's, which needs it to the step's end
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             return
-        self._stop_asked = True
-        # Not print: the signal may come in the middle of one.
-        os.write(1, f"rank {get_rank()}: SIGTERM: finishing the step, then saving a checkpoint\n".encode())
+        text = f"rank {get_rank()}: {STOP_SIGNALS[number]}: finishing the step, then saving a checkpoint\n"
+        if self._stop_asked is None:
+            self._stop_asked, self._asked_at = number, time.monotonic()
+        # Launchers pass a Ctrl-C on, or make a SIGTERM of it, when it has come from the terminal already.
+        elif number == signal.SIGINT and time.monotonic() - self._asked_at > PATIENCE:
+            text = "Ctrl-C again: ending at once, without a checkpoint of this step\n"
+        else:
+            return
+        if number == signal.SIGTERM or get_rank() == 0:  # a Ctrl-C goes to all of them
+            with contextlib.suppress(OSError):  # who reads may have gone before
+                os.write(1, text.encode())  # not print: the signal may come in the middle of one
+        if text.startswith("Ctrl-C again"):
+            os._exit(128 + number)
 
     def save_before_step(self) -> str:
         """For a step that cannot be made: save the run as it was before it, so that a resumed run begins with it.
@@ -289,11 +313,14 @@ class Checkpoints:
 
     def finish(self) -> None:
         """The run is over and its model saved: a later start with --resume auto has nothing to do."""
+        if note := nothing_saved(self.args):
+            print_rank_0(note)
         if not self.enabled:
             return
         state = self._common_state() | {"output_dir": self.args.output_dir}
         self._on_rank_0(lambda: write_text(self.folder / FINISHED_FILE, json.dumps(state, indent=1), flush=True))
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
     # ------------------------------------------------------------ saving
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from utils import perf
 from utils.arguments.steps import PROJECT
+from utils.model.losses import warn_diverged
 from utils.process.console import print_brief, print_classic
 
 EVALUATION = {1: "perplexity", 2: "reward"}
@@ -106,6 +107,7 @@ class SupervisedConsole:
         if self._step == 1:
             print_classic(f"ppl: {figures['perplexity']}, loss: {figures['loss']}")
             print_brief(f"{when}: perplexity {rounded(figures['perplexity'])}, loss {rounded(figures['loss'])}")
+            warn_diverged(figures["loss"])
             return
         print_classic(
             f"chosen_last_scores (higher is better) : {figures['chosen_score']}, "

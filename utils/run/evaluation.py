@@ -38,7 +38,6 @@ class Evaluations:
         save: writes the model to a folder under --output_dir: save(sub_folder, figures), with the figures of the last
             evaluation.
         batches: of a whole evaluation on each rank.
-        saves_with_figures: a saved model holds figures of its own, so that one is evaluated before it is saved.
 
     Attributes:
         stopped: whether the run ends here (--early_stopping_patience).
@@ -54,12 +53,11 @@ class Evaluations:
         writer,
         save: Callable[[str, Figures], None],
         batches: int,
-        saves_with_figures: bool = False,
     ):
         self.args, self._measure, self._console, self._writer, self._save = args, measure, console, writer, save
         self._limit = getattr(args, "eval_iters", 0)
         self._limit = 0 if self._limit >= batches else self._limit
-        self._saves_with_figures = saves_with_figures
+        self._saves_with_figures = step == 2  # a reward model holds the scale of its scores
         self._metric = watched_metric(args, step)
         self._evaluates = step < 3 or args.eval_interval > 0
         self._best: float | None = None

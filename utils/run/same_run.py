@@ -1,7 +1,6 @@
 """What a run must have in common with the checkpoint that it goes on from: flags, models, rows."""
 
 import hashlib
-import importlib.metadata
 import json
 from enum import Enum
 from pathlib import Path
@@ -32,10 +31,6 @@ def flags_of(args) -> dict:
         "deepspeed_config_overrides": file and json.loads(Path(file).read_text()),
         "data_config": datasets and data_config_content(datasets),
     }
-
-
-def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
 
 
 def model_fingerprint(folder: str | None) -> str | None:

@@ -18,7 +18,7 @@ from helpers import STEPS
 from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer as Trainer
 from utils.run.checkpoint import Checkpoints
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", 0))
 PATCHES = {}
 
 
