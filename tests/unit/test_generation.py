@@ -23,6 +23,7 @@ from utils.generation.sampling import (
     keep_top_p,
     sample_answers,
 )
+from utils.model.inputs import cache_argument
 from utils.module.fused_linear import can_pack, find_shared_inputs, fused_linears
 from utils.module.lora import convert_linear_layer_to_lora, lora_layers
 
@@ -208,7 +209,7 @@ def test_finished_rows_leave_the_batch_and_shared_pads_the_cache(llama):
     seen = []
 
     def note(_module, _arguments, inputs):
-        cache = inputs["past_key_values"]
+        cache = inputs[cache_argument(llama)]
         columns = cache.layers[0].get_seq_length()
         assert inputs["attention_mask"].shape == (len(inputs["input_ids"]), columns + inputs["input_ids"].shape[1])
         seen.append((len(inputs["input_ids"]), columns))

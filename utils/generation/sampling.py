@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from utils.model.inputs import embedding_rows, forward_accepts, position_ids_from_mask, unwrap
+from utils.model.inputs import cache_argument, embedding_rows, forward_accepts, position_ids_from_mask, unwrap
 
 LEAVE_SHARE = 0.25  # finished rows leave the batch when they are at least this share of it
 
@@ -199,7 +199,8 @@ class CachedRows:
         self._mask = torch.cat([mask, mask.new_ones(len(mask), capacity - self.width)], dim=1)
         self._forward, self._compiled = model, compiled
         self._takes_positions = forward_accepts(model, "position_ids")
-        self._options = {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
+        self._options = {cache_argument(model): cache, "use_cache": True}
+        self._options |= {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
 
     @property
     def mask(self) -> torch.Tensor:
@@ -214,8 +215,6 @@ class CachedRows:
         return self._forward(
             input_ids=self.tokens,
             attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
             **self._options,
             **options,
         )

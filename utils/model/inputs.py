@@ -15,6 +15,11 @@ def forward_accepts(model, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
+def cache_argument(model) -> str:
+    """What the forward pass calls its KV cache: transformers 5.24 gave it another name in nearly all families."""
+    return "cache" if forward_accepts(model, "cache") else "past_key_values"
+
+
 def embedding_rows(model) -> int:
     """Rows of the input embedding, also where ZeRO-3 has sharded it."""
     weight = model.get_input_embeddings().weight
