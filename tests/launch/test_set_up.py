@@ -1,4 +1,4 @@
-"""setup_env.sh, with a Python whose pip installs nothing: environments made, found done, made anew."""
+"""setup_env.sh with a Python whose pip only writes down what it is asked for: environments made and made anew."""
 
 import os
 import subprocess

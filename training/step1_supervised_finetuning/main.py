@@ -23,12 +23,12 @@ from utils.engine import build
 from utils.engine.nonfinite import NonFiniteSteps
 from utils.engine.update import Update
 from utils.model import soft_prompt
-from utils.model.inputs import forward_accepts, sft_inputs
+from utils.model.inputs import sft_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count, perplexity_of, warn_diverged
 from utils.model.model_utils import check_model, create_hf_model
+from utils.model.packing import choose_packing, refuse_state
 from utils.planning.preflight import preflight
 from utils.process.console import now, print_rank_0, progress
-from utils.process.errors import UserError
 from utils.process.launch import init_distributed, run_main
 from utils.process.ranks import all_reduce_sum
 from utils.process.seeds import set_random_seed
@@ -57,10 +57,8 @@ def load_model(args, tokenizer, ds_config):
     """The language model to train, behind a soft prompt where the flags ask for one."""
     options = build.model_options(args, args.dropout)
     model = create_hf_model(AutoModelForCausalLM, args.model_name_or_path, tokenizer, ds_config, **options)
-    if args.packing and not forward_accepts(model, "position_ids"):
-        raise UserError(
-            f"--packing: {type(model).__name__} takes no positions, so rows of a block cannot be kept apart"
-        )
+    if args.packing:
+        refuse_state(model)
     return model if args.soft_prompt is None else soft_prompt.make_soft_prompt_model(model, tokenizer, args)
 
 
@@ -109,6 +107,7 @@ def main():
     learning_rate = args.learning_rate if args.soft_prompt is None else args.soft_prompt_learning_rate
     engine = build.trained_engine(model, args, ds_config, total_steps, learning_rate=learning_rate)
     label_log_probs, update = LabelLogProbs(engine), Update({"model": engine})
+    packing = choose_packing(label_log_probs) if args.packing else ""
     nonfinite = NonFiniteSteps(args.skip_nonfinite, sampler, checkpoints.save_before_step)
     checkpoints.resume(writer, train_dataset, {"model": engine}, nonfinite=nonfinite)
 
@@ -134,7 +133,8 @@ def main():
             learned, tokens, rows = batching.count_window(window, batching.count_batch, device)
             for batch in update.micro_batches(window):
                 batch = batching.to_device(batch, device)
-                loss_sum = causal_lm_loss_sum(label_log_probs, sft_inputs(engine.module, batch), batch["labels"])
+                inputs = sft_inputs(engine.module, batch, packing)
+                loss_sum = causal_lm_loss_sum(label_log_probs, inputs, batch["labels"])
                 update.backward(loss_sum / max(learned, 1))
             figures = update.step(partial(nonfinite.skip, step=step))
             if args.print_loss:
@@ -144,7 +144,7 @@ def main():
             bar.note(perf.pace(tokens, seconds))
             figures |= {"skipped_steps": nonfinite.skipped}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
-                figures |= perf.print_throughput(engine, args, seconds, int(tokens), int(rows))
+                figures |= perf.print_throughput(engine, args, seconds, tokens=int(tokens), rows=int(rows))
             writer.write(checkpoints.steps + 1, figures)
             checkpoints.end_step(epoch, step + 1)
         evaluate_and_report(epoch + 1)

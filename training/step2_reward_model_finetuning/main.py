@@ -161,7 +161,7 @@ def main():
             bar.note(perf.pace(tokens, seconds))
             figures |= {"skipped_steps": nonfinite.skipped}
             if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
-                figures |= perf.print_throughput(engine, args, seconds, int(tokens), int(answers))
+                figures |= perf.print_throughput(engine, args, seconds, tokens=int(tokens), rows=int(answers))
             steps = checkpoints.steps + 1
             writer.write(steps, figures)
             if args.eval_interval and steps % args.eval_interval == 0:

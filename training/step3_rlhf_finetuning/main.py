@@ -70,7 +70,8 @@ def load_prompts(args, tokenizer, batch: arguments.RLHFBatchSizes, reward_functi
     sampler = batching.StepBatchSampler(
         prompts.lengths, batch.prompts_per_round, batch.rounds, seed=args.seed, drop_last=True
     )
-    collator = batching.DataCollatorRLHF(tokenizer.pad_token_id, args.max_prompt_seq_len, args.pad_to_max_length)
+    padding = dict(pad_token_id=tokenizer.pad_token_id, pad_to_max_length=args.pad_to_max_length)
+    collator = batching.DataCollatorRLHF(args.max_prompt_seq_len, **padding)
     loader = batching.make_loader(prompts, sampler, collator)
     return prompts, sampler, loader, batch.updates(len(prompts), get_world_size())
 

@@ -118,6 +118,14 @@ def check_checkpoints(args) -> None:
         raise UserError(f"{flag} needs a folder: give --checkpoint_dir or --output_dir")
 
 
+def _settle_dtype(args, device_type: str) -> None:
+    if args.dtype is None:
+        args.dtype, reason = default_dtype(device_type)
+        print_rank_0(f"training in {args.dtype}: {reason} (--dtype)")
+    elif is_rank_0() and (warning := warning_of(args.dtype, device_type)) is not None:
+        print_rank_0(f"WARNING: {warning}")
+
+
 STARTS = ("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path")
 PARTS = {1: ("",), 2: ("",), 3: ("actor", "critic", "actor_ema")}  # of --output_dir that a step's models are saved to
 
@@ -154,14 +162,6 @@ def nothing_saved(args) -> str | None:
         return None
     what = "nothing is saved" if args.checkpoint_dir is None else "nothing but checkpoints is saved"
     return f"{what}: no --output_dir, the folder for the model and {METRICS_FILE}"
-
-
-def _settle_dtype(args, device_type: str) -> None:
-    if args.dtype is None:
-        args.dtype, reason = default_dtype(device_type)
-        print_rank_0(f"training in {args.dtype}: {reason} (--dtype)")
-    elif is_rank_0() and (warning := warning_of(args.dtype, device_type)) is not None:
-        print_rank_0(f"WARNING: {warning}")
 
 
 def settle_common(args) -> None:

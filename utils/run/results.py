@@ -5,7 +5,7 @@ from pathlib import Path
 from utils.model.adapters import save_lora_adapter
 from utils.model.inputs import unwrap
 from utils.model.merging import read_adapter, save_merged_model
-from utils.model.saving import save_pretrained_model, save_weights
+from utils.model.saving import save_pretrained_model
 from utils.model.soft_prompt import save_soft_prompt
 from utils.module.lora import lora_layers
 from utils.process.console import is_rank_0
@@ -80,8 +80,3 @@ def save_trained_soft_prompt(model, tokenizer, args, card: RunCard | None = None
     folder = Path(args.output_dir)
     readme = _readme(card, folder, "", args.model_name_or_path, tokenizer, SOFT_PROMPT)
     save_soft_prompt(unwrap(model), tokenizer, folder, readme)
-
-
-def save_zero_three_model(model_ema, global_rank, save_dir, zero_stage=0) -> None:
-    """Write the weights alone (no configuration, no tokenizer) as safetensors; every rank must call this."""
-    save_weights(unwrap(model_ema), Path(save_dir))
