@@ -111,12 +111,15 @@ def test_a_port_that_is_taken_is_passed_over():
     assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == port
 
 
-FAKE_DEEPSPEED = """#!/bin/bash
-echo "$@"
-[ -e {folder}/waits ] || exit 0
-trap 'echo told; sleep 1; echo saved; exit 1' INT
-echo ready
-while true; do sleep 0.1; done
+FAKE_DEEPSPEED = """#!{python}
+import pathlib, signal, sys, time
+def stop(*_signal):
+    print("told", flush=True); time.sleep(1); print("saved", flush=True); sys.exit(1)
+print(*sys.argv, flush=True)
+if pathlib.Path("{folder}/waits").exists():
+    signal.signal(signal.SIGINT, stop)
+    print("ready", flush=True)
+    time.sleep(60)
 """
 
 
@@ -124,7 +127,7 @@ while true; do sleep 0.1; done
 def launched(tmp_path):
     """launched(commands of bash) -> a process of a script that sources launch.sh; deepspeed only shows its words."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/deepspeed").write_text(FAKE_DEEPSPEED.format(folder=tmp_path))
+    (tmp_path / "bin/deepspeed").write_text(FAKE_DEEPSPEED.format(folder=tmp_path, python=sys.executable))
     (tmp_path / "bin/deepspeed").chmod(0o755)
 
     def run(commands):
