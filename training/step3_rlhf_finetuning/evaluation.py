@@ -27,7 +27,7 @@ class HeldOutPrompts:
         tokenizer, count = trainer.tokenizer, min(args.eval_prompts, len(prompts))
         self._samples: list[dict] = []
         self._collator = batching.DataCollatorRLHF(
-            tokenizer.pad_token_id, args.max_prompt_seq_len, args.pad_to_max_length
+            args.max_prompt_seq_len, pad_token_id=tokenizer.pad_token_id, pad_to_max_length=args.pad_to_max_length
         )
         self._filler = prompts[0]
         at_a_time = args.per_device_generation_batch_size

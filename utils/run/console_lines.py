@@ -10,7 +10,7 @@ from utils.arguments.steps import PROJECT
 from utils.model.losses import warn_diverged
 from utils.process.console import print_brief, print_classic
 
-EVALUATION = {1: "perplexity", 2: "reward"}
+EVALUATION = {1: "***** Evaluating perplexity, Epoch", 2: "***** Evaluating reward, Epoch"}
 SAVING = {1: "saving the final model ...", 2: "saving model ..."}
 
 
@@ -100,7 +100,7 @@ class SupervisedConsole:
         return throughput
 
     def evaluating(self, steps: int, epoch: int) -> None:
-        print_classic(f"***** Evaluating {EVALUATION[self._step]}, Epoch {epoch}/{self.args.num_train_epochs} *****")
+        print_classic(f"{EVALUATION[self._step]} {epoch}/{self.args.num_train_epochs} *****")
 
     def evaluated(self, steps: int, epoch: int, figures: dict) -> None:
         when = f"evaluation after step {steps}" if steps else "evaluation before training"
