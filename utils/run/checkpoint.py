@@ -201,6 +201,8 @@ class Checkpoints:
 
     def _restore_rank_state(self, state: dict) -> None:
         for name, thing in self._tracked.items():
+            if name == "evaluations" and name not in state["tracked"]:
+                continue  # a checkpoint of an earlier version: the comparison of evaluations begins anew
             if isinstance(thing, np.random.Generator):
                 thing.bit_generator.state = state["tracked"][name]
             else:
