@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from utils.model.inputs import unwrap
 from utils.module.lora import count_parameters
-from utils.process.console import print_rank_0
+from utils.process.console import print_classic
 from utils.process.world import get_world_size
 
 
@@ -59,7 +59,7 @@ def _model_flops(hf_model, tokens: float, rows: float, passes: int) -> float:
 
 
 def print_throughput(hf_model, args, e2e_time, rank=None, *, tokens=None, rows=None) -> dict[str, float]:
-    """Print and return the throughput of one optimizer step of step 1 or 2.
+    """Print (--console classic) and return the throughput of one optimizer step of step 1 or 2.
 
     Args:
         e2e_time: seconds of the step.
@@ -72,7 +72,7 @@ def print_throughput(hf_model, args, e2e_time, rank=None, *, tokens=None, rows=N
     tokens = rows * args.max_seq_len if tokens is None else tokens
     passes = 4 if args.gradient_checkpointing else 3
     tflops = _model_flops(hf_model, tokens, rows, passes) / seconds / get_world_size() / 1e12
-    print_rank_0(
+    print_classic(
         f"Model Parameters: {count_parameters(unwrap(hf_model))[1] / 1e9:.3f} B, Latency: {seconds:.2f}s, "
         f"TFLOPs: {tflops:.2f}, Samples/sec: {rows / seconds:.2f}, Time/seq {seconds / max(rows, 1):.2f}s, "
         f"Batch Size: {rows}, Sequence Length: {tokens / max(rows, 1):.0f}",
@@ -102,7 +102,7 @@ def print_throughput_step3(
     generate_time=None,
     generated_steps=None,
 ):
-    """Print and return the throughput of one PPO step.
+    """Print (--console classic) and return the throughput of one PPO step.
 
     Args:
         e2e_time, gen_exp_time, train_time: seconds of the whole step, of making experience, of the updates.
@@ -137,7 +137,7 @@ def print_throughput_step3(
         "bandwidth_gb_per_second": actor * bytes_per_parameter * steps / generate_time / 1e9,
         "memory_gib": peak_memory() / 2**30,
     }
-    print_rank_0(
+    print_classic(
         f"End-to-End => Latency: {e2e_time:.2f}s, TFLOPs: {figures['tflops']:.2f}, "
         f"Samples/sec: {figures['samples_per_second']:.2f}, Time/seq {e2e_time / rows:.2f}s, Batch Size: {rows}, "
         f"Total Seq. Length: {length}\n"

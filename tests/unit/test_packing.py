@@ -74,7 +74,7 @@ def test_the_check_sees_through_the_rounding_of_16_bits(config, way, dtype):
 def test_windows_wider_than_the_rows_of_the_check_are_narrowed_and_restored(monkeypatch):
     """A window of 4,096 tokens in which one mask would do for rows of the check, and not for those of training."""
     model = random_model(WINDOWED["mistral"] | {"sliding_window": 4096})
-    monkeypatch.setattr(packing, "PACKING_WAYS", {"one mask": None})
+    monkeypatch.setattr(packing, "packing_ways", lambda _model: ["one mask"])
     with pytest.raises(UserError, match=r"do not score as they do alone.*by one mask, 0\.\d+ \(rounding: .*e-\d+\)"):
         choose_packing(LabelLogProbs(model))
     assert model.config.sliding_window == 4096
@@ -83,7 +83,7 @@ def test_windows_wider_than_the_rows_of_the_check_are_narrowed_and_restored(monk
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_family_that_cannot_keep_rows_apart_is_refused_with_the_figures(dtype):
     model = random_model(ALIBI["bloom"]).to(dtype)
-    message = r"BloomForCausalLM do not score.*by positions, 0\.0\d+ when the row before is another one"
+    message = r"BloomForCausalLM do not score.*by positions, 0\.0\d+ when the row.*; by one mask, ValueError"
     with pytest.raises(UserError, match=message):
         choose_packing(LabelLogProbs(model))
 

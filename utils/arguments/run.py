@@ -66,7 +66,7 @@ def add_run_arguments(parser, step: int) -> None:
         default=COMM_TIMEOUT,
         help="seconds a rank waits for the others in a collective before the run ends with an error",
     )
-    add("--log_interval", type=positive, default=1, help="optimizer steps between throughput lines")
+    add("--log_interval", type=positive, default=1, help="optimizer steps (step 3: updates) between lines of figures")
     add(
         "--report_to",
         nargs="*",
@@ -108,6 +108,7 @@ MAY_CHANGE_AT_RESUME = {
     *("per_device_eval_batch_size", "eval_interval", "eval_iters", "compute_fp32_loss", "num_padding_at_beginning"),
     *("print_answers", "print_answers_interval", "sample_interval", "samples_shown"),
     *("enable_test_mode", "test_stop_step", "dry_run"),
+    *("console", "eval_prompts", "save_best", "early_stopping_patience", "save_interval", "save_total_limit"),
 }
 
 

@@ -18,6 +18,7 @@ from utils.arguments.model import (
 )
 from utils.arguments.rlhf import add_rlhf_arguments, check_rlhf
 from utils.arguments.run import add_run_arguments, check_output, nothing_saved, settle_common
+from utils.arguments.watching import add_watching_arguments, check_watching
 from utils.process.console import print_rank_0
 from utils.process.files import check_output_dir
 from utils.process.ranks import agree
@@ -48,6 +49,7 @@ def build_parser(step: int) -> ConfigParser:
     else:
         add_rlhf_arguments(parser)
     add_run_arguments(parser, step)
+    add_watching_arguments(parser, step)
     if step == 1:
         _add_sft_arguments(parser.add_argument_group("step 1"))
     elif step == 2:
@@ -88,8 +90,6 @@ def _add_reward_arguments(group) -> None:
         help="weight of (chosen + rejected end score)^2 in the loss, which keeps the scores around 0, as in 0.01; "
         "0 for off",
     )
-    add("--eval_interval", type=int, default=0, help="evaluate every so many optimizer steps; 0 after epochs only")
-    add("--eval_iters", type=int, default=100, help="evaluation batches per rank; 0 for all")
 
 
 class Settled(argparse.Namespace):
@@ -134,6 +134,7 @@ def check_step(args: argparse.Namespace, step: int) -> None:
         UserError: a combination that cannot work.
     """
     args.deepspeed_config_overrides = args.deepspeed_config_overrides or args.deepspeed_config
+    check_watching(args, step)
     if step == 3:
         check_rlhf(args)
         return

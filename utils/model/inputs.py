@@ -15,6 +15,11 @@ def forward_accepts(model, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
+def cache_argument(model) -> str:
+    """What the forward pass calls its KV cache: transformers 5.24 gave it another name in nearly all families."""
+    return "cache" if forward_accepts(model, "cache") else "past_key_values"
+
+
 def embedding_rows(model) -> int:
     """Rows of the input embedding, also where ZeRO-3 has sharded it."""
     weight = model.get_input_embeddings().weight
@@ -62,13 +67,10 @@ def _one_mask(model, batch: dict) -> torch.Tensor:
 
 
 def _mask_of_each_type(model, batch: dict) -> dict[str, torch.Tensor]:
-    """A mask for each type of layer, for families that take a table of them; ValueError for types unknown here."""
-    config = model.config.get_text_config()
-    allowed, types = _allowed_within_rows(batch), set(getattr(config, "layer_types", None) or ())
-    if not types or types - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"layers of the types {sorted(types)} are given no mask of their own")
+    """A mask for each type of layer, for families that take a table of them."""
+    config, allowed = model.config.get_text_config(), _allowed_within_rows(batch)
     masks = {"full_attention": _additive(model, allowed)}
-    if "sliding_attention" in types:
+    if "sliding_attention" in config.layer_types:
         places = torch.arange(allowed.shape[1], device=allowed.device)
         near = places.unsqueeze(1) - places < config.sliding_window
         masks["sliding_attention"] = _additive(model, allowed & near)
@@ -79,6 +81,19 @@ def _mask_of_each_type(model, batch: dict) -> dict[str, torch.Tensor]:
 # trying (utils/model/packing.py): most find the rows in positions, for windowed layers too, whose windows one mask for
 # all layers would undo.
 PACKING_WAYS = {"positions": _no_mask, "masks by layer type": _mask_of_each_type, "one mask": _one_mask}
+
+
+def packing_ways(model) -> list[str]:
+    """Those of PACKING_WAYS that mean something to a model."""
+    if _has_flash_attention(model):
+        return ["positions"]
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    is_known = bool(types) and types <= {"full_attention", "sliding_attention"}
+    return [way for way in PACKING_WAYS if is_known or way != "masks by layer type"]
+
+
+def _has_flash_attention(model) -> bool:
+    return "flash" in str(model.config._attn_implementation)
 
 
 def packed_inputs(model, batch: dict, way: str = "one mask") -> dict:
@@ -92,7 +107,7 @@ def packed_inputs(model, batch: dict, way: str = "one mask") -> dict:
     form).
     """
     names = [name for name in ("input_ids", "position_ids") if forward_accepts(model, name)]
-    if "flash" in str(model.config._attn_implementation):
+    if _has_flash_attention(model):
         return {**{name: batch[name].reshape(1, -1) for name in names}, "use_cache": False}
     mask = PACKING_WAYS[way](model, batch)
     inputs = {name: batch[name] for name in names} | {"use_cache": False}

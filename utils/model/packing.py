@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from utils.data.batching import DataCollatorPacked, DataCollatorSFT
-from utils.model.inputs import PACKING_WAYS, sft_inputs
+from utils.model.inputs import packing_ways, sft_inputs
 from utils.model.losses import LabelLogProbs
 from utils.process.console import print_rank_0
 from utils.process.errors import UserError
@@ -104,7 +104,7 @@ class _Check:
 
 @torch.no_grad()
 def choose_packing(label_log_probs: LabelLogProbs) -> str:
-    """The first of PACKING_WAYS in which rows of a block get the log-probs that they get alone; it is printed.
+    """The first of ``packing_ways`` in which rows of a block get the log-probs that they get alone; it is printed.
 
     Every rank must call this: a forward pass may be a collective. Some passes over 34 tokens.
 
@@ -117,7 +117,7 @@ def choose_packing(label_log_probs: LabelLogProbs) -> str:
     try:
         with _narrow_windows(model):
             check, problems = _Check(label_log_probs), {}
-            for way in PACKING_WAYS:
+            for way in packing_ways(model):
                 # One answer for all ranks, whose kernels may round differently.
                 problems[way] = next(filter(None, all_gather_objects(check.problem(way))), "")
                 if not problems[way]:
