@@ -15,6 +15,7 @@ from utils.process.console import print_rank_0
 from utils.process.errors import UserError
 from utils.process.files import METRICS_FILE, check_output_dir, results_in
 from utils.process.launch import COMM_TIMEOUT
+from utils.process.operators import check_compiler
 from utils.process.ranks import check_same_on_all_nodes
 from utils.process.world import is_rank_0
 
@@ -187,6 +188,8 @@ def settle_common(args) -> None:
         if args.dtype == "fp32":
             raise UserError("--attn_implementation flash_attention_2 computes in fp16 or bf16, not in --dtype fp32")
     check_checkpoints(args)
+    if args.offload:
+        check_compiler("--offload", "cpu_adam")
     if args.enable_tensorboard and "tensorboard" not in args.report_to:
         args.report_to = ["tensorboard", *args.report_to]
     for name in args.report_to:
