@@ -6,7 +6,7 @@ In what is expected, what step 1 learns stands between double brackets.
 import csv
 import json
 import re
-from itertools import pairwise
+from itertools import count, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from chat_template_samples import sample
 from helpers import make_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from utils.data.chat_templates import named_template
 from utils.data.encoding import RowEncoder, TokenRules
@@ -59,10 +61,10 @@ def write(path, rows):
 @pytest.fixture
 def opened(tmp_path):
     """A function that opens rows as a dataset."""
-    count = iter(range(1000))
+    numbers = count()
 
     def opened(rows, ending="jsonl", **options):
-        path = write(tmp_path / f"{next(count)}.{ending}", rows)
+        path = write(tmp_path / f"{next(numbers)}.{ending}", rows)
         return get_raw_dataset(str(path), str(tmp_path), 1, -1, **options)
 
     return opened
@@ -658,6 +660,10 @@ def test_answers_without_a_common_prompt_are_skipped(opened, tokenizer):
         for text in "qz"
     ]
     assert skipped(opened(rows), tokenizer, 2) == {"the answers have no prompt in common": 1}
+    unanswered = [{"chosen": [user("q")], "rejected": [user("q"), answer("r")]}]
+    assert skipped(opened(unanswered), tokenizer, 1) == {
+        "field 'chosen': an answer ends in a turn that is not the assistant's": 1
+    }
     inside = [{"chosen": hh("a, Assistant: q", "c"), "rejected": hh("a, Assistant: z", "c")}]
     assert skipped(opened(inside), tokenizer, 3) == {
         "the answers have no prompt in common that ends in 'Assistant:'": 1
@@ -773,8 +779,8 @@ def test_reasoning_needs_a_template_that_writes_it(opened, tokenizer):
         == ["<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[<think>\nt\n</think>\n\nc<|im_end|>]]"] * 2
     )
     for style, reason in (("hh", "needs --chat_template, with a template that writes it"), ("gemma2", "writes no")):
-        [(found, count)] = skipped(dataset, tokenizer, 1, style).items()
-        assert reason in found and "reasoning_content" in found and count == 2
+        [(found, rows)] = skipped(dataset, tokenizer, 1, style).items()
+        assert reason in found and "reasoning_content" in found and rows == 2
     assert len(made(dataset, tokenizer, 3)) == 2  # the prompts say nothing of it
 
 
@@ -994,3 +1000,60 @@ def test_rows_in_memory_are_read_as_those_of_files(opened, tokenizer):
     dataset, tokenizer.chat_template = opened(SHAPES["ShareGPT"][0]), None
     made_here = create_dataset_split(SHAPES["ShareGPT"][0], dataset, 1, tokenizer, None, 200)
     assert [written(tokenizer, 1, made_here[i]) for i in range(2)] == SHAPES["ShareGPT"][2][0]
+
+
+# ---------------------------------------------------------------- anything at all
+
+COLUMNS = sorted({key for rows, _, _ in SHAPES.values() for row in rows for key in row} | {"tools", "label", "history"})
+KEYS = [
+    "role",
+    "from",
+    "content",
+    "value",
+    "text",
+    "rank",
+    "score",
+    "replies",
+    "tool_calls",
+    "function",
+    "name",
+    "answer",
+]
+values = st.recursive(
+    st.one_of(
+        st.sampled_from([None, "", "q", "user", "assistant", "prompter", "[]", "[{", "{}", '[{"role": "user"}]', True]),
+        st.floats(allow_nan=True),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)),
+    max_leaves=5,
+)
+
+
+@given(rows=st.lists(st.dictionaries(st.sampled_from(COLUMNS), values, min_size=1, max_size=8), min_size=1, max_size=4))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_rows_are_read_skipped_or_refused(rows, opened, tokenizer):
+    _read_skipped_or_refused(rows, opened, tokenizer)
+
+
+@given(data=st.data())
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_value_in_any_place_of_a_shape_is_read_skipped_or_refused(data, opened, tokenizer):
+    rows = json.loads(json.dumps(SHAPES[data.draw(st.sampled_from(list(SHAPES)))][0]))
+    place = data.draw(st.sampled_from(rows))
+    while True:
+        key = data.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+        if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = data.draw(values)
+    _read_skipped_or_refused(rows, opened, tokenizer)
+
+
+def _read_skipped_or_refused(rows, opened, tokenizer):
+    for step, style in ((1, None), (2, "hh"), (3, None), (1, "qwen3"), (2, "gemma2")):
+        try:
+            encoder, made_rows = encoded(opened(rows), tokenizer, step, style, length=60)
+        except DataError:
+            continue
+        assert encoder.report.total == len(encoder.raw.rows_of("train"))
+        assert all(row.get("input_ids") or row["chosen_ids"] for row in made_rows)

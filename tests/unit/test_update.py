@@ -26,6 +26,9 @@ class Engine:
     def step(self) -> None:
         self.calls.append("count")
 
+    def get_lr(self) -> list[float]:
+        return [0.0 if "step" in self.calls else 0.5]
+
 
 @pytest.fixture
 def dropped(monkeypatch):

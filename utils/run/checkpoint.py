@@ -25,6 +25,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 
+from utils.arguments import nothing_saved
 from utils.process.console import print_rank_0
 from utils.process.errors import EndOfRun, UserError
 from utils.process.files import flush_to_disk, write_text
@@ -312,6 +313,8 @@ class Checkpoints:
 
     def finish(self) -> None:
         """The run is over and its model saved: a later start with --resume auto has nothing to do."""
+        if note := nothing_saved(self.args):
+            print_rank_0(note)
         if not self.enabled:
             return
         state = self._common_state() | {"output_dir": self.args.output_dir}
