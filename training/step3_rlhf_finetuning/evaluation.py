@@ -26,9 +26,8 @@ class HeldOutPrompts:
         self.args, self._trainer, self._reporter, self._device = args, trainer, reporter, device
         tokenizer, count = trainer.tokenizer, min(args.eval_prompts, len(prompts))
         self._samples: list[dict] = []
-        self._collator = batching.DataCollatorRLHF(
-            args.max_prompt_seq_len, pad_token_id=tokenizer.pad_token_id, pad_to_max_length=args.pad_to_max_length
-        )
+        padding = dict(pad_token_id=tokenizer.pad_token_id, pad_to_max_length=args.pad_to_max_length)
+        self._collator = batching.DataCollatorRLHF(args.max_prompt_seq_len, **padding)
         self._filler = prompts[0]
         at_a_time = args.per_device_generation_batch_size
         sampler = batching.StepBatchSampler(prompts.lengths[:count], at_a_time, shuffle=False)
