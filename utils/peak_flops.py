@@ -1,7 +1,7 @@
 """The peak of an accelerator: floating-point operations per second in dense products of matrices, by precision.
 
 Figures are those of the makers' data sheets without sparsity, 16-bit products summed in fp32, as training has them
-(GeForce cards do that at half of their advertised rate). fp32 means fp32: where torch may use TF32 no peak is known here.
+(GeForce cards do that at half of their advertised rate). Where torch may use TF32 for fp32 no peak is known here.
 """
 
 import re

@@ -164,11 +164,12 @@ def last_words(log: str) -> str:
 
 
 def text_of(figures: Figures) -> str:
-    parts = []
-    for name, value in figures.items():
-        number = f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else f"{value:,.0f}"
-        parts.append(f"{name} {value if isinstance(value, str) else number}")
-    return ", ".join(parts)
+    def short(value) -> str:
+        if isinstance(value, str):
+            return value
+        return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else f"{value:,.0f}"
+
+    return ", ".join(f"{name} {short(value)}" for name, value in figures.items())
 
 
 def line_of(result: Result) -> str:
@@ -436,9 +437,7 @@ def bench_stages(kit: Kit) -> list[Stage]:
     stages += [
         sft("sft_checkpointing", f"--zero_stage 2 {checkpointing}"),
         sft("sft_plain", f"--zero_stage 2 --per_device_train_batch_size {size['rows'] // 2}"),
-        sft(
-            "sft_qlora", f"{checkpointing} --quantize nf4 --lora_dim 16 --only_optimize_lora", kit.lacks("bitsandbytes")
-        ),
+        sft("sft_qlora", qlora, kit.lacks("bitsandbytes")),
         ppo("ppo_z0_hybrid", f"{hybrid} {both}"),
         ppo("ppo_z0", both),
     ]
