@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv in the project's folder with what requirements.txt names; a second run finds it done and returns at once.
+# Makes .venv in the project's folder with what requirements.txt names, in the versions that were tested (constraints.txt;
+# Python 3.10 gets what it can have); a second run finds it done and returns at once.
 # Source it (". training_scripts/setup_env.sh") to have the environment active, or run it to only make it.
 # Arguments: more requirement files or packages (tests/requirements.txt, say). The system's Python is never touched.
 #
@@ -7,11 +8,12 @@
 # PYTHON  the Python (3.10 or newer) to make it with
 
 _setup_environment() {
-    local project venv python torch_version stamp wanted
+    local project venv python torch_version stamp wanted tested
     project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     venv="${VENV:-$project/.venv}"
     python="${PYTHON:-python3}"
-    torch_version="2.13.0"
+    tested="$project/training_scripts/constraints.txt"
+    torch_version="$(sed -n 's/^torch==//p' "$tested")"
 
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
         echo "error: Python 3.10 or newer is needed; set PYTHON to one (found: $("$python" --version 2>&1))" >&2
@@ -31,7 +33,7 @@ _setup_environment() {
     # Operators that DeepSpeed builds at first use: built here they belong to this environment alone.
     export TORCH_EXTENSIONS_DIR="$venv/torch_extensions"
 
-    wanted="$(cat "$project/requirements.txt" "$@" | cksum) $*"
+    wanted="$(cat "$project/requirements.txt" "$tested" "$@" | cksum) $*"
     stamp="$venv/.installed"
     touch "$stamp"
     if grep -qxF "$wanted" "$stamp"; then
@@ -53,6 +55,11 @@ _setup_environment() {
     fi
     echo "set-up: installing $(basename "$project")'s requirements"
     local file arguments=(-r "$project/requirements.txt")
+    if python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        # The torch that is there stays, whichever it is.
+        { grep -v '^torch==' "$tested" && python -c 'import torch; print(f"torch=={torch.__version__}")'; } >"$venv/constraints.txt"
+        arguments+=(-c "$venv/constraints.txt")
+    fi
     for file in "$@"; do arguments+=(-r "$file"); done
     python -m pip install --quiet "${arguments[@]}" || return 1
     echo "$wanted" >>"$stamp"

@@ -42,6 +42,7 @@ def get_train_ds_config(
     enable_mixed_precision_lora=False,
     tb_path="",
     tb_name="",
+    *,
     grad_accum_dtype=None,
 ):
     """The configuration of an engine with an optimizer. Batch sizes are added by ``with_batch_sizes``.

@@ -4,10 +4,10 @@
     python evaluation_scripts/benchmark/memory.py --work /tmp/memory --step 1
 
 For each case: what ``--dry_run`` says, and the largest resident memory of a rank over a few optimizer steps of the same
-command (evaluation before them included). On GPUs: what torch has allocated on one at most, against the estimate without
+command (evaluation before them included). On GPUs: what torch has allocated on one at most, against the estimate less
 what is there before any model; cases of more ranks than GPUs are left out. Models are Llamas of three sizes with random
-weights, made here; data is the quickstart's, padded to the maximum. Results are kept in WORK/results.json, so that cases
-can be run in pieces.
+weights, made here; data is the quickstart's, padded to the maximum. Results are kept in WORK/results.json, so that
+cases can be run in pieces.
 """
 
 import argparse

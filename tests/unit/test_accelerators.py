@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.ops.op_builder.builder import CUDAMismatchException
 from helpers import make_model
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +15,8 @@ from utils.arguments.model import check_grad_accum_dtype
 from utils.data import batching
 from utils.data.batching import DataCollatorSFT, StepBatchSampler, make_loader
 from utils.planning import preflight
-from utils.process.errors import UserError
+from utils.process import operators
+from utils.process.errors import UserError, meaning_of
 
 CUDA = SimpleNamespace(device_name=lambda: "cuda")
 
@@ -133,3 +135,78 @@ def test_a_loader_works_ahead_on_an_accelerator_alone(monkeypatch):
 def test_sums_of_gradients_that_lose_or_hide_something_are_refused(dtype, sums):
     with pytest.raises(UserError, match=f"--grad_accum_dtype {sums} with --dtype {dtype}"):
         check_grad_accum_dtype(argparse.Namespace(dtype=dtype, grad_accum_dtype=sums))
+
+
+@pytest.mark.parametrize(
+    "message, meaning",
+    [
+        (
+            "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system error (run with NCCL_DEBUG=INFO for details), "
+            "NCCL version 2.27.3\nncclSystemError: System call (e.g. socket, malloc) or external library call failed",
+            "NCCL_SOCKET_IFNAME",
+        ),
+        (
+            "NCCL error in: NCCLUtils.cpp:88, unhandled system error (run with NCCL_DEBUG=INFO for details)\n"
+            "Last error:\nError while creating shared memory segment /dev/shm/nccl-XqVLMK (size 9637888)",
+            "--shm-size",
+        ),
+        (
+            "NCCL error in: NCCLUtils.cpp:88, invalid usage (run with NCCL_DEBUG=WARN for details)\nLast error:\n"
+            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000",
+            "two ranks compute on one GPU",
+        ),
+        (
+            "NCCL communicator was aborted on rank 0.\nncclRemoteError: A call failed possibly due to a network error",
+            "its process or its node has ended",
+        ),
+    ],
+)
+def test_what_nccl_says_is_told_in_words(message, meaning):
+    assert meaning in meaning_of(torch.distributed.DistBackendError(message))
+
+
+def test_a_full_gpu_is_told_with_what_helps():
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB."
+    )
+    assert meaning_of(error).startswith("CUDA out of memory. Tried to allocate 2.00 GiB. Fewer rows per device")
+
+
+class _Operator:
+    """A stand-in for DeepSpeed's builder."""
+
+    NAME, error_log = "cpu_adam", "no compiler at all"
+
+    def __init__(self, error):
+        self.error = error
+
+    def load(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error, cure",
+    [
+        (
+            CUDAMismatchException("Installed CUDA version 12.1 does not match the version torch was compiled with"),
+            "nvcc",
+        ),
+        (
+            OSError("CUDA_HOME environment variable is not set. Please set it to your CUDA install root."),
+            "let CUDA_HOME",
+        ),
+        (RuntimeError("Error building extension 'cpu_adam': [1/3] c++ ..."), "own words stand above"),
+        (ImportError("cpu_adam.so: undefined symbol: _ZN3c10"), "another torch or Python, delete"),
+    ],
+)
+def test_an_operator_that_cannot_be_built_is_a_readable_error(monkeypatch, tmp_path, error, cure):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    accelerator = SimpleNamespace(create_op_builder=lambda name: _Operator(error))
+    monkeypatch.setattr(operators, "get_accelerator", lambda: accelerator)
+    monkeypatch.setitem(operators.deepspeed.ops.__compatible_ops__, "cpu_adam", True)
+    with pytest.raises(UserError, match=f"cpu_adam cannot be built or loaded here: .*{cure}"):
+        operators.load_operator("CPUAdamBuilder", "--offload")
+    monkeypatch.setitem(operators.deepspeed.ops.__compatible_ops__, "cpu_adam", False)
+    with pytest.raises(UserError, match=r"--offload needs DeepSpeed's CPUAdamBuilder.*: no compiler at all"):
+        operators.load_operator("CPUAdamBuilder", "--offload")
+    operators.load_operator("CPUAdamBuilder")  # a run that can do without
