@@ -446,7 +446,9 @@ def bench_stages(kit: Kit) -> list[Stage]:
         stages += [ppo(f"ppo_z{zero}_hybrid", f"{hybrid} {of_stage}"), ppo(f"ppo_z{zero}", of_stage)]
     stages.append(ppo("ppo_z0_compiled", f"{hybrid} --compile_generation {both}", seconds=240))
     for way in ("generate", "own", "compiled"):
-        stages.append(Stage(f"decode_{way}", 150, [[*MEASURE, "decode", way]], measured, alone=True))
+        stages.append(
+            Stage(f"decode_{way}", 300 if way == "compiled" else 150, [[*MEASURE, "decode", way]], measured, alone=True)
+        )
     stages.append(Stage("scoring", 90, [[*MEASURE, "scoring"]], measured, alone=True))
     return stages
 

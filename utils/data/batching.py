@@ -1,6 +1,7 @@
 """From id rows to padded batches: the order of rows, packing, padding, collators."""
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -97,9 +98,15 @@ def make_loader(dataset, sampler: StepBatchSampler, collator) -> DataLoader:
     if get_accelerator().device_name() != "cpu":  # where there is time to make batches while the device computes
         # Forked once per loader: a process that is spawned would import everything anew, at every evaluation.
         ahead = dict(num_workers=1, persistent_workers=True, multiprocessing_context="fork", pin_memory=True)
+        ahead["worker_init_fn"] = _leave_signals_to_the_run
     # A generator of its own: torch's loader draws a number at the start of each pass, in a resumed run once more often.
     generator = torch.Generator()
     return DataLoader(_WithFillers(dataset), batch_sampler=sampler, collate_fn=collator, generator=generator, **ahead)
+
+
+def _leave_signals_to_the_run(_worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, and the run answers it once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_train_loader(dataset, collator, args) -> tuple[StepBatchSampler, DataLoader]:
