@@ -326,7 +326,7 @@ def read_metrics(folder: Path, prefix: str = "train") -> list[dict]:
 
 # ---------------------------------------------------------------- small runs of each step, to compare bit for bit
 
-MEASURED = ("seconds", "time", "per_second", "latency", "tflops", "gb_per", "memory_gib")  # and so never equal
+MEASURED = ("seconds", "time", "per_second", "latency", "tflops", "mfu", "gb_per", "memory_gib")  # and so never equal
 SMALL_RUN = "--data_split 1,1,1 --dtype fp32 --max_train_samples 16 --max_eval_samples 8"
 SUPERVISED = (
     f"{SMALL_RUN} --per_device_train_batch_size 2 --per_device_eval_batch_size 4 --max_seq_len 48 "

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv in the project's folder with what requirements.txt names; a second run finds it done and returns at once.
+# Makes .venv in the project's folder with what requirements.txt names, in the versions that were tested (constraints.txt;
+# Python 3.10 gets what it can have); a second run finds it done and returns at once.
 # Source it (". training_scripts/setup_env.sh") to have the environment active, or run it to only make it.
 # Arguments: more requirement files or packages (tests/requirements.txt, say). The system's Python is never touched.
 #
@@ -29,7 +30,7 @@ _make_environment() ( # _make_environment PROJECT VENV FILES...: in a shell of i
         echo "set-up: $venv was left half-made by a set-up that was killed: making it anew"
         rm -rf "$venv"
     fi
-    wanted="$(cat "$project/requirements.txt" "$@" | cksum) $*"
+    wanted="$(cat "$project/requirements.txt" "$project/training_scripts/constraints.txt" "$@" | cksum) $*"
     if [ -x "$venv/bin/python" ] && grep -qxF "$wanted" "$venv/.installed" 2>/dev/null; then
         exit 0
     fi
@@ -42,7 +43,9 @@ _make_environment() ( # _make_environment PROJECT VENV FILES...: in a shell of i
 )
 
 _install() { # _install PROJECT VENV FILES...
-    local project="$1" venv="$2" file arguments=(-r "$1/requirements.txt") torch_version="2.13.0"
+    local project="$1" venv="$2" file arguments=(-r "$1/requirements.txt") tested="$1/training_scripts/constraints.txt"
+    local torch_version
+    torch_version="$(sed -n 's/^torch==//p' "$tested")"
     shift 2
     if [ ! -x "$venv/bin/python" ]; then
         echo "set-up: creating $venv"
@@ -65,6 +68,11 @@ _install() { # _install PROJECT VENV FILES...
         fi
     fi
     echo "set-up: installing $(basename "$project")'s requirements"
+    if python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        # The torch that is there stays, whichever it is.
+        { grep -v '^torch==' "$tested" && python -c 'import torch; print(f"torch=={torch.__version__}")'; } >"$venv/constraints.txt"
+        arguments+=(-c "$venv/constraints.txt")
+    fi
     for file in "$@"; do arguments+=(-r "$file"); done
     python -m pip install --quiet "${arguments[@]}" || return 1
     echo "set-up: done, $(du -sh "$venv" | cut -f1) in $venv"

@@ -42,6 +42,8 @@ def get_train_ds_config(
     enable_mixed_precision_lora=False,
     tb_path="",
     tb_name="",
+    *,
+    grad_accum_dtype=None,
 ):
     """The configuration of an engine with an optimizer. Batch sizes are added by ``with_batch_sizes``.
 
@@ -50,6 +52,7 @@ def get_train_ds_config(
         dtype: "fp16", "bf16" or "fp32".
         stage: ZeRO stage 0 to 3.
         enable_mixed_precision_lora: ZeRO++ for frozen base weights: quantised gathers, second copy per node.
+        grad_accum_dtype: what gradients of micro-batches are added up in; None for ``dtype``.
     """
     device = "cpu" if offload else "none"
     zero_optimization = {
@@ -69,6 +72,7 @@ def get_train_ds_config(
         "steps_per_print": 10,
         "zero_optimization": zero_optimization,
         **_precision_config(dtype),
+        **({} if grad_accum_dtype in (None, dtype) else {"data_types": {"grad_accum_dtype": grad_accum_dtype}}),
         "gradient_clipping": 1.0,
         "prescale_gradients": False,
         "wall_clock_breakdown": False,
@@ -117,7 +121,7 @@ DECIDED_BY_FLAGS = {
     "train_batch_size": "the flags of batch sizes",
     "train_micro_batch_size_per_gpu": "the flags of batch sizes",
     "gradient_accumulation_steps": "--gradient_accumulation_steps",
-    "data_types": "--dtype",
+    "data_types": "--dtype and --grad_accum_dtype",
     "checkpoint": "--checkpoint_steps, --checkpoint_dir and --resume",
     "elasticity": "the flags of batch sizes",
     "optimizer": "--learning_rate, --weight_decay and --offload (step 3: --actor_learning_rate ...)",

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from utils.model.inputs import unwrap
 from utils.module.lora import count_parameters
+from utils.peak_flops import device_peak
 from utils.process.console import print_classic
 from utils.process.world import get_world_size
 
@@ -54,8 +55,25 @@ def calculate_flops(checkpoint_activations_factor, batch_size, seq_length, hf_co
     return checkpoint_activations_factor * batch_size * seq_length * per_token
 
 
-def _model_flops(hf_model, tokens: float, rows: float, passes: int) -> float:
+def _model_flops(hf_model, tokens: float, rows: float, passes: float) -> float:
     return calculate_flops(passes, max(rows, 1), tokens / max(rows, 1), hf_model)
+
+
+def _useful_passes(hf_model) -> float:
+    """3 for forward and backward, less the share of weights that are frozen: there the gradient stops at the input."""
+    trained, total = count_parameters(unwrap(hf_model))
+    return 2 + trained / total
+
+
+def _utilization(args, **flops_per_second: float) -> dict[str, float]:
+    """The same names with shares of the device's peak, and a line that says them; {} where no peak is known."""
+    peak = device_peak(getattr(args, "dtype", None))  # scripts of others may have no such flag
+    if peak is None:
+        return {}
+    shares = {name: value / peak for name, value in flops_per_second.items()}
+    said = ", ".join(f"{name.replace('mfu', 'MFU').replace('_', ' ')} {share:.1%}" for name, share in shares.items())
+    print_classic(f"{said} of {peak / 1e12:,.0f} TFLOPs in {args.dtype} per device")
+    return shares
 
 
 def print_throughput(hf_model, args, e2e_time, rank=None, *, tokens=None, rows=None) -> dict[str, float]:
@@ -78,9 +96,11 @@ def print_throughput(hf_model, args, e2e_time, rank=None, *, tokens=None, rows=N
         f"Batch Size: {rows}, Sequence Length: {tokens / max(rows, 1):.0f}",
         rank,
     )
+    useful = _model_flops(hf_model, tokens, rows, _useful_passes(hf_model)) / seconds / get_world_size()
     return {
         "seconds": seconds,
         "tflops": tflops,
+        **_utilization(args, mfu=useful),
         "samples_per_second": rows / seconds,
         "tokens_per_second": tokens / seconds,
         "memory_gib": peak_memory() / 2**30,
@@ -122,7 +142,9 @@ def print_throughput_step3(
     generation = _model_flops(actor_model, tokens, rows, 1)
     passes = (4 if args.actor_gradient_checkpointing else 3) * args.ppo_epochs
     training = _model_flops(actor_model, tokens, rows, passes)
+    useful = _model_flops(actor_model, tokens, rows, _useful_passes(actor_model) * args.ppo_epochs)
     if critic_model is not None:
+        useful += _model_flops(critic_model, tokens, rows, _useful_passes(critic_model) * args.ppo_epochs)
         passes = (4 if args.critic_gradient_checkpointing else 3) * args.ppo_epochs
         training += _model_flops(critic_model, tokens, rows, passes)
     bytes_per_parameter = 4 if args.dtype == "fp32" else 2
@@ -148,7 +170,9 @@ def print_throughput_step3(
         f"Actor Model Parameters => {actor / 1e9:.3f} B, Critic Model Parameters => {critic / 1e9:.3f} B",
         rank,
     )
-    return figures
+    return figures | _utilization(
+        args, mfu=(generation + useful) / e2e_time / world, training_mfu=useful / train_time / world
+    )
 
 
 def peak_memory() -> int:

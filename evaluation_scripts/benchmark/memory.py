@@ -1,17 +1,20 @@
 #!/usr/bin/env python
-"""Estimated and measured peak memory of short runs of each step, side by side, on CPU.
+"""Estimated and measured peak memory of short runs of each step, side by side, on a CPU or GPUs.
 
     python evaluation_scripts/benchmark/memory.py --work /tmp/memory --step 1
 
 For each case: what ``--dry_run`` says, and the largest resident memory of a rank over a few optimizer steps of the same
-command (evaluation before them included). Models are Llamas of three sizes with random weights, made here; data is the
-quickstart's, padded to the maximum. Results are kept in WORK/results.json, so that cases can be run in pieces.
+command (evaluation before them included). On GPUs: what torch has allocated on one at most, against the estimate less
+what is there before any model; cases of more ranks than GPUs are left out. Models are Llamas of three sizes with random
+weights, made here; data is the quickstart's, padded to the maximum. Results are kept in WORK/results.json, so that
+cases can be run in pieces.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.arguments import SCRIPTS
 from utils.demo.tiny_model import train_demo_tokenizer
+from utils.run.metrics_file import read_rows
 
+ON_GPU = torch.cuda.is_available()
 LENGTH = 256  # tokens of a row; step 3: half of it prompt
 SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "30M": (384, 1024, 8, 6, 6, 32768),
@@ -132,6 +137,24 @@ def run(command: list[str], log: Path) -> tuple[float, float]:
     return usage.ru_maxrss / 2**20, time.perf_counter() - start
 
 
+def estimated(log: str) -> dict:
+    """GiB of a rank at most and the phase that takes them, out of what a dry run has printed."""
+    found = re.search(r"([\d.]+) (?:GiB per rank at most|of [\d.]+ GiB on the device) \(([^)]*)\)", log)
+    before = re.search(r"before any model +([\d.]+)", log)
+    return {"estimated": float(found[1]) - ON_GPU * float(before[1]), "phase": found[2]}
+
+
+def measured(command: list[str], log: Path) -> dict:
+    """Run a command: GiB of its largest process, or of a GPU, and seconds."""
+    output = log.with_suffix("")
+    resident, seconds = run([*command, "--output_dir", str(output)] if ON_GPU else command, log)
+    if not ON_GPU:
+        return {"measured": resident, "seconds": seconds}
+    highest = max(row["memory_gib"] for row in read_rows(output, "train"))
+    shutil.rmtree(output)
+    return {"measured": highest, "seconds": seconds}
+
+
 def name_of(step: int, case) -> str:
     size, ranks, stage, dtype, rows, more = case
     return f"{step} {size} {ranks} ZeRO-{stage} {dtype} {rows} {' '.join(more)}".strip()
@@ -164,16 +187,15 @@ def main():
         results = json.loads(file.read_text()) if file.exists() else {}
         name = name_of(args.step, case)
         row = results.get(name, {})
-        if args.cases is not None and number not in args.cases:
+        if (args.cases is not None and number not in args.cases) or (ON_GPU and case[1] > torch.cuda.device_count()):
             continue
         command = command_of(args.work, args.step, case)
         log = args.work / f"{args.step}-{number}.log"
         if args.estimate or "estimated" not in row:
             run([*command, "--dry_run"], log.with_suffix(".dry.log"))
-            found = re.search(r"([\d.]+) GiB per rank at most \(([^)]*)\)", log.with_suffix(".dry.log").read_text())
-            row |= {"estimated": float(found[1]), "phase": found[2]}
+            row |= estimated(log.with_suffix(".dry.log").read_text())
         if "measured" not in row:
-            row["measured"], row["seconds"] = run(command, log)
+            row |= measured(command, log)
         results[name] = row
         file.write_text(json.dumps(results, indent=1))
         print(name, row, flush=True)

@@ -8,15 +8,14 @@ The plain way: `module.generate` under the same ZeRO stage, prompts padded to th
 prompt and answer at once in fp32. Models are random but for --model. Answers end where a schedule says, the same for
 both ways: rows of "full" never, rows of "varied" at lengths spread evenly from an eighth of the maximum up to it.
 
-Each way runs in processes of its own, so that its peak memory is its own. Smaller is faster: --answer_length 32,
---varied_batch 0, --repeats 1. With --latency, one process more: the time per token of a batch of one against the time
-it takes to read the weights once.
+Each way runs in processes of its own, so that its peak memory is its own: of the GPU where there is one. Smaller is
+faster: --answer_length 32, --varied_batch 0, --repeats 1. With --latency, one process more: the time per token of a
+batch of one against the time it takes to read the weights once.
 """
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -38,7 +38,8 @@ from utils.generation.hybrid_engine import HybridEngine
 from utils.model.inputs import model_inputs
 from utils.model.model_utils import create_critic_model
 from utils.model.tokenizer import load_hf_tokenizer
-from utils.perf import matmul_parameters
+from utils.perf import matmul_parameters, peak_memory
+from utils.precision import default_dtype
 from utils.process.launch import COMM_TIMEOUT, init_distributed, run_main
 from utils.process.ranks import barrier
 from utils.process.seeds import set_random_seed
@@ -64,9 +65,9 @@ def build_parser():
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=["30m"], help="random llamas of these sizes")
     add("--model", metavar="FOLDER", help="an actor of your own in their stead (a random value head on it scores)")
-    add("--ranks", type=int, default=2, help="processes")
+    add("--ranks", type=int, default=torch.cuda.device_count() or 2, help="processes; the default is that of all GPUs")
     add("--zero_stages", type=int, nargs="*", choices=range(4), default=[3, 0], help="of actor and critic")
-    add("--dtype", choices=["bf16", "fp32", "fp16"], default="bf16", help="of all models")
+    add("--dtype", choices=["bf16", "fp32", "fp16"], default=default_dtype().dtype, help="of all models")
     add("--batch", type=int, default=4, help="prompts per rank")
     add("--varied_batch", type=int, default=16, help="prompts per rank where answer lengths vary; 0: leave that out")
     add("--prompt_length", type=int, default=128, help="longest prompt in tokens; the shortest is half of it")
@@ -91,7 +92,10 @@ def build_parser():
 
 
 def main():
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
+    if args.cpu_time and torch.cuda.is_available():
+        parser.error("--cpu_time counts what the processor does, and here a GPU does the work")
     if args.worker:
         worker = {"case": measure_case, "latency": measure_latency, "make": make_models}[args.worker]
         return run_main(partial(worker, args))
@@ -217,19 +221,20 @@ def make_trainer(args, step3):
     return (PlainTrainer if args.way == "plain" else DeepSpeedPPOTrainer)(engine, step3)
 
 
-def make_prompts(args, rows: int, pad_to_max: bool, seed: int):
-    """[rows, P] ids and mask; lengths spread evenly from half of the longest up to it."""
+def make_prompts(args, rows: int, pad_to_max: bool, seed: int, device):
+    """[rows, P] ids and mask; lengths spread evenly from half of the longest up to it. The same on every device."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.linspace(args.prompt_length // 2, args.prompt_length, rows + 1).long()[:-1]
     lengths = lengths[torch.randperm(rows, generator=generator)]
     width = args.prompt_length if pad_to_max else int(lengths.max())
     mask = (torch.arange(width) >= width - lengths[:, None]).long()
-    return torch.randint(3, 20000, (rows, width), generator=generator).masked_fill(mask == 0, PAD), mask
+    ids = torch.randint(3, 20000, (rows, width), generator=generator).masked_fill(mask == 0, PAD)
+    return ids.to(device), mask.to(device)
 
 
 def ends_at(lengths, trainer):
     """Rows get their EOS at these lengths, and no end token before; longer than the limit: never."""
-    eos = trainer.tokenizer.eos_token_id
+    eos, lengths = trainer.tokenizer.eos_token_id, lengths.to(trainer.actor_model.device)
 
     def rewrite(logits, rows, position):
         logits[:, trainer.end_token_ids] = -torch.inf
@@ -248,16 +253,20 @@ def schedules(args, rows: int) -> dict:
 
 
 def fastest(args, action) -> float:
-    """Seconds, ranks starting together."""
+    """Seconds, ranks starting together; work that is only queued on an accelerator is waited for."""
     clock = time.process_time if args.cpu_time else time.perf_counter
+
+    def together() -> float:
+        get_accelerator().synchronize()
+        barrier()
+        return clock()
+
     action()
     seconds = []
     for _ in range(args.repeats):
-        barrier()
-        start = clock()
+        start = together()
         action()
-        barrier()
-        seconds.append(clock() - start)
+        seconds.append(together() - start)
     return min(seconds)
 
 
@@ -269,10 +278,10 @@ def measure_case(args) -> None:
     figures = {}
     for what, measure in [("generation", measure_generation)] + [("PPO step", measure_step)] * (not args.skip_step):
         for lengths, rows in cases:
-            ids, mask = make_prompts(args, rows, pad_to_max=args.way == "plain", seed=get_rank())
+            ids, mask = make_prompts(args, rows, args.way == "plain", get_rank(), trainer.actor_model.device)
             rewrite = ends_at(schedules(args, rows)[lengths], trainer)
             figures[f"{what}, batch {rows}, {lengths} lengths, s"] = measure(args, trainer, ids, mask, rewrite)
-    figures["peak memory of rank 0, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    figures["peak memory of rank 0, MB"] = peak_memory() / 2**20
     write_figures(figures)
 
 
@@ -299,8 +308,9 @@ def measure_latency(args) -> None:
     """Time per token of one prompt, and what share of it reading every weight once would take."""
     args.way, args.batch = "ours", 1
     trainer = make_trainer(args, step3_arguments(args, "--enable_hybrid_engine"))
-    ids, mask = make_prompts(args, 1, False, 0)
-    decoding, block = trainer.decoding(), torch.ones(2**27)
+    device = trainer.actor_model.device
+    ids, mask = make_prompts(args, 1, False, 0, device)
+    decoding, block = trainer.decoding(), torch.ones(2**27, device=device)
     bandwidth = block.nbytes / fastest(args, block.sum)
     weights = matmul_parameters(trainer.actor_model) * (4 if args.dtype == "fp32" else 2)
     rewrite = ends_at(schedules(args, 1)["full"], trainer)

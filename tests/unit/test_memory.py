@@ -39,6 +39,17 @@ def engine(stage, dtype="bf16", ranks=1, offload=False, on_cpu=False, accumulati
     return trained_engine("model", model, config, machine(ranks, on_cpu), accumulation)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_sums_of_gradients_in_fp32_take_two_bytes_more_for_each_trained_weight_of_a_rank(stage, ranks):
+    def kept(sums: str | None) -> int:
+        config = get_train_ds_config(False, "bf16", stage, grad_accum_dtype=sums)
+        memory = trained_engine("model", meta_llama(dtype="bf16"), config, machine(ranks, False), accumulation=4)
+        return memory.accumulated + memory.resident.get("gradients", Bytes()).device
+
+    assert kept("fp32") - kept(None) == 2 * -(-WEIGHTS // ranks)
+
+
 def test_weights_are_counted_as_by_hand():
     sizes = meta_llama().sizes
     assert (sizes.trained, sizes.frozen, sizes.packed) == (WEIGHTS, 0, 0)

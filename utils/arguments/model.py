@@ -35,6 +35,13 @@ def add_dtype_argument(parser) -> None:
         "(published scripts: fp16)",
     )
     parser.add_argument(
+        "--grad_accum_dtype",
+        choices=["bf16", "fp16", "fp32"],
+        default=None,
+        help="precision that the gradients of micro-batches are added up in; fp32 keeps small ones that bf16 rounds "
+        "away over many micro-batches, for 2 bytes more per trained weight; None for that of --dtype",
+    )
+    parser.add_argument(
         "--attn_implementation",
         choices=["sdpa", "eager", "flash_attention_2"],
         default=None,
@@ -312,13 +319,16 @@ def check_supervised(args) -> None:
     check_save_lora_adapters(args)
     if args.offload and args.zero_stage == 0:
         raise UserError("--offload moves what ZeRO manages to host memory; it needs --zero_stage 1, 2 or 3")
-    args.zero_stage = working_stage(args.zero_stage, args.dtype, "--zero_stage")
+    check_grad_accum_dtype(args)
+    args.zero_stage = working_stage(args.zero_stage, args, "--zero_stage")
     check_config_file(args, args.zero_stage)
 
 
 def check_config_file(args, zero_stage: int) -> None:
     """Refuse a DeepSpeed configuration file that cannot work at this stage."""
-    base = get_train_ds_config(args.offload and zero_stage > 0, args.dtype, zero_stage)
+    base = get_train_ds_config(
+        args.offload and zero_stage > 0, args.dtype, zero_stage, grad_accum_dtype=args.grad_accum_dtype
+    )
     config = merge_config_file(base, args.deepspeed_config_overrides)
     saves = args.checkpoint_steps or args.checkpoint_dir or args.resume
     if saves and offload_device(config, "offload_optimizer") == "nvme":
@@ -330,17 +340,38 @@ def check_config_file(args, zero_stage: int) -> None:
         )
 
 
-def working_stage(zero_stage: int, dtype: str, flag: str) -> int:
-    """Stage 1 in place of 0 for 16-bit training, said aloud.
+def check_grad_accum_dtype(args) -> None:
+    """Refuse sums of gradients in a precision that DeepSpeed does not add this one's up in."""
+    if args.grad_accum_dtype in (None, args.dtype) or (args.dtype, args.grad_accum_dtype) == ("bf16", "fp32"):
+        return
+    if args.dtype == "fp16":
+        reason = "the loss scale of fp16 keeps small gradients, and DeepSpeed looks for overflows in fp16 alone"
+    else:
+        reason = f"sums would lose what gradients in {args.dtype} have"
+    raise UserError(
+        f"--grad_accum_dtype {args.grad_accum_dtype} with --dtype {args.dtype}: {reason}; leave it out, or train in "
+        "bf16 with --grad_accum_dtype fp32"
+    )
 
-    DeepSpeed's stage 0 wrappers step wrongly with loss weights of our own: the fp16 one divides gradients by a loss
-    scale that was never applied, the bf16 one ages Adam's bias correction before the first step. Stage 1 shards
-    the optimizer over ranks and is the same arithmetic otherwise.
+
+def working_stage(zero_stage: int, args, flag: str) -> int:
+    """The stage that is run in place of one that DeepSpeed steps wrongly or otherwise at; said aloud.
+
+    DeepSpeed's stage 0 wrappers step wrongly with loss weights of our own in 16 bits: the fp16 one divides gradients by
+    a loss scale that was never applied, the bf16 one ages Adam's bias correction before the first step. Stage 1 shards
+    the optimizer over ranks and is the same arithmetic otherwise. With gradients of bf16 added up in fp32 it is run by
+    that bf16 wrapper, too, and stage 2, which shards these sums as well, is not.
     """
-    if zero_stage > 0 or dtype == "fp32":
+    sums_in_fp32 = args.dtype == "bf16" and args.grad_accum_dtype == "fp32"
+    works = 0 if args.dtype == "fp32" else 2 if sums_in_fp32 else 1
+    if zero_stage >= works:
         return zero_stage
-    print_rank_0(f"note: {flag} 0 runs as stage 1 in {dtype}: the same training, with the optimizer sharded over ranks")
-    return 1
+    what = "the optimizer and the sums of gradients" if sums_in_fp32 else "the optimizer"
+    how = f"{args.dtype} with --grad_accum_dtype fp32" if sums_in_fp32 else args.dtype
+    print_rank_0(
+        f"note: {flag} {zero_stage} runs as stage {works} in {how}: the same training, with {what} sharded over ranks"
+    )
+    return works
 
 
 def add_num_padding_argument(group) -> None:

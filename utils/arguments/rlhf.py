@@ -20,6 +20,7 @@ from utils.arguments.model import (
     add_num_padding_argument,
     add_schedule_arguments,
     check_config_file,
+    check_grad_accum_dtype,
     check_models,
     check_save_lora_adapters,
     working_stage,
@@ -344,8 +345,9 @@ def check_rlhf(args) -> None:
     if args.only_optimize_lora and args.actor_lora_dim == 0 and args.critic_lora_dim == 0:
         raise UserError("--only_optimize_lora trains nothing without --actor_lora_dim or --critic_lora_dim")
     check_save_lora_adapters(args)
+    check_grad_accum_dtype(args)
     for flag in ("actor_zero_stage", "critic_zero_stage"):
-        setattr(args, flag, working_stage(getattr(args, flag), args.dtype, f"--{flag}"))
+        setattr(args, flag, working_stage(getattr(args, flag), args, f"--{flag}"))
     if args.offload and args.actor_zero_stage == args.critic_zero_stage == 0:
         raise UserError(
             "--offload moves what ZeRO manages to host memory; it needs --actor_zero_stage or "

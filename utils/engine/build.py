@@ -48,6 +48,7 @@ def train_config(args, role: str = "", **options) -> dict:
         options: more of ``get_train_ds_config``.
     """
     stage = flag_of(args, role, "zero_stage")
+    options["grad_accum_dtype"] = args.grad_accum_dtype
     config = get_train_ds_config(args.offload and stage > 0, args.dtype, stage, **options)
     config = merge_config_file(config, args.deepspeed_config_overrides)
     micro_batch = args.per_device_training_batch_size if role else args.per_device_train_batch_size

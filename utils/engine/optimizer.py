@@ -50,6 +50,6 @@ def make_optimizer(
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        load_operator("CPUAdamBuilder")
+        load_operator("CPUAdamBuilder", "--offload")
         return DeepSpeedCPUAdam(parameter_groups, lr=learning_rate, betas=betas)
     return torch.optim.AdamW(parameter_groups, lr=learning_rate, betas=betas, fused=True)

@@ -117,7 +117,7 @@ class _Training:
 
     Attributes:
         share: trained elements of one rank. bucket: elements that are reduced at a time. norm: bytes of the norm of
-            gradients, which is taken in fp64, tensor by tensor.
+            gradients, which is taken in fp64, tensor by tensor. sum_item: bytes of an element of their sums.
     """
 
     name: str
@@ -125,6 +125,7 @@ class _Training:
     zero: DeepSpeedZeroConfig
     machine: Machine
     accumulates: bool
+    sum_item: int
 
     @property
     def offload(self) -> bool:
@@ -157,7 +158,7 @@ class _Training:
     @property
     def fp32_share(self) -> int:
         """Bytes of the fp32 copy of a 16-bit share of gradients that Adam is given."""
-        return 4 * self.share if self.item == 2 else 0
+        return 4 * self.share if self.sum_item == 2 else 0
 
     @property
     def parameters(self) -> Bytes:
@@ -178,7 +179,8 @@ def trained_engine(name: str, model: MetaModel, ds_config: dict, machine: Machin
     On a CPU memory counts from its first use, so that a bucket takes what was written to it.
     """
     zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
-    training = _Training(name, model, zero, machine, accumulation > 1)
+    sums_in_fp32 = ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    training = _Training(name, model, zero, machine, accumulation > 1, 4 if sums_in_fp32 else model.itemsize)
     if zero.stage == 0:
         return _stage_0(training)
     if zero.stage == 3:
@@ -220,7 +222,7 @@ def _stage_1_or_2(training: _Training) -> EngineMemory:
     """Reduced gradients are copied out of the buckets (copy_grads_in_partition), flattened and cast to fp32 for the
     step."""
     buckets, flat, gathered = _collecting(training)
-    left = training.share * training.item
+    left = training.share * training.sum_item
     accumulated = training.trained * training.item if training.zero.stage == 1 else left
     during = buckets
     if training.trained > training.zero.reduce_bucket_size:  # reduced, and shared out, while the backward pass goes on
@@ -242,7 +244,7 @@ def _stage_1_or_2(training: _Training) -> EngineMemory:
 def _stage_1_or_2_offloaded(training: _Training) -> EngineMemory:
     """fp32 gradients of a share stay on the host; the largest weight has a buffer on both sides."""
     buckets, flat, gathered = _collecting(training)
-    left, largest = training.share * training.item, training.model.sizes.largest_trained * training.item
+    left, largest = training.share * training.sum_item, training.model.sizes.largest_trained * training.item
     return EngineMemory(
         training.name,
         training.model,
@@ -267,7 +269,7 @@ def _stage_3(training: _Training) -> EngineMemory:
     """
     model, zero, machine, item = training.model, training.zero, training.machine, training.item
     offload_weights = _is_offloaded(zero.offload_param)
-    shard = training.share * item
+    shard = training.share * training.sum_item
     reduction = training.bucket * item * (2 if machine.on_cpu else 1)
     reduced_early = training.trained > zero.reduce_bucket_size  # while the backward pass goes on
     sharded = training.many or (offload_weights and not machine.on_cpu)

@@ -143,7 +143,9 @@ def engines_of_step(args, step: int, models: dict[str, MetaModel], machine: Mach
         accumulation = max(2, accumulation)  # the ptx pass adds to the gradients of the policy's
 
     def trained(name: str, stage: int) -> EngineMemory:
-        config = get_train_ds_config(args.offload and stage > 0, args.dtype, stage)
+        config = get_train_ds_config(
+            args.offload and stage > 0, args.dtype, stage, grad_accum_dtype=args.grad_accum_dtype
+        )
         config = merge_config_file(config, args.deepspeed_config_overrides)
         return trained_engine(name, models[name], config, machine, accumulation)
 

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import psutil
+import torch
 from deepspeed.accelerator import get_accelerator
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -307,8 +308,10 @@ def this_machine() -> Machine:
     if accelerator.device_name() == "cpu":
         share = host // ranks_per_node()
         return Machine(ranks, ranks_per_node(), True, share, host, Bytes(host=baseline))
-    total = accelerator.total_memory()
-    free = accelerator.available_memory()
+    if accelerator.device_name() == "cuda":  # the driver's word; DeepSpeed counts this process alone without pynvml
+        free, total = torch.cuda.mem_get_info()
+    else:
+        free, total = accelerator.available_memory(), accelerator.total_memory()
     return Machine(ranks, ranks_per_node(), False, total, host, Bytes(total - free, baseline))
 
 

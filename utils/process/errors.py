@@ -24,6 +24,14 @@ class EndOfRun(Exception):
 
 # What gloo, NCCL and the store say when ranks do not come together, and what it means; the first that fits counts.
 TROUBLE_BETWEEN_RANKS = {
+    r"nccl.*/dev/shm": "NCCL's shared memory is full: a container wants more of it, as by docker run --shm-size=8g or "
+    "--ipc=host",
+    r"nccl.*duplicate gpu": "two ranks compute on one GPU, and NCCL wants one for each: look at "
+    "CUDA_VISIBLE_DEVICES on every node",
+    r"nccl.*(no socket interface|ncclSystemError|unhandled system error)": "NCCL cannot connect the ranks; name the "
+    "network interface between the nodes, as in NCCL_SOCKET_IFNAME=eth0; NCCL_DEBUG=INFO says more",
+    r"ncclRemoteError": "the connection to another rank is lost: its process or its node has ended, and its own output "
+    "says why",
     r"connectFullMesh": "the ranks cannot reach each other; name the network interface between the nodes, as in "
     "GLOO_SOCKET_IFNAME=eth0",
     r"gloo.*(connection (reset|closed)|broken pipe)": "the connection to another rank is lost: its process or its node "
@@ -40,6 +48,17 @@ def trouble_between_ranks(error: Exception) -> str | None:
             if re.search(pattern, str(error), re.IGNORECASE | re.DOTALL):
                 return meaning
     return None
+
+
+def trouble_with_memory(error: Exception) -> str | None:
+    """What a device without room means to the user; None for any other error."""
+    if type(error).__name__ != "OutOfMemoryError":  # torch's
+        return None
+    reason = str(error).partition(". GPU")[0]
+    return (
+        f"{reason}. Fewer rows per device, gradient checkpointing, a higher ZeRO stage or --offload take less; "
+        "--dry_run says how much, and which flags would fit"
+    )
 
 
 def trouble_with_files(error: Exception, folder: Path | None = None) -> str | None:
@@ -63,7 +82,7 @@ def meaning_of(error: Exception) -> str | None:
     if meaning := trouble_between_ranks(error):
         reason = str(error).partition("\n")[0]
         return f"{meaning} ({reason})"
-    return trouble_with_files(error)
+    return trouble_with_memory(error) or trouble_with_files(error)
 
 
 def run_script(main: Callable[[], None]) -> None:

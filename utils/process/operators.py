@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
 from torch.utils import cpp_extension
 
 from utils.process.errors import UserError
@@ -48,18 +50,25 @@ def check_compiler(flag: str, name: str) -> None:
         raise UserError(f"{flag} compiles DeepSpeed's {name}: install a C++ compiler (apt-get install g++)")
 
 
-def load_operator(builder_name: str) -> None:
+def load_operator(builder_name: str, flag: str = "") -> None:
     """Let DeepSpeed build (the first time) and load one of its own operators, "CPUAdamBuilder" say.
 
     Torch guards a build with a bare file. A run that is killed at the wrong moment leaves it behind, and every later
     run waits for it for ever, without a word. Ours is a lock of the kernel, which ends with the process that holds it:
     who has it knows that torch's file is stale, unless a program of another kind is building there.
 
+    Args:
+        flag: what cannot be had without the operator; "": the run goes on without.
+
     Raises:
-        UserError: the lock of a build that cannot be seen from here, and is too old to be waited for.
+        UserError: the lock of a build that cannot be seen from here, and is too old to be waited for; an operator that
+            a flag needs and this machine cannot have, or cannot build.
     """
     builder = get_accelerator().create_op_builder(builder_name)
     if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        if flag:
+            reason = getattr(builder, "error_log", None) or "the lines above may say why"
+            raise UserError(f"{flag} needs DeepSpeed's {builder_name}, which this machine cannot have: {reason}")
         return
     root = _root()
     root.mkdir(parents=True, exist_ok=True)
@@ -67,7 +76,7 @@ def load_operator(builder_name: str) -> None:
         try:
             fcntl.flock(ours, fcntl.LOCK_EX)
         except OSError:  # a file system without locks: torch's own must do
-            builder.load()
+            _build(builder)
             return
         for lock in root.glob(f"**/{builder.NAME}/lock"):
             _clear_lock(lock)
@@ -76,7 +85,28 @@ def load_operator(builder_name: str) -> None:
                 f"compiling DeepSpeed's {builder.NAME} into {root}, once for this environment: about a minute",
                 flush=True,
             )
+        _build(builder)
+
+
+def _build(builder) -> None:
+    """Build, where that is wanting, and load an operator; UserError, with what to do, where it fails."""
+    try:
         builder.load()
+    except (OSError, RuntimeError, ImportError, MissingCUDAException, CUDAMismatchException) as error:
+        reason, name = str(error).strip().partition("\n")[0], builder.NAME
+        raise UserError(f"DeepSpeed's {name} cannot be built or loaded here: {reason}; {_cure(error)}") from error
+
+
+def _cure(error: Exception) -> str:
+    """What helps against an operator that does not come to be."""
+    if isinstance(error, ImportError):
+        return f"if it was built for another torch or Python, delete {_root()}"
+    if "cuda" in str(error).partition("\n")[0].lower():
+        return (
+            f"let CUDA_HOME name a CUDA toolkit with nvcc of version {torch.version.cuda}, which torch was made with; "
+            "DS_SKIP_CUDA_CHECK=1 tries another"
+        )
+    return "the compiler's own words stand above"
 
 
 def _clear_lock(lock: Path, max_minutes: float = 15) -> None:
