@@ -400,7 +400,7 @@ def resume_stage(kit: Kit) -> Stage:
 
 def quickstart_stage(kit: Kit) -> Stage:
     """The quickstart with fewer rows, so that its judge still sees some learning."""
-    rows = ("64", "32", "32", "1") if kit.tiny else ("4000", "2000", "640", "4")
+    rows = ("64", "32", "128", "1") if kit.tiny else ("4000", "2000", "640", "4")
     environment = dict(zip(("SFT_ROWS", "PAIRS", "PROMPTS", "ANSWERS"), rows, strict=True))
     environment |= {"RANKS": "1", "MASTER_PORT": str(FIRST_PORT + 50)}
     folder = kit.work / "quickstart"
