@@ -211,8 +211,8 @@ class CachedRows:
         self._forward, self._compiled = model, compiled
         self._takes_positions = forward_accepts(model, "position_ids")
         self._is_recurrent = all(type(layer) is LinearAttentionLayer for layer in getattr(cache, "layers", [None]))
-        # Its name in transformers 5; families that were not renamed yet have the old one.
-        self._cache_name = "cache" if forward_accepts(model, "cache") else "past_key_values"
+        names = ("cache", "cache_params")  # of newer releases of transformers, and of Mamba in older ones
+        self._cache_name = next((name for name in names if forward_accepts(model, name)), "past_key_values")
         self._options = {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
 
     @property
