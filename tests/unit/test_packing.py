@@ -38,7 +38,12 @@ def difference_from_alone(model, way: str) -> float:
 def test_rows_of_a_block_score_as_they_do_alone(family, config, capsys):
     model = random_model(config)
     model.train()
-    way = choose_packing(LabelLogProbs(model))
+    try:
+        way = choose_packing(LabelLogProbs(model))
+    except UserError:  # older releases of transformers cannot pack these two: then it is right to say so
+        assert family in ("llama4_text", "falcon")
+        assert difference_from_alone(model.eval(), "positions") > 0.01
+        return
     assert model.training
     assert f"packing: by {way}" in capsys.readouterr().out
     assert difference_from_alone(model.eval(), way) < 1e-5

@@ -16,8 +16,10 @@ def forward_accepts(model, name: str) -> bool:
 
 
 def cache_argument(model) -> str:
-    """What the forward pass calls its KV cache: transformers 5.24 gave it another name in nearly all families."""
-    return "cache" if forward_accepts(model, "cache") else "past_key_values"
+    """What the forward pass calls its cache: transformers 5.24 gave it another name in nearly all families, and Mamba
+    had one of its own in older releases."""
+    names = ("cache", "cache_params")
+    return next((name for name in names if forward_accepts(model, name)), "past_key_values")
 
 
 def embedding_rows(model) -> int:
