@@ -23,7 +23,7 @@ RECIPES = sorted((PROJECT / "training_scripts").glob("step*/**/run_*.sh"))
 def dry_run(script, *given, **environment):
     return subprocess.run(
         ["bash", str(script), *map(str, given)],
-        env=os.environ | {"DRY_RUN": "1"} | environment,
+        env=os.environ | {"DRY_RUN": "1", "MASTER_PORT": ""} | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -132,7 +132,7 @@ def launched(tmp_path):
 
     def run(commands):
         text = f"set -uo pipefail; . {PROJECT}/training_scripts/launch.sh; RANKS=2; {commands}"
-        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "MASTER_PORT": ""}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         return subprocess.Popen(["bash", "-c", text], env=environment, **pipes)
 
