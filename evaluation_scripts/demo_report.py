@@ -9,6 +9,7 @@ and has the demo's exact judge look at the answers.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     output = Path(args.output_dir)
     models = judge_models(output, args)
-    perplexities = [row["perplexity"] for row in read_rows(output / "step1", "eval")]
+    perplexities = [row["perplexity"] or math.inf for row in read_rows(output / "step1", "eval")]
     curve = read_rows(output / "step3", "train")
     picture = output / "quickstart.png"
     draw(curve, models, picture)

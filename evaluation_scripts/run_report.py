@@ -5,6 +5,7 @@ python evaluation_scripts/run_report.py --output_dir output/real_model
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -51,7 +52,11 @@ def main() -> None:
     first, last = ppo[:window], ppo[-window:]
 
     lines = [
-        ("step 1: perplexity, held-out rows", perplexity[0]["perplexity"], perplexity[-1]["perplexity"], ""),
+        (
+            "step 1: perplexity, held-out rows",
+            *(row["perplexity"] or math.inf for row in (perplexity[0], perplexity[-1])),
+            "",
+        ),
         (
             f"step 2: accuracy, {reward[-1]['pairs']:.0f} held-out pairs",
             100 * reward[0]["accuracy"],

@@ -52,6 +52,12 @@ COLUMNS = ("prompt", "chosen", "rejected", "messages", "system", "tools")
 SINGLE_COLUMN = "answer"  # beside a prompt: an answer to score on its own
 
 
+BUILT_IN = (
+    f"no --data_path: these are {len(PAIRS)} built-in pairs of a helpful and a poor answer. They show whether scores "
+    "come out sensibly, not how good the model is; give held-out pairs of your own for that"
+)
+
+
 @dataclass(frozen=True)
 class Record:
     """A prompt with its answers, to be scored.
@@ -439,6 +445,8 @@ def main(argv=None):
     limit = length_limit(judge, args)
     records, scores = score_records(judge, records, limit, args.batch_size, args.allow_special_tokens)
 
+    if args.data_path is None:
+        print(BUILT_IN + "\n")
     if args.show:
         print(score_table(records, scores, args.show))
         print()

@@ -5,11 +5,12 @@
 
 Each vote adds a row {"prompt", "chosen", "rejected"} of messages to the votes file, which is a --data_path for step 2
 as it is, in any prompt format.
-Needs Gradio: pip install gradio
+Needs Gradio: pip install -r requirements-extras.txt
 """
 
 import argparse
 import html
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -41,6 +42,7 @@ from utils.generation.saved_model import LanguageModel, check_ids
 from utils.process.errors import UserError
 from utils.process.launch import run_main
 
+GRADIO = (6, 31), (7, 0)  # as in requirements-extras.txt. Before: a page that asks another host; from 7 on: not tested
 SIDES = ("A", "B")
 VOTES = {"A is better": 0, "Tie": None, "B is better": 1}  # text of a button -> the better side
 
@@ -266,8 +268,17 @@ class Host:
 # ---------------------------------------------------------------- the page
 
 
+# The conversations take the height that the rest of the page leaves, so that nothing is scrolled to write or to vote.
+# Gradio's page is a flex box, in which a container with automatic margins is as narrow as it can be without a width.
 CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1100px !important; margin: 0 auto !important; }
+#side-A, #side-B { height: calc(100dvh - 330px) !important; min-height: 150px; }
+@media (max-width: 700px) {  /* one below the other */
+  .gradio-container .main { padding: 8px 12px !important; }
+  .gradio-container :is(.row, .column) { gap: 8px !important; }
+  .gradio-container button { padding: 6px !important; font-size: 14px !important; }
+  .gradio-container:has(#side-B) :is(#side-A, #side-B) { height: calc(50dvh - 200px) !important; min-height: 120px; }
+}
 footer, .icon-button-wrapper { display: none !important; }  /* its bin would empty one side alone */
 """
 
@@ -334,11 +345,13 @@ def build_page(gr, host: Host, title: str):
         with gr.Row():
             chats = [_chat_column(gr, side, label) for side, label in zip(SIDES, labels, strict=False)]
         with gr.Row(visible=compares):
-            vote_buttons = [gr.Button(text, interactive=False) for text in votes]
+            vote_buttons = [gr.Button(text, interactive=False, min_width=90) for text in votes]
         status = gr.Markdown("", elem_id="status")
         with gr.Row():
             hint = "Write a message; Enter sends it"
-            message = gr.Textbox(placeholder=hint, show_label=False, container=False, scale=8, autofocus=True)
+            message = gr.Textbox(
+                placeholder=hint, show_label=False, container=False, scale=8, min_width=300, autofocus=True
+            )
             send = gr.Button("Send", variant="primary", scale=1, min_width=90)
             stop = gr.Button("Stop", scale=1, min_width=90)
             clear = gr.Button("New", scale=1, min_width=90)
@@ -359,7 +372,7 @@ def _chat_column(gr, side: str, label: str):
     """One side's conversation under its label."""
     with gr.Column():
         gr.Markdown(f"**{label}**")
-        return gr.Chatbot(show_label=False, height=410, render_markdown=False, buttons=[], elem_id=f"side-{side}")
+        return gr.Chatbot(show_label=False, render_markdown=False, buttons=[], elem_id=f"side-{side}")
 
 
 def check_port(host: str, port: int) -> None:
@@ -374,7 +387,10 @@ def check_port(host: str, port: int) -> None:
 def import_gradio():
     """Gradio, told to send nothing and to ask nobody for newer versions; UserError where it is missing."""
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("the web page needs the package gradio: pip install gradio")
+        raise UserError("the web page needs the package gradio: pip install -r requirements-extras.txt")
+    version = importlib.metadata.version("gradio")
+    if not GRADIO[0] <= tuple(map(int, version.split(".")[:2])) < GRADIO[1]:
+        raise UserError(f"the web page is not tested with gradio {version}: pip install -r requirements-extras.txt")
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     import gradio
 
@@ -410,7 +426,7 @@ def main(argv=None):
         quiet=True,
         footer_links=[],
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),  # no web fonts
-        css=CSS,
+        head=f"<style>{CSS}</style>",  # its css= rewrites selectors, those inside @media to ones that fit nothing
     )
 
 

@@ -61,6 +61,83 @@ FAMILIES = {
     ),
     "bloom": dict(model_type="bloom", hidden_size=32, n_layer=2, n_head=4),
 }
+# Layers of which some or all see no further than 8 tokens.
+_ALTERNATING = dict(SMALL, sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+WINDOWED = {
+    **{name: dict(SMALL, model_type=name, sliding_window=8) for name in ("mistral", "mixtral", "phi3", "starcoder2")},
+    **{name: dict(_ALTERNATING, model_type=name) for name in ("cohere2", "olmo3", "exaone4")},
+    **{name: dict(_ALTERNATING, model_type=name, head_dim=8) for name in ("gemma2", "gemma3_text", "gpt_oss")},
+    "qwen2": dict(SMALL, model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "llama4_text": dict(
+        SMALL,
+        model_type="llama4_text",
+        head_dim=8,
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        attention_chunk_size=8,
+        layer_types=["chunked_attention", "full_attention"],
+    ),
+}
+# What attention reads is in the bias of its scores (ALiBi), not in positions.
+ALIBI = {
+    "bloom": FAMILIES["bloom"],
+    "mpt": dict(model_type="mpt", d_model=32, n_layers=2, n_heads=4, max_seq_len=512),
+    "falcon": dict(
+        model_type="falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, multi_query=False
+    ),
+}
+_LINEAR = dict(
+    SMALL,
+    layer_types=["linear_attention", "full_attention"],
+    head_dim=8,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)
+_MAMBA = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8)
+_ROUTED = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+# Layers that hand a state from token to token: linear attention, state spaces, convolutions.
+WITH_STATE = {
+    "qwen3_next": dict(_LINEAR, model_type="qwen3_next", shared_expert_intermediate_size=16, **_ROUTED),
+    "lfm2": dict(SMALL, model_type="lfm2", layer_types=["conv", "full_attention"]),
+    "falcon_h1": dict(SMALL, model_type="falcon_h1", head_dim=8, mamba_d_ssm=64, **_MAMBA),
+    "granitemoehybrid": dict(
+        SMALL,
+        model_type="granitemoehybrid",
+        layer_types=["mamba", "attention"],
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=16,
+        **_MAMBA,
+    ),
+    "bamba": dict(SMALL, model_type="bamba", attn_layer_indices=[1], **_MAMBA),
+    "mamba2": dict(
+        model_type="mamba2", hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=4, head_dim=16, n_groups=1
+    ),
+    "mamba": dict(model_type="mamba", hidden_size=32, num_hidden_layers=2, state_size=8),
+    "rwkv": dict(model_type="rwkv", hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
+}
+# Feed-forward parts of several experts, whose weights transformers keeps in one parameter [experts, .., ..].
+WITH_EXPERTS = {
+    "mixtral": dict(SMALL, model_type="mixtral", num_local_experts=4),
+    "qwen3_moe": dict(SMALL, model_type="qwen3_moe", head_dim=8, **_ROUTED),
+    "olmoe": dict(SMALL, model_type="olmoe", num_experts=4, num_experts_per_tok=2),
+    "gpt_oss": WINDOWED["gpt_oss"] | dict(num_local_experts=4),
+}
+
+
+def random_model(config: dict, seed: int = 0, scale: float = 3.0, **options):
+    """A model of a family in this process alone, with weights large enough that what a token sees matters."""
+    own = {} if config["model_type"] == "mpt" else {"max_position_embeddings": 512}
+    config = AutoConfig.for_model(**config, vocab_size=320, bos_token_id=1, eos_token_id=0, pad_token_id=2, **own)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, **options).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(scale)
+    return model
 
 
 def make_tokenizer(folder: Path, pad: str | None = "<pad>", bos: str | None = "<s>") -> PreTrainedTokenizerFast:
@@ -85,13 +162,13 @@ def make_tokenizer(folder: Path, pad: str | None = "<pad>", bos: str | None = "<
     return wrapped
 
 
-def make_model(folder: Path, family: str = "llama", pad: str | None = "<pad>", seed: int = 0) -> Path:
-    """A seeded random model of a family with its tokenizer, saved; returns the folder."""
+def make_model(folder: Path, family: str | dict = "llama", pad: str | None = "<pad>", seed: int = 0) -> Path:
+    """A seeded random model of a family (or configuration) with its tokenizer, saved; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(folder, pad)
     size = 8 * (-(-len(tokenizer) // 8)) + 16  # rows the tokenizer knows nothing of, as many models have them
     config = AutoConfig.for_model(
-        **FAMILIES[family],
+        **(family if isinstance(family, dict) else FAMILIES[family]),
         vocab_size=size,
         max_position_embeddings=512,
         bos_token_id=tokenizer.bos_token_id,

@@ -25,14 +25,14 @@ step() { # step NUMBER FOLDER FLAGS...
         return
     fi
     echo "=== step $1 ($SECONDS s so far) ===" >&2
-    launch "$1" "$output/$2" "${@:3}"
+    launch "$1" "$output/$2" --overwrite_output_dir "${@:3}"
     if [ -z "${DRY_RUN:-}" ]; then touch "$output/$2/done"; fi
 }
 
 read -rd '' -a sft <<<"${SFT_FLAGS:-}" || true
 read -rd '' -a reward <<<"${REWARD_FLAGS:-}" || true
 read -rd '' -a ppo <<<"${PPO_FLAGS:-}" || true
-step 1 actor --model_name_or_path "${ACTOR_MODEL:-facebook/opt-1.3b}" --zero_stage "$stage" "$@" "${sft[@]}"
-step 2 reward --model_name_or_path "${REWARD_MODEL:-facebook/opt-350m}" --zero_stage "$stage" "$@" "${reward[@]}"
-step 3 rlhf --actor_model_name_or_path "$output/actor" --critic_model_name_or_path "$output/reward" \
+step 1 actor --console brief --model_name_or_path "${ACTOR_MODEL:-facebook/opt-1.3b}" --zero_stage "$stage" "$@" "${sft[@]}"
+step 2 reward --console brief --model_name_or_path "${REWARD_MODEL:-facebook/opt-350m}" --zero_stage "$stage" "$@" "${reward[@]}"
+step 3 rlhf --console brief --actor_model_name_or_path "$output/actor" --critic_model_name_or_path "$output/reward" \
     --actor_zero_stage "$stage" --critic_zero_stage "$stage" --enable_hybrid_engine "$@" "${ppo[@]}"

@@ -5,7 +5,8 @@
 # recipe STEP MACHINE ARGUMENTS... -- FLAGS...   the same with a recipe's flags and its user's positional arguments
 #
 # RANKS        processes per node (default: the GPUs, or 2 on a CPU with two or more cores; of a single_gpu recipe 1)
-# MASTER_PORT  where they meet (default 29517)
+# CUDA_VISIBLE_DEVICES   the GPUs to take, by number, as in 2,3 (default: all); empty: the CPU
+# MASTER_PORT  where they meet (default 29517, or on a single node the first free port above it)
 # HOSTFILE     of a multi_node recipe: a line "HOST slots=GPUS" per node, the first node first (default /job/hostfile)
 # LAUNCHER_ARGS  more arguments of the deepspeed launcher, as in "--no_ssh --node_rank 0 --master_addr 10.0.0.1"
 # DRY_RUN=1    print the command, run nothing
@@ -26,23 +27,55 @@ activate_environment() { # the project's own, unless there is one with deepspeed
     fi
 }
 
+chosen_gpus() { # chosen_gpus [COUNT]: of those that CUDA_VISIBLE_DEVICES names all, or the first ones
+    local gpus count="${1:-}"
+    IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+    if [[ ! "$CUDA_VISIBLE_DEVICES" =~ ^[0-9]+(,[0-9]+)*$ ]]; then
+        echo "error: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: the deepspeed launcher takes GPUs by number, as in 2,3" >&2
+        return 1
+    elif [ "${count:=${#gpus[@]}}" -gt ${#gpus[@]} ]; then
+        echo "error: $count ranks, and CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names ${#gpus[@]} GPU(s); each rank needs one" >&2
+        return 1
+    fi
+    (IFS=, && echo "${gpus[*]:0:count}")
+}
+
+sees_gpus() {
+    [ -n "${DRY_RUN:-}" ] || python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+}
+
+free_port() { # the default, or where another program has it the next that is free
+    local port=29517
+    if [ -z "${DRY_RUN:-}" ]; then
+        port="$(python3 "$project/utils/process/free_port.py" "$port")" || return
+        if [ "$port" != 29517 ]; then echo "port 29517 is taken: the ranks meet at $port" >&2; fi
+    fi
+    echo "$port"
+}
+
 launch() { # launch STEP OUTPUT FLAGS...
-    local step="$1" output="$2" log=training.log command more where=(--num_gpus "${RANKS:-${ranks:-}}")
+    local step="$1" output="$2" log=training.log command more port="${MASTER_PORT:-}" where=("${RANKS:-${ranks:-}}") start=(deepspeed)
     shift 2
     activate_environment || return
+    read -rd '' -a more <<<"${LAUNCHER_ARGS:-}" || true
     if [ -n "${hostfile:-}" ]; then
         if [ -z "${DRY_RUN:-}" ] && [ ! -s "$hostfile" ]; then
             echo "error: $hostfile is missing or empty: set HOSTFILE to a file with a line 'HOST slots=GPUS' per node" >&2
             exit 1
         fi
-        where=(--hostfile "$hostfile")
+        where=(--hostfile "$hostfile") port="${port:-29517}"
         # What ssh starts on a node has the interpreter of this one, but not the programs beside it (ninja, say).
         if [ -n "${VIRTUAL_ENV:-}" ]; then where+=(--venv_script "$VIRTUAL_ENV/bin/activate"); fi
-    elif [ -z "${where[1]}" ]; then
-        where[1]="$(count_ranks)"
+    elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && sees_gpus; then
+        # DeepSpeed's --num_gpus would take the first GPUs of the machine, whoever works on them.
+        where=(--include "localhost:$(chosen_gpus "${where[0]}")") || exit 1
+        start=(env -u CUDA_VISIBLE_DEVICES deepspeed)
+    else
+        where=(--num_gpus "${where[0]:-$(count_ranks)}")
     fi
-    read -rd '' -a more <<<"${LAUNCHER_ARGS:-}" || true
-    command=(deepspeed "${where[@]}" --master_port "${MASTER_PORT:-29517}" "${more[@]}"
+    [[ " ${more[*]-} " =~ " --node_rank " ]] && port="${port:-29517}" # the same on all nodes
+    [ -n "$port" ] || port="$(free_port)" || exit 1
+    command=("${start[@]}" "${where[@]}" --master_port "$port" "${more[@]}"
         "$project/training/${steps[step]}/main.py" --output_dir "$output" "$@")
     if [ -n "${DRY_RUN:-}" ]; then
         printf '%q ' "${command[@]}"
@@ -52,7 +85,14 @@ launch() { # launch STEP OUTPUT FLAGS...
     # Nodes that are started one by one may share the folder. And one that has nothing to say is not one that failed.
     [[ " ${more[*]-} " =~ " --node_rank "([1-9][0-9]*)" " ]] && log="training.node${BASH_REMATCH[1]}.log"
     mkdir -p "$output"
-    "${command[@]}" 2>&1 | { grep --line-buffered -v -e '\[INFO\]' -e '\[WARNING\]' || [ $? = 1 ]; } | tee "$output/$log"
+    # A Ctrl-C is for the ranks, which save and say so; the script ends with them, and who shows it last of all.
+    trap 'exit 130' INT
+    (trap '' INT && exec "${command[@]}") 2>&1 |
+        {
+            trap '' INT
+            grep --line-buffered -v -e '\[INFO\]' -e '\[WARNING\]' || [ $? = 1 ]
+        } |
+        (trap '' INT && exec tee "$output/$log")
 }
 
 _recipe_usage() { # the comment at the head of the recipe

@@ -29,10 +29,10 @@ mkdir -p "$output"
 step() { # step NUMBER FLAGS...
     echo
     echo "=== step $1 ($((SECONDS - started)) s so far) ==="
-    launch "$1" "$output/step$1" "${@:2}"
+    launch "$1" "$output/step$1" --overwrite_output_dir "${@:2}"
 }
 
-common=(--data_path local/demo --data_split "4,3,3" --data_output_path "$output/data" --dtype fp32 --seed "$seed")
+common=(--data_path local/demo --data_split "4,3,3" --data_output_path "$output/data" --dtype fp32 --seed "$seed" --console brief)
 
 read -rd '' -a ppo_flags <<<"${PPO_FLAGS:-}" || true
 
@@ -57,7 +57,7 @@ step 3 "${common[@]}" \
     --max_prompt_seq_len 24 --max_answer_seq_len 40 --per_device_generation_batch_size $((2 * answers)) \
     --per_device_training_batch_size "$answers" --ppo_epochs 2 --actor_learning_rate 1e-4 --critic_learning_rate 3e-4 \
     --num_warmup_steps 5 --kl_ctl 0.05 --normalize_reward --enable_ema --enable_hybrid_engine \
-    --max_train_samples "${PROMPTS:-5120}" ${ppo_flags[@]+"${ppo_flags[@]}"}
+    --max_train_samples "${PROMPTS:-5120}" --log_interval 4 --sample_interval 40 ${ppo_flags[@]+"${ppo_flags[@]}"}
 
 echo
 echo "=== report ==="

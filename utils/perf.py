@@ -4,9 +4,6 @@ The operations are those of the matrix products: 2 per multiply-add, weights cou
 every family is counted right; attention adds 4 * layers * hidden * length per token (scores and their use). A backward
 pass costs twice a forward pass; recomputing activations costs one forward more. TFLOPs are per device, Samples/sec
 over all devices.
-
-MFU is the share of the accelerator's peak (``peak_flops.py``) that went into the model: its operations counted once,
-since recomputing is no work of the model, and without the gradients of frozen weights, which nobody computes.
 """
 
 import resource
@@ -15,17 +12,18 @@ import time
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from utils.model.inputs import unwrap
 from utils.module.lora import count_parameters
 from utils.peak_flops import device_peak
-from utils.process.console import print_rank_0
+from utils.process.console import print_classic
 from utils.process.world import get_world_size
 
 
-def get_hf_configs(hf_model):
-    """(layers, hidden size, vocabulary size) of a Hugging Face model or a RewardModel."""
-    config = unwrap(hf_model).config.get_text_config()
+def get_hf_configs(hf_config):
+    """(layers, hidden size, vocabulary size) of a configuration, or of a model or engine that has one."""
+    config = getattr(unwrap(hf_config), "config", hf_config).get_text_config()
     return config.num_hidden_layers, config.hidden_size, config.vocab_size
 
 
@@ -41,21 +39,24 @@ def matmul_parameters(hf_model) -> int:
     return total
 
 
-def calculate_flops(
-    parameters: int, layers: int, hidden_size: int, tokens: int, mean_length: float, passes: int
-) -> float:
-    """Operations for ``tokens`` tokens in rows of ``mean_length``.
+def calculate_flops(checkpoint_activations_factor, batch_size, seq_length, hf_config) -> float:
+    """Operations for ``batch_size`` rows of ``seq_length`` tokens.
 
     Args:
-        parameters: see ``matmul_parameters``.
-        passes: 1 forward, 3 forward and backward, 4 with activations recomputed.
+        checkpoint_activations_factor: passes: 1 forward, 3 forward and backward, 4 with activations recomputed.
+        hf_config: a model or engine, or the configuration of a causal language model.
     """
-    return passes * tokens * (2.0 * parameters + 4.0 * layers * hidden_size * mean_length / 2)
+    layers, hidden_size, _ = get_hf_configs(hf_config)
+    model = hf_config
+    if isinstance(hf_config, PreTrainedConfig):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config)
+    per_token = 2.0 * matmul_parameters(model) + 4.0 * layers * hidden_size * seq_length / 2
+    return checkpoint_activations_factor * batch_size * seq_length * per_token
 
 
 def _model_flops(hf_model, tokens: float, rows: float, passes: float) -> float:
-    layers, hidden_size, _ = get_hf_configs(hf_model)
-    return calculate_flops(matmul_parameters(hf_model), layers, hidden_size, tokens, tokens / max(rows, 1), passes)
+    return calculate_flops(passes, max(rows, 1), tokens / max(rows, 1), hf_model)
 
 
 def _useful_passes(hf_model) -> float:
@@ -71,22 +72,29 @@ def _utilization(args, **flops_per_second: float) -> dict[str, float]:
         return {}
     shares = {name: value / peak for name, value in flops_per_second.items()}
     said = ", ".join(f"{name.replace('mfu', 'MFU').replace('_', ' ')} {share:.1%}" for name, share in shares.items())
-    print_rank_0(f"{said} of {peak / 1e12:,.0f} TFLOPs in {args.dtype} per device")
+    print_classic(f"{said} of {peak / 1e12:,.0f} TFLOPs in {args.dtype} per device")
     return shares
 
 
-def print_throughput(hf_model, args, seconds: float, tokens: int, rows: int) -> dict[str, float]:
-    """Print and return the throughput of one optimizer step of step 1 or 2.
+def print_throughput(hf_model, args, e2e_time, rank=None, *, tokens=None, rows=None) -> dict[str, float]:
+    """Print (--console classic) and return the throughput of one optimizer step of step 1 or 2.
 
     Args:
-        tokens, rows: real tokens (no pads) and sequences of all ranks in this step.
+        e2e_time: seconds of the step.
+        rank: of the caller, as it knows it; None: this process knows its rank.
+        tokens, rows: real tokens (no pads) and sequences of all ranks in this step; None: a micro-batch of every rank,
+            each row as long as it may be.
     """
+    seconds = e2e_time
+    rows = args.per_device_train_batch_size * get_world_size() if rows is None else rows
+    tokens = rows * args.max_seq_len if tokens is None else tokens
     passes = 4 if args.gradient_checkpointing else 3
     tflops = _model_flops(hf_model, tokens, rows, passes) / seconds / get_world_size() / 1e12
-    print_rank_0(
+    print_classic(
         f"Model Parameters: {count_parameters(unwrap(hf_model))[1] / 1e9:.3f} B, Latency: {seconds:.2f}s, "
         f"TFLOPs: {tflops:.2f}, Samples/sec: {rows / seconds:.2f}, Time/seq {seconds / max(rows, 1):.2f}s, "
-        f"Batch Size: {rows}, Sequence Length: {tokens / max(rows, 1):.0f}"
+        f"Batch Size: {rows}, Sequence Length: {tokens / max(rows, 1):.0f}",
+        rank,
     )
     useful = _model_flops(hf_model, tokens, rows, _useful_passes(hf_model)) / seconds / get_world_size()
     return {
@@ -108,21 +116,25 @@ def print_throughput_step3(
     train_time,
     rank=None,
     *,
-    rows,
-    prompt_tokens,
-    answer_tokens,
+    rows=None,
+    prompt_tokens=None,
+    answer_tokens=None,
     generate_time=None,
     generated_steps=None,
 ):
-    """Print and return the throughput of one PPO step.
+    """Print (--console classic) and return the throughput of one PPO step.
 
     Args:
         e2e_time, gen_exp_time, train_time: seconds of the whole step, of making experience, of the updates.
-        rows, prompt_tokens, answer_tokens: real counts over all ranks.
+        rank: as in ``print_throughput``.
+        rows, prompt_tokens, answer_tokens: real counts over all ranks; None: as many as the arguments allow.
         generate_time, generated_steps: seconds in the sampling loop alone, and how many token positions it took.
     """
     world = get_world_size()
     generate_time = generate_time or gen_exp_time
+    rows = args.per_device_generation_batch_size * args.generation_batches * world if rows is None else rows
+    prompt_tokens = rows * args.max_prompt_seq_len if prompt_tokens is None else prompt_tokens
+    answer_tokens = rows * args.max_answer_seq_len if answer_tokens is None else answer_tokens
     tokens, length = prompt_tokens + answer_tokens, args.max_prompt_seq_len + args.max_answer_seq_len
     actor, critic = (
         count_parameters(unwrap(model))[1] if model is not None else 0 for model in (actor_model, critic_model)
@@ -147,7 +159,7 @@ def print_throughput_step3(
         "bandwidth_gb_per_second": actor * bytes_per_parameter * steps / generate_time / 1e9,
         "memory_gib": peak_memory() / 2**30,
     }
-    print_rank_0(
+    print_classic(
         f"End-to-End => Latency: {e2e_time:.2f}s, TFLOPs: {figures['tflops']:.2f}, "
         f"Samples/sec: {figures['samples_per_second']:.2f}, Time/seq {e2e_time / rows:.2f}s, Batch Size: {rows}, "
         f"Total Seq. Length: {length}\n"

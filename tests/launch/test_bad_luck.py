@@ -159,6 +159,15 @@ def _lock(file, age):
     os.utime(file, (time.time() - age,) * 2)
 
 
+def test_a_build_is_said_and_one_that_is_there_is_not(operator, capsys):
+    _, lock = operator
+    operators.load_operator("ShareMemCommBuilder")
+    assert "compiling DeepSpeed's deepspeed_shm_comm into" in capsys.readouterr().out
+    lock.with_name("deepspeed_shm_comm.so").touch()
+    operators.load_operator("ShareMemCommBuilder")
+    assert capsys.readouterr().out == ""
+
+
 def test_the_lock_of_a_killed_build_is_removed(operator, capsys):
     builder, lock = operator
     _lock(lock, age=20)

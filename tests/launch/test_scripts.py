@@ -1,9 +1,13 @@
 """Every bash script: its syntax, its usage, and that the commands it would run are ones the steps understand."""
 
+import contextlib
 import json
 import os
 import shlex
+import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,6 +76,92 @@ def test_environment_overrides_reach_the_launcher():
     node = PROJECT / "training_scripts/step1_supervised_finetuning/opt/single_node/run_1.3b.sh"
     words, _ = parsed(dry_run(node, RANKS="5").stdout)
     assert words[:3] == ["deepspeed", "--num_gpus", "5"]
+
+
+GPUS = {  # CUDA_VISIBLE_DEVICES, RANKS -> what the launcher gets, or an error
+    ("", "2"): "--num_gpus 2",
+    ("3", ""): "--include localhost:3",
+    ("2,5,7", ""): "--include localhost:2,5,7",
+    ("2,5,7", "2"): "--include localhost:2,5",
+    ("2,5", "3"): "error: 3 ranks, and CUDA_VISIBLE_DEVICES=2,5 names 2 GPU(s)",
+    ("GPU-8932f937", ""): "error: CUDA_VISIBLE_DEVICES=GPU-8932f937: the deepspeed launcher takes GPUs by number",
+}
+
+
+@pytest.mark.parametrize("chosen, ranks", GPUS)
+def test_the_gpus_that_the_user_chose_are_taken(chosen, ranks):
+    node = PROJECT / "training_scripts/step1_supervised_finetuning/opt/single_node/run_1.3b.sh"
+    done, wanted = dry_run(node, CUDA_VISIBLE_DEVICES=chosen, RANKS=ranks), GPUS[chosen, ranks]
+    if wanted.startswith("error"):
+        assert done.returncode == 1 and wanted in done.stderr and not done.stdout
+        return
+    words, _ = parsed(done.stdout)
+    prefix = "" if chosen == "" else "env -u CUDA_VISIBLE_DEVICES "
+    assert " ".join(words) == f"{prefix}deepspeed {wanted} --master_port 29517"
+
+
+def test_a_port_that_is_taken_is_passed_over():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        command = [sys.executable, PROJECT / "utils/process/free_port.py", str(port)]
+        found = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert port < found < port + 100
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == port
+
+
+FAKE_DEEPSPEED = """#!{python}
+import pathlib, signal, sys, time
+def stop(*_signal):
+    print("told", flush=True); time.sleep(1); print("saved", flush=True); sys.exit(1)
+print(*sys.argv, flush=True)
+if pathlib.Path("{folder}/waits").exists():
+    signal.signal(signal.SIGINT, stop)
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """launched(commands of bash) -> a process of a script that sources launch.sh; deepspeed only shows its words."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/deepspeed").write_text(FAKE_DEEPSPEED.format(folder=tmp_path, python=sys.executable))
+    (tmp_path / "bin/deepspeed").chmod(0o755)
+
+    def run(commands):
+        text = f"set -uo pipefail; . {PROJECT}/training_scripts/launch.sh; RANKS=2; {commands}"
+        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        return subprocess.Popen(["bash", "-c", text], env=environment, **pipes)
+
+    return run
+
+
+def test_a_launch_whose_usual_port_is_taken_says_where_the_ranks_meet(launched, tmp_path):
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # somebody has it already
+            other.bind(("", 29517))
+            other.listen()
+        printed, _ = launched(f"launch 1 {tmp_path}/out").communicate(timeout=60)
+    assert "port 29517 is taken: the ranks meet at 295" in printed and "--master_port 295" in printed
+    assert "--master_port 29517" not in printed
+    chosen, _ = launched(f"MASTER_PORT=1234; launch 1 {tmp_path}/out").communicate(timeout=60)
+    assert "--master_port 1234" in chosen and "taken" not in chosen
+
+
+def test_ctrl_c_reaches_the_ranks_whose_last_words_are_shown_and_ends_the_script(launched, tmp_path):
+    (tmp_path / "waits").touch()
+    run = launched(f"launch 1 {tmp_path}/out; echo went on")
+    for line in run.stdout:
+        if line == "ready\n":
+            break
+    os.killpg(run.pid, signal.SIGINT)
+    printed, _ = run.communicate(timeout=60)
+    assert printed == "told\nsaved\n" and run.returncode == 130
+    assert (tmp_path / "out/training.log").read_text().endswith("told\nsaved\n")
 
 
 def test_a_hostfile_that_is_not_there_is_named_before_anything_starts(tmp_path):

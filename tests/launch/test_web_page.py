@@ -65,6 +65,38 @@ def bubbles(page, side):
     return [text.strip() for text in page.locator(f"#side-{side} .message").all_inner_texts()]
 
 
+def place_of(page, selector) -> dict[str, float]:
+    """left, right, top and bottom of an element, in pixels of the window."""
+    box = page.locator(selector).bounding_box()
+    return dict(left=box["x"], right=box["x"] + box["width"], top=box["y"], bottom=box["y"] + box["height"])
+
+
+@pytest.mark.parametrize("width, height", [(1280, 800), (390, 844)])
+def test_the_page_fits_its_window(width, height, served, browser, tmp_path):
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.goto(served[0])
+    page.get_by_placeholder(HINT).wait_for(timeout=60_000)
+
+    def check(name):
+        page.screenshot(path=tmp_path / f"{name}_{width}.png")  # to look at
+        size = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight, scrollY]")
+        assert size == [width, height, 0]  # nothing to scroll, and nothing was
+        one, other, box = (place_of(page, selector) for selector in ("#side-A", "#side-B", "textarea"))
+        new = page.get_by_role("button", name="New").bounding_box()
+        assert max(box["bottom"], new["y"] + new["height"]) <= height
+        assert min(side["bottom"] - side["top"] for side in (one, other)) > height / 5
+        if width > 700:  # side by side, over most of the window
+            assert one["top"] == other["top"] and one["right"] < other["left"]
+            assert other["right"] - one["left"] > 0.8 * width
+        else:
+            assert one["bottom"] < other["top"] and one["right"] - one["left"] > 0.9 * width
+
+    check("open")
+    send(page, "say red")
+    page.get_by_text("Which answer is better?").wait_for(timeout=60_000)
+    check("answered")
+
+
 def test_two_models_are_asked_compared_and_voted_on(served, browser):
     address, votes = served
     page, other = browser.new_page(), browser.new_context().new_page()

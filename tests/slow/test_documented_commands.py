@@ -202,6 +202,8 @@ def test_the_quickstart_runs_whole_at_a_small_size(tmp_path):
     )
     assert code == 0, console[-4000:]
     assert "200 held-out prompts, 1 sampled answers to each" in console
+    # In full size there are 40 lines more: at most 150.
+    assert len(console.splitlines()) <= 90 and "Warning" not in console, console
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["models"]) == ["base", "SFT", "RLHF", "EMA"]
     assert summary["models"]["SFT"]["kl"] == pytest.approx(0, abs=1e-3) and len(summary["ppo"]["score"]) == 2

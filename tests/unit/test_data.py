@@ -10,10 +10,9 @@ from helpers import make_model, make_tokenizer, write_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerFast
 
-from utils.data import batching, data_utils, preparation
+from utils.data import batching, preparation
 from utils.data.batching import (
     FILLER,
     DataCollatorPacked,
@@ -174,7 +173,7 @@ def test_prompts_are_padded_on_the_left_and_a_long_one_keeps_its_question(tmp_pa
     train, _ = _dataset(tmp_path, tokenizer, RLHF, max_len=6)
     assert all(len(train[i]["input_ids"]) <= 6 for i in range(len(train)))
     assert tokenizer.decode(train[0]["input_ids"]).endswith("Assistant:")
-    batch = DataCollatorRLHF(tokenizer.pad_token_id, 6)([{"input_ids": [5]}, {"input_ids": [6, 7, 8]}])
+    batch = DataCollatorRLHF(6, pad_token_id=tokenizer.pad_token_id)([{"input_ids": [5]}, {"input_ids": [6, 7, 8]}])
     assert batch["prompt_att_mask"].tolist() == [[0] * 7 + [1], [0] * 5 + [1] * 3]
     assert batch["prompt"][1, -3:].tolist() == [6, 7, 8]
 
@@ -215,21 +214,6 @@ def test_a_failed_preparation_leaves_no_file_that_a_next_run_trusts(tmp_path, mo
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     monkeypatch.undo()
     assert len(_dataset(tmp_path, tokenizer, SFT)[0]) > 0
-
-
-def test_the_published_calls_take_their_arguments_by_position(tmp_path):
-    tokenizer = make_tokenizer(tmp_path / "t")
-    blended = _dataset(tmp_path, tokenizer, SFT)
-    folder, cache = str(tmp_path / "data"), tmp_path / "cache"
-    one = data_utils.create_dataset(0, folder, "1,1,1", cache, SFT, 1, tokenizer, "<|endoftext|>", 64, True)
-    raw_dataset = data_utils.get_raw_dataset(folder, cache, 1, 0)
-    rows = raw_dataset.get_train_data()
-    index = data_utils.get_raw_dataset_split_index(
-        0, cache, raw_dataset.dataset_name_clean, 1, "train", "1,1,1", 0, len(rows)
-    )
-    chosen = data_utils.create_dataset_split(Subset(rows, index), raw_dataset, SFT, tokenizer, "<|endoftext|>", 64)
-    assert list(chosen) == list(one[0]) == list(blended[0])
-    assert list(one[1]) == list(blended[1])
 
 
 # ------------------------------------------------------------------ order

@@ -1,6 +1,5 @@
 """What the pages say against what is there."""
 
-import importlib
 import re
 from pathlib import Path
 
@@ -84,13 +83,3 @@ def test_the_map_of_utils_has_a_line_for_every_module():
         elif row := re.match(r"\| `(\w+\.py)` \|", line):
             named.add(f"{room}/{row[1]}")
     assert named == {name_of(file) for file in (PROJECT / "utils").rglob("*.py") if file.name != "__init__.py"}
-
-
-def test_the_table_of_published_names_says_where_they_are_defined():
-    table = (PROJECT / "training/UPGRADING.md").read_text().partition("## Names that other code imports")[2]
-    published = None
-    for place, names, defined in re.findall(r"^\| (.*?) ?\| (.*) \| (.*) \|$", table, re.M)[1:]:
-        published = place.strip("`") or published
-        for name in re.findall(r"`(\w+)`", names):
-            value = getattr(importlib.import_module(published), name)
-            assert value.__module__ == (defined.strip("`") if defined.startswith("`") else published), name

@@ -1,10 +1,11 @@
 """Generation of rollouts: choosing tokens, the sampling loop against generate(), the hybrid engine around it."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from helpers import FAMILIES
+from helpers import FAMILIES, WITH_STATE, random_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,6 +24,7 @@ from utils.generation.sampling import (
     keep_top_p,
     sample_answers,
 )
+from utils.model.inputs import cache_argument
 from utils.module.fused_linear import can_pack, find_shared_inputs, fused_linears
 from utils.module.lora import convert_linear_layer_to_lora, lora_layers
 
@@ -144,6 +146,31 @@ def test_greedy_answers_equal_generate_on_a_left_padded_batch(family):
             assert torch.equal(sample_answers(model, prompts, mask, decoding).sequences, plain)
 
 
+@pytest.mark.parametrize("family", sorted(WITH_STATE.keys() - {"rwkv"}))
+def test_rows_leave_a_model_with_a_state_and_take_it_along(family):
+    """And RWKV, whose cache is none of transformers', falls back to generate(): see the check at the start."""
+    model = random_model(WITH_STATE[family], scale=2.0)
+    prompts, mask = _prompts()
+    decoding = _decoding(temperature=0.0, eos=(), vocabulary=320)
+    endless = generate_by_transformers(model, prompts, mask, decoding).sequences
+    ends = endless[0, prompts.shape[1] + 2].item(), endless[1, prompts.shape[1] + 4].item()
+    decoding, batches = replace(decoding, eos_token_ids=ends), []
+    plain = generate_by_transformers(model, prompts, mask, decoding).sequences
+    handle = model.register_forward_pre_hook(
+        lambda _, __, given: batches.append(len(given["input_ids"])), with_kwargs=True
+    )
+    assert torch.equal(sample_answers(model, prompts, mask, decoding).sequences, plain)
+    handle.remove()
+    assert batches[0] == len(prompts) > batches[-1]
+    engine = HybridEngine(_Engine(model))
+    assert engine.backend == "own"
+
+
+def test_a_cache_of_another_kind_falls_back_to_generate(capsys):
+    assert HybridEngine(_Engine(random_model(WITH_STATE["rwkv"]))).backend == "transformers"
+    assert "by transformers' generate(), because of the own loop" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2"])
 def test_log_probs_are_those_of_a_forward_pass_over_the_whole_answer(family):
     model = _model(family)
@@ -208,7 +235,7 @@ def test_finished_rows_leave_the_batch_and_shared_pads_the_cache(llama):
     seen = []
 
     def note(_module, _arguments, inputs):
-        cache = inputs["past_key_values"]
+        cache = inputs[cache_argument(llama)]
         columns = cache.layers[0].get_seq_length()
         assert inputs["attention_mask"].shape == (len(inputs["input_ids"]), columns + inputs["input_ids"].shape[1])
         seen.append((len(inputs["input_ids"]), columns))

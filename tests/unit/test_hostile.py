@@ -634,7 +634,7 @@ def test_flags_out_of_range(step, flag, value, capsys):
     with pytest.raises(SystemExit) as ended:
         parser.parse_args([*names, "x", flag, value])
     assert ended.value.code == 2
-    assert f"error: argument {flag}" in capsys.readouterr().err
+    assert f"error: {flag}" in capsys.readouterr().err
 
 
 def _common(**changes):

@@ -648,8 +648,13 @@ def test_the_page_is_refused_before_any_model_is_loaded(folders, monkeypatch, tm
     with pytest.raises(UserError, match="names 3 models"):
         serve.main(["--path", "a", "b", "c"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install gradio"):
+    with pytest.raises(UserError, match=r"gradio: pip install -r requirements-extras.txt"):
         serve.main(["--path", folders["random"]])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for version in ("5.50.0", "6.30.1", "7.0.0"):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
+        with pytest.raises(UserError, match=f"not tested with gradio {version}"):
+            serve.main(["--path", folders["random"]])
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot listen there"):
         serve.check_port("127.0.0.1", taken.getsockname()[1])
 

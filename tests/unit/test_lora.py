@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import make_model
+from helpers import FAMILIES, WITH_EXPERTS, WITH_STATE, make_model, random_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -14,9 +14,11 @@ from utils.model.model_utils import adapt_model, create_critic_model
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import (
     LinearLayer_LoRA,
+    check_packing_share,
     convert_linear_layer_to_lora,
     convert_lora_to_linear_layer,
     count_parameters,
+    describe_left_out,
     lora_layers,
     make_model_gradient_checkpointing_compatible,
     match_lora_scope,
@@ -248,3 +250,42 @@ def test_without_only_optimize_lora_all_but_the_adapted_matrices_train(model_fol
             assert (p - before[name]).abs().max() <= 0.00101
     for _, layer in lora_layers(model):
         assert 0.0199 < layer.lora_left_weight.abs().max() <= 0.0201
+
+
+# ---------------------------------------------------------------- weights that are in no linear layer
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_experts_that_a_scope_leaves_out_are_named_with_their_share(family):
+    model = random_model(WITH_EXPERTS[family])
+    experts = sum(p.numel() for name, p in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj")))
+    described = describe_left_out(model, "auto")
+    left, total = (int(number.replace(",", "")) for number in described.split(";")[1].split()[:3:2])
+    assert total == sum(p.numel() for p in model.parameters())
+    assert experts < left < 1.1 * experts  # and the routers
+    assert "model.layers.*.mlp.experts.gate_up_proj" in described
+    assert described.count("gate_up_proj,") == 1
+    assert describe_left_out(model, "q_proj") is None
+
+
+def test_what_is_left_out_is_printed_where_lora_is_added(capsys):
+    parser = new_parser("test")
+    add_lora_arguments(parser)
+    args = parser.parse_args(["--lora_dim", "2", "--lora_module_name", "all-linear"])
+    adapt_model(random_model(WITH_EXPERTS["mixtral"]), args)
+    assert "are weights of another kind" in capsys.readouterr().out
+    adapt_model(random_model(FAMILIES["llama"]), args)
+    assert "are weights of another kind" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom", "gpt_neox", "falcon_h1"])
+def test_nothing_is_left_out_of_dense_models_but_matrices_of_a_state(family):
+    outside = describe_left_out(random_model((FAMILIES | WITH_STATE)[family]), "all-linear")
+    assert outside is None
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_quantize_is_refused_where_it_would_pack_little(family):
+    with pytest.raises(UserError, match=r"--quantize packs linear layers alone, and [6-9]\d\.\d % of the weights"):
+        check_packing_share(random_model(WITH_EXPERTS[family]))
+    check_packing_share(random_model(FAMILIES["llama"]))

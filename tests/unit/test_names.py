@@ -1,71 +1,191 @@
 """Names other people's code imports, signatures they call, and configuration values they rely on."""
 
+import functools
 import importlib
 import inspect
 import json
+import re
+from itertools import takewhile
 
 import pytest
 import torch
+from helpers import PROJECT
 
+from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainerUnsupervised
 from utils.arguments import build_parser
 from utils.data.batching import to_device
-from utils.ds_utils import get_eval_ds_config, get_train_ds_config, merge_config_file
+from utils.ds_utils import get_train_ds_config, merge_config_file
 from utils.engine.averages import ExponentialMovingAverage, MovingAverage
 from utils.model.loading import load_state_dict_into_model
 from utils.process.errors import UserError
 
-NAMES = {
-    "utils.utils": "print_rank_0 is_rank_0 to_device MovingAverage ExponentialMovingAverage set_random_seed "
-    "get_all_reduce_mean get_optimizer_grouped_parameters load_hf_tokenizer save_hf_format save_zero_three_model "
-    "moving_average load_state_dict_into_model",
+PUBLISHED_NAMES = {
+    "utils.utils": "print_rank_0 is_rank_0 to_device MovingAverage ExponentialMovingAverage get_tokenizer "
+    "load_hf_tokenizer save_hf_format set_random_seed get_all_reduce_mean load_state_dict_into_model "
+    "get_optimizer_grouped_parameters _z3_params_to_fetch moving_average save_zero_three_model",
     "utils.ds_utils": "get_train_ds_config get_eval_ds_config",
-    "utils.module.lora": "LinearLayer_LoRA convert_linear_layer_to_lora convert_lora_to_linear_layer "
-    "only_optimize_lora_parameters make_model_gradient_checkpointing_compatible",
+    "utils.module.lora": "LinearLayer_LoRA convert_linear_layer_to_lora _z3_params_to_fetch "
+    "convert_lora_to_linear_layer only_optimize_lora_parameters make_model_gradient_checkpointing_compatible",
     "utils.model.model_utils": "create_hf_model create_critic_model configure_dropout causal_lm_model_to_fp32_loss",
     "utils.model.reward_model": "RewardModel",
-    "utils.data.raw_datasets": "PromptRawDataset DahoasRmstaticDataset LocalJsonFileDataset StanfordnlpSHPDataset",
+    "utils.data.raw_datasets": "PromptRawDataset",
     "utils.data.data_utils": "get_raw_dataset get_shuffle_idx get_raw_dataset_split_index create_dataset_split "
     "create_dataset create_prompt_dataset PromptDataset DataCollatorReward DataCollatorRLHF MiniDataset "
     "get_unsupervised_data",
     "utils.perf": "print_throughput print_throughput_step3 calculate_flops get_hf_configs",
-    "training.step3_rlhf_finetuning.rlhf_engine": "DeepSpeedRLHFEngine",
+    "training.step3_rlhf_finetuning.rlhf_engine": "DeepSpeedRLHFEngine log_init",
     "training.step3_rlhf_finetuning.ppo_trainer": "DeepSpeedPPOTrainer DeepSpeedPPOTrainerUnsupervised "
-    "gather_log_probs",
+    "gather_log_probs print_all_ranks get_model_norm",
 }
+TRAINER_METHODS = (
+    "_generate_sequence generate_experience compute_rewards train_rlhf get_overflow actor_loss_fn critic_loss_fn "
+    "get_advantages_and_returns _validate_training_mode _validate_evaluation_mode train eval dump_model_norms "
+    "train_unsupervised"
+)
+# The parameters of published calls, in their order; ours may have more behind them.
+PUBLISHED_PARAMETERS = {
+    "utils.utils": {
+        "print_rank_0": "msg rank",
+        "is_rank_0": "",
+        "to_device": "batch device",
+        "ExponentialMovingAverage": "alpha",
+        "get_tokenizer": "model_name_or_path fast_tokenizer",
+        "load_hf_tokenizer": "model_name_or_path fast_tokenizer add_special_tokens",
+        "save_hf_format": "model tokenizer args sub_folder",
+        "set_random_seed": "seed",
+        "get_all_reduce_mean": "tensor",
+        "load_state_dict_into_model": "model_to_load state_dict start_prefix zero_stage",
+        "get_optimizer_grouped_parameters": "model weight_decay lora_lr no_decay_name_list lora_name_list",
+        "_z3_params_to_fetch": "param_list",
+        "moving_average": "model model_ema beta device zero_stage",
+        "save_zero_three_model": "model_ema global_rank save_dir zero_stage",
+    },
+    "utils.ds_utils": {
+        "get_train_ds_config": "offload dtype stage enable_hybrid_engine inference_tp_size release_inference_cache "
+        "pin_parameters tp_gather_partition_size max_out_tokens enable_tensorboard enable_mixed_precision_lora tb_path "
+        "tb_name",
+        "get_eval_ds_config": "offload dtype stage",
+    },
+    "utils.perf": {
+        "print_throughput": "hf_model args e2e_time rank",
+        "print_throughput_step3": "actor_model critic_model args e2e_time gen_exp_time train_time rank",
+        "calculate_flops": "checkpoint_activations_factor batch_size seq_length hf_config",
+        "get_hf_configs": "hf_config",
+    },
+    "utils.data.data_utils": {
+        "get_raw_dataset": "dataset_name output_path seed local_rank",
+        "get_shuffle_idx": "seed size",
+        "get_raw_dataset_split_index": "local_rank output_path dataset_name seed split_name data_split split_index "
+        "data_size rebuild",
+        "PromptDataset": "prompt_dataset chosen_dataset reject_dataset pad_token_id train_phase",
+        "create_dataset_split": "current_dataset raw_dataset train_phase tokenizer end_of_conversation_token "
+        "max_seq_len",
+        "create_dataset": "local_rank dataset_name data_split output_path train_phase seed tokenizer "
+        "end_of_conversation_token max_seq_len rebuild",
+        "create_prompt_dataset": "local_rank data_path data_split output_path train_phase seed tokenizer max_seq_len "
+        "end_of_conversation_token sft_only_data_path reload",
+        "DataCollatorReward": "",
+        "DataCollatorRLHF": "max_token_len inference_tp_size",
+        "get_unsupervised_data": "args tokenizer",
+        "MiniDataset": "max_size small_batch_size",
+        "MiniDataset.seperate": "self",
+        "MiniDataset.add": "self data",
+        "MiniDataset.free": "self",
+    },
+    "utils.data.raw_datasets": {"PromptRawDataset": "output_path seed local_rank dataset_name"},
+    "utils.model.model_utils": {
+        "configure_dropout": "model_config dropout",
+        "causal_lm_model_to_fp32_loss": "model",
+        "create_hf_model": "model_class model_name_or_path tokenizer ds_config rlhf_training dropout",
+        "create_critic_model": "model_name_or_path tokenizer ds_config num_padding_at_beginning rlhf_training dropout "
+        "zero_stage compute_fp32_loss",
+    },
+    "utils.model.reward_model": {
+        "RewardModel": "base_model tokenizer num_padding_at_beginning compute_fp32_loss",
+        "RewardModel.forward": "self input_ids past_key_values attention_mask position_ids head_mask inputs_embeds "
+        "use_cache",
+        "RewardModel.forward_value": "self input_ids attention_mask past_key_values position_ids head_mask "
+        "inputs_embeds return_value_only prompt_length use_cache",
+    },
+    "utils.module.lora": {
+        "LinearLayer_LoRA": "weight lora_dim lora_scaling lora_droppout bias",
+        "convert_linear_layer_to_lora": "model part_module_name lora_dim lora_scaling lora_droppout",
+        "convert_lora_to_linear_layer": "model",
+        "only_optimize_lora_parameters": "model force_optimize_params",
+        "make_model_gradient_checkpointing_compatible": "model",
+        "_z3_params_to_fetch": "param_list",
+    },
+    "training.step3_rlhf_finetuning.rlhf_engine": {
+        "DeepSpeedRLHFEngine": "actor_model_name_or_path critic_model_name_or_path tokenizer args num_total_iters",
+    },
+    "training.step3_rlhf_finetuning.ppo_trainer": {
+        "DeepSpeedPPOTrainer": "rlhf_engine args",
+        "DeepSpeedPPOTrainer._generate_sequence": "self prompts mask step",
+        "DeepSpeedPPOTrainer.generate_experience": "self prompts mask step",
+        "gather_log_probs": "logits labels",
+    },
+}
+PAGE = (PROJECT / "training/UPGRADING.md").read_text()
 
 
-@pytest.mark.parametrize("module", NAMES)
-def test_published_names_are_importable(module):
-    loaded = importlib.import_module(module)
-    assert [name for name in NAMES[module].split() if not hasattr(loaded, name)] == []
+def rows_of_table(header: str) -> list[list[str]]:
+    """The cells of each row of the table of UPGRADING that begins with a header."""
+    rows = takewhile(lambda line: line.startswith("|"), PAGE.partition(f"| {header} |")[2].splitlines()[2:])
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
 
 
-def test_the_trainer_has_its_published_methods():
-    from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer
-
-    for name in (
-        "generate_experience",
-        "compute_rewards",
-        "train_rlhf",
-        "actor_loss_fn",
-        "critic_loss_fn",
-        "get_advantages_and_returns",
-    ):
-        assert callable(getattr(DeepSpeedPPOTrainer, name))
+def quoted(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
 
 
-def test_lora_and_configuration_keep_their_published_parameters():
-    from utils.module.lora import LinearLayer_LoRA
+def reached(place, name: str):
+    """What a dotted name stands for; None if there is no such thing."""
+    return functools.reduce(lambda thing, part: getattr(thing, part, None), name.split("."), place)
 
-    parameters = list(inspect.signature(LinearLayer_LoRA.__init__).parameters)
-    assert parameters[1:6] == ["weight", "lora_dim", "lora_scaling", "lora_droppout", "bias"]
-    published = inspect.signature(get_train_ds_config).parameters.values()
-    assert [parameter.name for parameter in published if parameter.kind is not parameter.KEYWORD_ONLY] == [
-        "offload", "dtype", "stage", "enable_hybrid_engine", "inference_tp_size", "release_inference_cache",
-        "pin_parameters", "tp_gather_partition_size", "max_out_tokens", "enable_tensorboard",
-        "enable_mixed_precision_lora", "tb_path", "tb_name",
-    ]  # fmt: skip
-    assert list(inspect.signature(get_eval_ds_config).parameters) == ["offload", "dtype", "stage"]
+
+def test_the_table_of_names_says_of_each_published_one_whether_it_is_there_and_where_it_is_defined():
+    listed = {place: set() for place in PUBLISHED_NAMES}
+    for place, names, state, defined, _ in rows_of_table("published place"):
+        module = importlib.import_module(quoted(place)[0])
+        for name in quoted(names):
+            listed[module.__name__].add(name)
+            value = reached(module, name)
+            assert (value is None) == (state == "gone"), name
+            assert state in ("same", "differs", "gone"), name
+            assert state == "gone" or value.__module__ == quoted(defined)[0], name
+    assert listed == {place: set(names.split()) for place, names in PUBLISHED_NAMES.items()}
+
+
+def test_the_table_of_trainer_methods_says_which_are_there():
+    found = {}
+    for names, state, _ in rows_of_table("method of the trainer"):
+        found |= dict.fromkeys(quoted(names), state)
+    assert found.keys() == set(TRAINER_METHODS.split())
+    for name, state in found.items():
+        assert callable(reached(DeepSpeedPPOTrainerUnsupervised, name)) == (state != "gone"), name
+
+
+@pytest.mark.parametrize("place", PUBLISHED_PARAMETERS)
+def test_published_calls_take_their_arguments_in_the_published_order(place):
+    module = importlib.import_module(place)
+    for name, published in PUBLISHED_PARAMETERS[place].items():
+        parameters = inspect.signature(reached(module, name)).parameters.values()
+        ours = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert ours[: len(published.split())] == published.split(), name
+        more = [p for p in parameters if p.name not in published.split()]
+        assert all(p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in more), name
+
+
+def test_every_published_line_that_is_not_gone_is_printed_somewhere():
+    files = [file for top in ("training", "utils") for file in (PROJECT / top).rglob("*.py")]
+    sources = "".join(file.read_text() for file in files)
+    code = re.sub(r'"\n\s+f?"', "", sources)  # strings over several lines are one
+    lines = rows_of_table("line")
+    assert len(lines) == 22
+    for line, _, state, _ in lines:
+        parts = [part.replace("\\|", "|").strip(" ,") for part in quoted(line)[0].split("…")]
+        missing = [part for part in parts if part and part not in code]
+        assert bool(missing) == (state == "gone"), missing or line
 
 
 def test_the_training_configuration_has_its_published_values():
@@ -164,7 +284,12 @@ PUBLISHED_FLAGS = {
 
 
 @pytest.mark.parametrize("step", PUBLISHED_FLAGS)
-def test_every_published_flag_is_still_taken(step):
+def test_every_published_flag_is_taken_and_in_the_table_of_flags(step):
     known = {option for action in build_parser(step)._actions for option in action.option_strings}
     wanted = {f"--{name}" for name in PUBLISHED_FLAGS[step].split()} | {"--deepspeed", "--deepspeed_config"}
     assert wanted <= known, sorted(wanted - known)
+    listed = {
+        flag: state for flags, steps, state, _ in rows_of_table("flags") for flag in quoted(flags) if str(step) in steps
+    }
+    assert listed.keys() == wanted
+    assert set(listed.values()) <= {"same", "differs"}

@@ -154,7 +154,7 @@ class Rankings(list):
     def __init__(self):
         rows = [ranked([A, B, C], [1, 2, 3]), pair(B, D), ranked([D, A, C, B], [1, 2, 2, 3]), ranked([B, C], [1, 2])]
         super().__init__(rows * 2)
-        self.lengths = np.array([6, 3, 6, 6] * 2)
+        self.lengths, self.counts = np.array([6, 3, 6, 6] * 2), [""]
 
 
 def test_step_2_trains_on_rankings_alike_at_every_micro_batch(model_folder, run_step, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def test_a_run_that_is_not_the_same_is_refused_with_flag_and_values(run_step, st
         with pytest.raises(UserError, match=message):
             run_step(1, [*resuming, *flags(more)])
     with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
-        run_step(1, arguments)
+        run_step(1, [*arguments, "--overwrite_output_dir"])
     with monkeypatch.context() as patch:
         patch.setattr(same_run, "get_world_size", lambda: 2)
         with pytest.raises(UserError, match="written by 1 ranks and this run has 2"):
@@ -47,11 +47,16 @@ def test_a_run_that_is_not_the_same_is_refused_with_flag_and_values(run_step, st
 
 
 def test_a_checkpoint_of_an_earlier_version_is_taken_up(run_step, stopped, capsys):
-    """Its flags hold three names that are no flags."""
+    """Its flags hold three names that are no flags, and it knows nothing of evaluations."""
     arguments, folder = stopped
     file = folder / "step-00000004/state.json"
     state = json.loads(file.read_text())
     state["flags"] |= {"checkpoint_dir_given": True, "end_of_conversation_token": "<|endoftext|>", "global_rank": 0}
+    ranks_own = file.with_name("rank00000.json")
+    own_state = json.loads(ranks_own.read_text())
+    del own_state["tracked"]["evaluations"]
+    ranks_own.write_text(json.dumps(own_state))
+    state["files"]["rank00000.json"] = ranks_own.stat().st_size
     file.write_text(json.dumps(state))
     with killed_after(6):
         run_step(1, [*arguments, "--resume", "auto"])
@@ -83,7 +88,7 @@ def test_a_run_that_begins_anew_forgets_that_an_earlier_one_had_finished(run_ste
     run_step(1, arguments)
     assert (tmp_path / "checkpoints/finished.json").exists()
     with killed_after(2):
-        run_step(1, arguments)
+        run_step(1, [*arguments, "--overwrite_output_dir"])
     run_step(1, [*arguments, "--resume", "auto"])  # and is not refused as done
     for text in ("{}", "[]", "x" * 100):
         (tmp_path / "checkpoints/finished.json").write_text(text)

@@ -194,7 +194,7 @@ def test_step_3_compares_each_answer_with_the_column_of_its_own_row(trainer, rew
 
 
 def test_prompts_bring_the_columns_that_their_rows_keep():
-    collator = DataCollatorRLHF(0, 8)
+    collator = DataCollatorRLHF(8, pad_token_id=0)
     assert set(collator([{"input_ids": [1]}])) == {"prompt", "prompt_att_mask"}
     rows = [{"input_ids": [1], "columns": json.dumps(row)} for row in COLUMNS]
     assert collator(rows)["columns"] == COLUMNS

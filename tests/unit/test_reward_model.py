@@ -146,14 +146,15 @@ def test_forward_scores_like_forward_value_and_its_loss_knows_no_padding(reward_
             ]
             for length in (None, 24):
                 ids, mask = pad_rows(rows, model.PAD_ID, to_length=length)
-                outputs = model(ids, mask)
+                outputs = model(ids, attention_mask=mask)
                 assert outputs["chosen_mean_scores"].tolist() == pytest.approx(alone[:2], abs=1e-5)
                 assert outputs["rejected_mean_scores"].tolist() == pytest.approx(alone[2:], abs=1e-5)
                 assert outputs["loss"].item() == pytest.approx(sum(expected) / 2, abs=1e-5)
-                weighed = model(ids, mask, pair_weights=torch.tensor([1.0, 0.0]))["loss"]
+                weighed = model(ids, attention_mask=mask, pair_weights=torch.tensor([1.0, 0.0]))["loss"]
                 assert weighed.item() == pytest.approx(expected[0], abs=1e-5)
                 torch.testing.assert_close(
-                    model(ids, mask, values_only=True), model.forward_value(ids, mask, return_value_only=True)
+                    model(ids, attention_mask=mask, values_only=True),
+                    model.forward_value(ids, mask, return_value_only=True),
                 )
 
 

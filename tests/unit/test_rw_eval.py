@@ -192,6 +192,15 @@ def test_pairs_of_a_file_are_scored_and_written(folder, tmp_path, capsys, kind):
     assert "saved      mean    1.2500   std    0.5000" in printed.out
 
 
+def test_without_data_it_says_what_it_shows(folder, tmp_path, capsys):
+    evaluate(folder)
+    assert f"no --data_path: these are {len(rw_eval.PAIRS)} built-in pairs" in capsys.readouterr().out
+    evaluate(folder, "--data_path", write_rows(tmp_path / "pairs.jsonl", PAIRS))
+    assert "built-in" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="is a model folder"):
+        evaluate(folder, "--data_path", folder)
+
+
 def test_single_answers_of_a_folder_s_split_by_their_columns(folder, judge, tmp_path, capsys):
     for split in ("train", "test"):
         write_rows(tmp_path / f"{split}.jsonl", [{"question": f"{split} {i}", "reply": "yes"} for i in range(3)])

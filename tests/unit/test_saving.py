@@ -27,7 +27,8 @@ from utils.model.model_utils import check_model, create_critic_model, create_hf_
 from utils.model.shards import SafetensorsWriter
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.process.errors import UserError
-from utils.run.results import save_hf_format, save_zero_three_model
+from utils.run.results import save_hf_format
+from utils.utils import save_zero_three_model
 
 SMALL = dict(
     vocab_size=320,

@@ -6,7 +6,7 @@ In what is expected, what step 1 learns stands between double brackets.
 import csv
 import json
 import re
-from itertools import pairwise
+from itertools import count, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from chat_template_samples import sample
 from helpers import make_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from utils.data.chat_templates import named_template
 from utils.data.encoding import RowEncoder, TokenRules
@@ -59,10 +61,10 @@ def write(path, rows):
 @pytest.fixture
 def opened(tmp_path):
     """A function that opens rows as a dataset."""
-    count = iter(range(1000))
+    numbers = count()
 
     def opened(rows, ending="jsonl", **options):
-        path = write(tmp_path / f"{next(count)}.{ending}", rows)
+        path = write(tmp_path / f"{next(numbers)}.{ending}", rows)
         return get_raw_dataset(str(path), str(tmp_path), 1, -1, **options)
 
     return opened
@@ -213,6 +215,11 @@ SHAPES = {
             [" s Human: q Assistant: m Human: p Assistant:"],
         ),
     ),
+    "a prompt of messages beside answers with a system turn": (
+        [{"prompt": [user("q")], "chosen": [system("s"), user("q"), answer("c")], "rejected": [answer("r")]}],
+        "preference pairs as messages, which begin with the prompt",
+        ([f" s{ONE}"], [[" s" + one for one in PAIR]], [" s" + ASKED]),
+    ),
     "Intel/orca_dpo_pairs": (
         [{"system": text, "question": "q", "chosen": "c", "rejected": "r"} for text in ("", "s")],
         "preference pairs as texts, written as conversations",
@@ -291,6 +298,15 @@ SHAPES = {
             [ONE, " Human: p Assistant:[[ x</s>]]", " Human: q Assistant:[[ m]] Human: p Assistant:[[ c</s>]]"],
             [PAIR],
             [ASKED, " Human: p Assistant:", " Human: q Assistant: m Human: p Assistant:"],
+        ),
+    ),
+    "rated responses under system prompts": (
+        [{"system": "st"[i // 2], "prompt": "q", "response": "rcxy"[i], "helpfulness": i % 2} for i in range(4)],
+        "rated responses, grouped by prompt",
+        (
+            [f" s{ONE}", " t Human: q Assistant:[[ y</s>]]"],
+            [[" s" + one for one in PAIR], [f" t Human: q Assistant: {one}</s>" for one in "yx"]],
+            [" s" + ASKED, " t" + ASKED],
         ),
     ),
     "HelpSteer2 preference": (
@@ -615,6 +631,7 @@ def test_other_kinds_of_files_hold_the_same_rows(ending, opened, tokenizer):
             [" a word, Assistant: c</s>"],
             hh("q") + "\n\nAssistant:",
         ),
+        (hh("q", "c\n\nAssistant: c"), hh("q", "r"), [" c\n\nAssistant: c</s>"], hh("q") + "\n\nAssistant:"),
         (" Human: q Assistant: c", " Human: q Assistant: r", [" c</s>"], " Human: q Assistant:"),
     ],
 )
@@ -623,18 +640,34 @@ def test_transcripts_part_at_their_last_common_mark(chosen, rejected, learned, p
     assert dataset.recognised() == "preference pairs as transcripts, prompt implicit"
     assert made(dataset, tokenizer, 3) == [prompt]
     [row] = made(dataset, tokenizer, 1)
-    assert re.findall(r"\[\[(.*?)\]\]", row) == learned and row.replace("[[", "").replace("]]", "") == chosen + "</s>"
+    assert (
+        re.findall(r"(?s)\[\[(.*?)\]\]", row) == learned and row.replace("[[", "").replace("]]", "") == chosen + "</s>"
+    )
     pairs = [[chosen + "</s>", rejected + "</s>"]] if chosen != rejected else []
     assert made(dataset, tokenizer, 2) == pairs
     # A template takes them apart at the same marks, and no turn is lost; it learns the answers of the prompt, too.
     [chat] = made(dataset, tokenizer, 1, "chatml")
     taken_apart = in_marks(chat.replace("[[", "").replace("]]", ""))
-    assert taken_apart == f"{chosen}</s>".replace("\n\nHuman", " Human").replace("\n\nAssistant", " Assistant")
-    found = [f" {part.removesuffix('<|im_end|>')}" for part in re.findall(r"\[\[(.*?)\]\]", chat)]
+    marks = f"{chosen}</s>".replace("\n\nHuman", " Human").replace("\n\nAssistant", " Assistant")
+    assert taken_apart.replace("\n\nAssistant", " Assistant") == marks
+    found = [f" {part.removesuffix('<|im_end|>')}" for part in re.findall(r"(?s)\[\[(.*?)\]\]", chat)]
     assert found[-len(learned) :] == [part.removesuffix("</s>") for part in learned]
 
 
-def test_transcripts_without_a_common_prompt_are_skipped(opened, tokenizer):
+def test_answers_without_a_common_prompt_are_skipped(opened, tokenizer):
+    rows = [
+        {"chosen": [system("s"), user(text), answer("c")], "rejected": [system("s"), user("z"), answer("r")]}
+        for text in "qz"
+    ]
+    assert skipped(opened(rows), tokenizer, 2) == {"the answers have no prompt in common": 1}
+    unanswered = [{"chosen": [user("q")], "rejected": [user("q"), answer("r")]}]
+    assert skipped(opened(unanswered), tokenizer, 1) == {
+        "field 'chosen': an answer ends in a turn that is not the assistant's": 1
+    }
+    inside = [{"chosen": hh("a, Assistant: q", "c"), "rejected": hh("a, Assistant: z", "c")}]
+    assert skipped(opened(inside), tokenizer, 3) == {
+        "the answers have no prompt in common that ends in 'Assistant:'": 1
+    }
     dataset = opened(
         [{"chosen": hh("q", "c"), "rejected": hh("z", "c")}, {"chosen": hh("q", "c"), "rejected": hh("q", "")}]
     )
@@ -746,8 +779,8 @@ def test_reasoning_needs_a_template_that_writes_it(opened, tokenizer):
         == ["<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[<think>\nt\n</think>\n\nc<|im_end|>]]"] * 2
     )
     for style, reason in (("hh", "needs --chat_template, with a template that writes it"), ("gemma2", "writes no")):
-        [(found, count)] = skipped(dataset, tokenizer, 1, style).items()
-        assert reason in found and "reasoning_content" in found and count == 2
+        [(found, rows)] = skipped(dataset, tokenizer, 1, style).items()
+        assert reason in found and "reasoning_content" in found and rows == 2
     assert len(made(dataset, tokenizer, 3)) == 2  # the prompts say nothing of it
 
 
@@ -820,6 +853,7 @@ def test_reward_functions_get_the_columns_of_grouped_rows(opened, tokenizer):
 @pytest.mark.parametrize(
     "rows, words",
     [
+        ([{"prompt": "q", "responses": ["a", "b"], "rewards": [7, 9]}], "lists of answers, by rewards"),
         ([{"messages": 3, "question": "q", "answer": "c"}], "questions and answers; columns not read: messages"),
         (
             [{"messages": None, "conversations": [said("human", "q")]}],
@@ -966,3 +1000,60 @@ def test_rows_in_memory_are_read_as_those_of_files(opened, tokenizer):
     dataset, tokenizer.chat_template = opened(SHAPES["ShareGPT"][0]), None
     made_here = create_dataset_split(SHAPES["ShareGPT"][0], dataset, 1, tokenizer, None, 200)
     assert [written(tokenizer, 1, made_here[i]) for i in range(2)] == SHAPES["ShareGPT"][2][0]
+
+
+# ---------------------------------------------------------------- anything at all
+
+COLUMNS = sorted({key for rows, _, _ in SHAPES.values() for row in rows for key in row} | {"tools", "label", "history"})
+KEYS = [
+    "role",
+    "from",
+    "content",
+    "value",
+    "text",
+    "rank",
+    "score",
+    "replies",
+    "tool_calls",
+    "function",
+    "name",
+    "answer",
+]
+values = st.recursive(
+    st.one_of(
+        st.sampled_from([None, "", "q", "user", "assistant", "prompter", "[]", "[{", "{}", '[{"role": "user"}]', True]),
+        st.floats(allow_nan=True),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)),
+    max_leaves=5,
+)
+
+
+@given(rows=st.lists(st.dictionaries(st.sampled_from(COLUMNS), values, min_size=1, max_size=8), min_size=1, max_size=4))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_rows_are_read_skipped_or_refused(rows, opened, tokenizer):
+    _read_skipped_or_refused(rows, opened, tokenizer)
+
+
+@given(data=st.data())
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_value_in_any_place_of_a_shape_is_read_skipped_or_refused(data, opened, tokenizer):
+    rows = json.loads(json.dumps(SHAPES[data.draw(st.sampled_from(list(SHAPES)))][0]))
+    place = data.draw(st.sampled_from(rows))
+    while True:
+        key = data.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+        if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = data.draw(values)
+    _read_skipped_or_refused(rows, opened, tokenizer)
+
+
+def _read_skipped_or_refused(rows, opened, tokenizer):
+    for step, style in ((1, None), (2, "hh"), (3, None), (1, "qwen3"), (2, "gemma2")):
+        try:
+            encoder, made_rows = encoded(opened(rows), tokenizer, step, style, length=60)
+        except DataError:
+            continue
+        assert encoder.report.total == len(encoder.raw.rows_of("train"))
+        assert all(row.get("input_ids") or row["chosen_ids"] for row in made_rows)

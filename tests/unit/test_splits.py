@@ -179,3 +179,15 @@ def test_what_is_no_hub_name_is_not_asked_of_the_hub(tmp_path, name, monkeypatch
     monkeypatch.setattr(splits, "trouble_with_hub", lambda *name: pytest.fail("asked"))
     with pytest.raises(DataError, match="unknown dataset"):
         get_raw_dataset(name, str(tmp_path), 1, 0)
+
+
+@pytest.mark.parametrize("config", ("config.json", "adapter_config.json"))
+@pytest.mark.parametrize("inner", (".", "actor"))
+def test_a_model_given_as_data_is_told_as_that(tmp_path, config, inner):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')  # a data file by its kind
+    model = tmp_path / inner
+    model.mkdir(exist_ok=True)
+    (model / config).write_text("{}")
+    (model / "model.safetensors").write_bytes(b"")
+    with pytest.raises(DataError, match=f"{tmp_path} is a model folder .*{config} beside model.safetensors"):
+        get_raw_dataset(str(tmp_path), str(tmp_path), 1, -1)

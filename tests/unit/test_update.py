@@ -26,6 +26,9 @@ class Engine:
     def step(self) -> None:
         self.calls.append("count")
 
+    def get_lr(self) -> list[float]:
+        return [0.0 if "step" in self.calls else 0.5]
+
 
 @pytest.fixture
 def dropped(monkeypatch):
@@ -44,7 +47,7 @@ def test_losses_of_all_micro_batches_and_ranks_add_up_and_only_the_last_is_the_b
     for batch in update.micro_batches([1.0, 2.0, 4.0]):
         update.backward(torch.tensor(batch))
         update.record(accuracy=torch.tensor(batch / 8))
-    assert update.step() == {"loss": 14.0, "accuracy": 1.75, "grad_norm": 2.0}
+    assert update.step() == {"loss": 14.0, "accuracy": 1.75, "grad_norm": 2.0, "lr": 0.5}
     assert engine.calls == [
         *(("backward", 2.0, False), "count", ("backward", 4.0, False), "count"),
         *(("backward", 8.0, True), "step"),
@@ -62,6 +65,7 @@ def test_a_second_backward_pass_of_a_micro_batch_is_the_boundary_and_its_weight_
     assert update.step() == {
         **{"actor_loss": 6.0, "unsupervised_loss": 10.0, "critic_loss": 14.0},
         **{"actor_grad_norm": 1.0, "critic_grad_norm": None},
+        **{"actor_lr": 0.5, "critic_lr": 0.5},
     }
     assert actor.calls == [("backward", 6.0, False), ("backward", 100.0, True), "step"]
     assert critic.calls == [("backward", 14.0, True), "step"]

@@ -8,9 +8,9 @@ The loss is the mean over the real tokens of an optimizer step, however they fal
 accumulation; every finished answer ends with one EOS that is learned like any other token.
 """
 
-import math
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -24,18 +24,20 @@ from utils.engine import build
 from utils.engine.nonfinite import NonFiniteSteps
 from utils.engine.update import Update
 from utils.model import soft_prompt
-from utils.model.inputs import forward_accepts, sft_inputs
-from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
+from utils.model.inputs import sft_inputs
+from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count, perplexity_of
 from utils.model.model_utils import check_model, create_hf_model
+from utils.model.packing import choose_packing, refuse_state
 from utils.planning.preflight import preflight
-from utils.process.console import now, print_rank_0, progress
-from utils.process.errors import UserError
+from utils.process.console import now, print_rank_0, progress, set_console
 from utils.process.launch import init_distributed, run_main
 from utils.process.ranks import all_reduce_sum
 from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
+from utils.run.console_lines import SupervisedConsole
+from utils.run.evaluation import Evaluations
 from utils.run.model_card import RunCard
 
 
@@ -58,32 +60,40 @@ def load_model(args, tokenizer, ds_config):
     """The language model to train, behind a soft prompt where the flags ask for one."""
     options = build.model_options(args, args.dropout)
     model = create_hf_model(AutoModelForCausalLM, args.model_name_or_path, tokenizer, ds_config, **options)
-    if args.packing and not forward_accepts(model, "position_ids"):
-        raise UserError(
-            f"--packing: {type(model).__name__} takes no positions, so rows of a block cannot be kept apart"
-        )
+    if args.packing:
+        refuse_state(model)
     return model if args.soft_prompt is None else soft_prompt.make_soft_prompt_model(model, tokenizer, args)
 
 
 @torch.no_grad()
-def evaluate(engine, label_log_probs, loader, device) -> tuple[float, float]:
-    """(perplexity, mean loss per token) over all evaluation tokens of all ranks."""
+def evaluate(engine, label_log_probs, loader, device, iterations: int) -> dict[str, float]:
+    """Perplexity and mean loss per token over the tokens of all ranks, of so many batches of each; 0 for all."""
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in progress(loader, "evaluating"):
+    batches = iterations or len(loader)
+    for batch in progress(islice(loader, batches), "evaluating", batches):
         batch = batching.to_device(batch, device)
         loss_sum = causal_lm_loss_sum(label_log_probs, sft_inputs(engine.module, batch), batch["labels"])
         total += torch.stack([loss_sum.double(), total.new_tensor(label_count(batch["labels"]))])
     engine.train()
     loss_sum, tokens = all_reduce_sum(total.float()).tolist()
     loss = loss_sum / max(tokens, 1)
-    return math.exp(min(loss, 700.0)), loss
+    return {"perplexity": perplexity_of(loss), "loss": loss}
+
+
+def save(args, engine, tokenizer, card: RunCard, sub_folder: str = "", figures=None) -> None:
+    """The model as it is, or its soft prompt, to --output_dir or a folder in it; ``figures`` have no place there."""
+    if args.soft_prompt is not None:
+        results.save_trained_soft_prompt(engine, tokenizer, args, sub_folder, card)
+    else:
+        results.save_trained_model(engine, tokenizer, args, args.model_name_or_path, sub_folder, card)
 
 
 def main():
     # 1. Arguments, processes, seeds
     parser = arguments.build_parser(step=1)
     args = parser.parse_args()
+    set_console(args.console)
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=1)
@@ -110,54 +120,57 @@ def main():
     learning_rate = args.learning_rate if args.soft_prompt is None else args.soft_prompt_learning_rate
     engine = build.trained_engine(model, args, ds_config, total_steps, learning_rate=learning_rate)
     label_log_probs, update = LabelLogProbs(engine), Update({"model": engine})
+    packing = choose_packing(label_log_probs) if args.packing else ""
     nonfinite = NonFiniteSteps(args.skip_nonfinite, sampler, checkpoints.save_before_step)
-    checkpoints.resume(writer, train_dataset, {"model": engine}, nonfinite=nonfinite)
-
-    def evaluate_and_report(epoch: int) -> None:
-        print_rank_0(f"***** Evaluating perplexity, Epoch {epoch}/{args.num_train_epochs} *****")
-        perplexity, loss = evaluate(engine, label_log_probs, eval_loader, device)
-        print_rank_0(f"ppl: {perplexity}, loss: {loss}")
-        writer.write(checkpoints.steps, {"perplexity": perplexity, "loss": loss}, "eval")
+    console = SupervisedConsole(args, 1, total_steps)
+    measure = partial(evaluate, engine, label_log_probs, eval_loader, device)
+    save_to = partial(save, args, engine, tokenizer, card)
+    evaluations = Evaluations(args, 1, measure, console, writer, save_to, len(eval_loader))
+    checkpoints.resume(writer, train_dataset, {"model": engine}, nonfinite=nonfinite, evaluations=evaluations)
 
     # 4. Train
-    print_rank_0("***** Running training *****")
-    if checkpoints.resumed is None:
-        evaluate_and_report(0)
+    console.begin(len(train_dataset))
+    evaluations.before_training(checkpoints.resumed)
     for epoch, first_step in checkpoints.epochs(args.num_train_epochs):
-        print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Micro Batches {len(train_loader)}")
+        console.epoch(epoch, len(train_loader))
         sampler.set_epoch(epoch, first_step)
         engine.train()
         watch = perf.Stopwatch()
         windows = batching.accumulation_windows(train_loader, args.gradient_accumulation_steps)
         bar = progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch - first_step)
         for step, window in enumerate(bar, first_step):
+            if evaluations.stopped:
+                break
             learned, tokens, rows = batching.count_window(window, batching.count_batch, device)
             for batch in update.micro_batches(window):
                 batch = batching.to_device(batch, device)
-                loss_sum = causal_lm_loss_sum(label_log_probs, sft_inputs(engine.module, batch), batch["labels"])
+                inputs = sft_inputs(engine.module, batch, packing)
+                loss_sum = causal_lm_loss_sum(label_log_probs, inputs, batch["labels"])
                 update.backward(loss_sum / max(learned, 1))
             figures = update.step(partial(nonfinite.skip, step=step))
             if args.print_loss:
                 place = f"Time: {now()}, Epoch: {epoch}, Step: {step}, Rank: {get_rank()}"
                 print(f"{place}, loss = {figures['loss']}", flush=True)
-            seconds = watch.lap()
+            seconds, steps = watch.lap(), checkpoints.steps + 1
             bar.note(perf.pace(tokens, seconds))
-            figures |= {"lr": engine.get_lr()[0], "skipped_steps": nonfinite.skipped}
-            if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
-                figures |= perf.print_throughput(engine, args, seconds, int(tokens), int(rows))
-            writer.write(checkpoints.steps + 1, figures)
+            figures |= {"skipped_steps": nonfinite.skipped}
+            shows = (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch
+            writer.write(steps, figures | console.step(steps, figures, engine, seconds, tokens, rows, shows))
+            evaluations.after_step(steps, epoch + 1)
             checkpoints.end_step(epoch, step + 1)
-        evaluate_and_report(epoch + 1)
+            watch.lap()
+        if evaluations.stopped:
+            break
+        evaluations.after_epoch(checkpoints.steps, epoch + 1)
+    evaluations.at_end(checkpoints.steps, epoch + 1)
 
     # 5. Save
     if args.output_dir is not None:
-        print_rank_0("saving the final model ...")
-        if args.soft_prompt is not None:
-            results.save_trained_soft_prompt(engine, tokenizer, args, card)
-        else:
-            results.save_trained_model(engine, tokenizer, args, args.model_name_or_path, card=card)
+        console.saving()
+        save_to()
     checkpoints.finish()
     writer.close()
+    console.end()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ label, with the mean and standard deviation of its scores.
 import math
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,12 +29,14 @@ from utils.engine.update import Update
 from utils.model.model_utils import check_model, create_critic_model
 from utils.model.reward_model import pair_accuracy
 from utils.planning.preflight import preflight
-from utils.process.console import print_rank_0, progress
+from utils.process.console import print_classic, progress, set_console
 from utils.process.launch import init_distributed, run_main
 from utils.process.ranks import all_reduce_sum
 from utils.process.seeds import set_random_seed
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
+from utils.run.console_lines import SupervisedConsole
+from utils.run.evaluation import Evaluations
 from utils.run.model_card import RunCard
 
 
@@ -57,15 +60,14 @@ def load_model(args, tokenizer, ds_config):
 def evaluate(engine, loader, device, iterations: int) -> dict[str, float]:
     """Means over all ranks' pairs: loss, accuracy (a tie is half right), scores; mean and std of all answers' scores.
 
-    The pairs of a ranked list count as one together; each of its answers counts once.
+    ``iterations`` batches of each rank; 0 for all. The pairs of a ranked list count as one together; each of its
+    answers counts once.
     """
     engine.eval()
     # pairs, loss, right ones, chosen, rejected, answers, their scores, the squares; fp64: the std is a small difference
     sums = torch.zeros(8, device=device, dtype=torch.float64)
-    total = min(len(loader), iterations or len(loader))
-    for i, batch in enumerate(progress(loader, "evaluating", total)):
-        if i == total:
-            break
+    batches = iterations or len(loader)
+    for batch in progress(islice(loader, batches), "evaluating", batches):
         batch = batching.to_device(batch, device)
         outputs, weights = engine(**batch), batch["pair_weights"].double()
         chosen, rejected = outputs["chosen_mean_scores"].double(), outputs["rejected_mean_scores"].double()
@@ -89,18 +91,18 @@ def evaluate(engine, loader, device, iterations: int) -> dict[str, float]:
     }
 
 
-def print_scores(figures: dict[str, float]) -> None:
-    print_rank_0(
-        f"chosen_last_scores (higher is better) : {figures['chosen_score']}, "
-        f"rejected_last_scores (lower is better) : {figures['rejected_score']}, "
-        f"acc (higher is better) : {figures['accuracy']}"
-    )
+def save(args, engine, tokenizer, card: RunCard, sub_folder: str = "", figures=None) -> None:
+    """The model as it is to --output_dir or a folder in it, with the scale of its scores beside the weights."""
+    config = engine.module.config
+    config.reward_score_mean, config.reward_score_std = figures["score_mean"], figures["score_std"]
+    results.save_trained_model(engine, tokenizer, args, args.model_name_or_path, sub_folder, card)
 
 
 def main():
     # 1. Arguments, processes, seeds
     parser = arguments.build_parser(step=2)
     args = parser.parse_args()
+    set_console(args.console)
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=2)
@@ -123,21 +125,17 @@ def main():
     engine = build.trained_engine(model, args, ds_config, total_steps, keep_trainable=["v_head.weight"])
     update, epoch_loss = Update({"model": engine}), MovingAverage()
     nonfinite = NonFiniteSteps(args.skip_nonfinite, sampler, checkpoints.save_before_step)
-    checkpoints.resume(writer, train_dataset, {"model": engine}, nonfinite=nonfinite, epoch_loss=epoch_loss)
-
-    def evaluate_and_report(epoch: int, iterations: int, steps: int) -> dict[str, float]:
-        print_rank_0(f"***** Evaluating reward, Epoch {epoch}/{args.num_train_epochs} *****")
-        figures = evaluate(engine, eval_loader, device, iterations)
-        print_scores(figures)
-        writer.write(steps, figures, "eval")
-        return figures
+    console = SupervisedConsole(args, 2, total_steps)
+    measure, save_to = partial(evaluate, engine, eval_loader, device), partial(save, args, engine, tokenizer, card)
+    evaluations = Evaluations(args, 2, measure, console, writer, save_to, len(eval_loader))
+    tracked = dict(nonfinite=nonfinite, epoch_loss=epoch_loss, evaluations=evaluations)
+    checkpoints.resume(writer, train_dataset, {"model": engine}, **tracked)
 
     # 4. Train
-    print_rank_0("***** Running training *****")
-    if checkpoints.resumed is None:
-        evaluate_and_report(0, args.eval_iters, 0)
+    console.begin(len(train_dataset))
+    evaluations.before_training(checkpoints.resumed)
     for epoch, first_step in checkpoints.epochs(args.num_train_epochs):
-        print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Micro Batches {len(train_loader)}")
+        console.epoch(epoch, len(train_loader))
         sampler.set_epoch(epoch, first_step)
         engine.train()
         watch = perf.Stopwatch()
@@ -146,6 +144,8 @@ def main():
         windows = batching.accumulation_windows(train_loader, args.gradient_accumulation_steps)
         bar = progress(windows, f"epoch {epoch + 1}/{args.num_train_epochs}", steps_per_epoch - first_step)
         for step, window in enumerate(bar, first_step):
+            if evaluations.stopped:
+                break
             pairs, tokens, answers = batching.count_window(window, batching.count_pairs, device)
             for batch in update.micro_batches(window):
                 batch = batching.to_device(batch, device)
@@ -157,29 +157,27 @@ def main():
             figures = update.step(partial(nonfinite.skip, step=step))
             if not update.dropped:
                 epoch_loss.update(figures["loss"])
-            seconds = watch.lap()
+            seconds, steps = watch.lap(), checkpoints.steps + 1
             bar.note(perf.pace(tokens, seconds))
-            figures |= {"lr": engine.get_lr()[0], "skipped_steps": nonfinite.skipped}
-            if (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch:
-                figures |= perf.print_throughput(engine, args, seconds, int(tokens), int(answers))
-            steps = checkpoints.steps + 1
-            writer.write(steps, figures)
-            if args.eval_interval and steps % args.eval_interval == 0:
-                evaluate_and_report(epoch + 1, args.eval_iters, steps)
+            figures |= {"skipped_steps": nonfinite.skipped}
+            shows = (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch
+            writer.write(steps, figures | console.step(steps, figures, engine, seconds, tokens, answers, shows))
+            evaluations.after_step(steps, epoch + 1)
             checkpoints.end_step(epoch, step + 1)
             watch.lap()
-        print_rank_0(f"Epoch {epoch + 1}/{args.num_train_epochs} with loss {epoch_loss.mean}")
-        iterations = 0 if epoch + 1 == args.num_train_epochs else args.eval_iters
-        last_figures = evaluate_and_report(epoch + 1, iterations, checkpoints.steps)
+        print_classic(f"Epoch {epoch + 1}/{args.num_train_epochs} with loss {epoch_loss.mean}")
+        if evaluations.stopped:
+            break
+        evaluations.after_epoch(checkpoints.steps, epoch + 1)
+    evaluations.at_end(checkpoints.steps, epoch + 1)
 
-    # 5. Save, with the scale of the scores beside the weights
+    # 5. Save, with the scale of the scores from all pairs
     if args.output_dir is not None:
-        print_rank_0("saving model ...")
-        model.config.reward_score_mean = last_figures["score_mean"]
-        model.config.reward_score_std = last_figures["score_std"]
-        results.save_trained_model(engine, tokenizer, args, args.model_name_or_path, card=card)
+        console.saving()
+        save_to(figures=evaluations.figures)
     checkpoints.finish()
     writer.close()
+    console.end()
 
 
 if __name__ == "__main__":

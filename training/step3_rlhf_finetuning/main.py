@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from transformers import AutoModel, AutoModelForCausalLM
 
+from training.step3_rlhf_finetuning.evaluation import HeldOutPrompts
 from training.step3_rlhf_finetuning.experience import Experience, micro_batch_windows
 from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer, DeepSpeedPPOTrainerUnsupervised
 from training.step3_rlhf_finetuning.reporting import Reporter, StepTimes
@@ -36,12 +37,13 @@ from utils.model.reward_functions import check_columns, columns_wanted, load_rew
 from utils.model.reward_model import reward_scale
 from utils.model.tokenizer import check_same_tokenizer
 from utils.planning.preflight import preflight
-from utils.process.console import print_rank_0, progress
+from utils.process.console import print_classic, print_rank_0, progress, set_console
 from utils.process.launch import init_distributed, run_main
 from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank, get_world_size
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
+from utils.run.evaluation import Evaluations
 from utils.run.model_card import RunCard
 
 
@@ -58,21 +60,24 @@ def check_models(args, tokenizer) -> None:
 
 
 def load_prompts(args, tokenizer, batch: arguments.RLHFBatchSizes, reward_functions):
-    """(prompts, their sampler, batches of a round of generation, updates in an epoch).
+    """(prompts, their sampler, batches of a round of generation, updates in an epoch, prompts to evaluate with).
 
     Raises:
         UserError: the data cannot be used, or a reward function asks for a column that they lack.
     """
-    print_rank_0(batch.explain())
+    print_classic(batch.explain())
     limit, wanted = args.max_prompt_seq_len, columns_wanted(reward_functions)
-    prompts, _ = preparation.datasets_of_step(args, tokenizer, encoding.RLHF, limit, keep_columns=wanted)
+    prompts, held_out = preparation.datasets_of_step(args, tokenizer, encoding.RLHF, limit, keep_columns=wanted)
     check_columns(reward_functions, prompts.columns)
+    if args.eval_interval:
+        check_columns(reward_functions, held_out.columns)
     sampler = batching.StepBatchSampler(
         prompts.lengths, batch.prompts_per_round, batch.rounds, seed=args.seed, drop_last=True
     )
-    collator = batching.DataCollatorRLHF(tokenizer.pad_token_id, args.max_prompt_seq_len, args.pad_to_max_length)
+    padding = dict(pad_token_id=tokenizer.pad_token_id, pad_to_max_length=args.pad_to_max_length)
+    collator = batching.DataCollatorRLHF(args.max_prompt_seq_len, **padding)
     loader = batching.make_loader(prompts, sampler, collator)
-    return prompts, sampler, loader, batch.updates(len(prompts), get_world_size())
+    return prompts, sampler, loader, batch.updates(len(prompts), get_world_size()), held_out
 
 
 def make_trainer(args, tokenizer, reward_functions, optimizer_steps: int) -> DeepSpeedPPOTrainer:
@@ -97,11 +102,33 @@ def generate(trainer, prompt_batches, args, step: int, times: StepTimes, refuse)
     return Experience.concat(rounds, trainer.tokenizer.pad_token_id)
 
 
-def save(args, rlhf_engine, tokenizer, card: RunCard) -> None:
-    """Each trained model, and the average of the actor, to its folder under --output_dir."""
+def judge(trainer, experience) -> dict[str, float]:
+    """Rewards and advantages into the experience; what it was like, and the KL weight that follows from that."""
+    trainer.compute_rewards(experience)
+    trainer.get_advantages_and_returns(experience)
+    figures = trainer.experience_metrics(experience)
+    trainer.kl_controller.update(figures["kl"], int(figures["used_answers"]))
+    return figures
+
+
+def update_models(trainer, args, skip, experience, batch, shuffler, unsupervised) -> list[dict]:
+    """Optimizer steps of actor and critic from --ppo_epochs passes, the average behind them; the figures of each."""
+    losses, engines = [], trainer.rlhf_engine
+    for _ in range(args.ppo_epochs):
+        for window in micro_batch_windows(experience, batch, shuffler, unsupervised):
+            loss = trainer.train_rlhf(window, skip)
+            if loss is not None:
+                losses.append(loss)
+                if args.enable_ema and loss["actor_step_applied"]:
+                    moving_average(engines.actor, engines.actor_ema, args.ema_decay)
+    return losses
+
+
+def save(args, rlhf_engine, tokenizer, card: RunCard, sub_folder: str = "", figures=None) -> None:
+    """Each trained model, and the average of the actor, to its folder under --output_dir, or under a folder in it."""
     if args.output_dir is None:
         return
-    print_rank_0("saving model ...")
+    print_classic("saving model ...")
     actor_path, critic_path = args.actor_model_name_or_path, args.critic_model_name_or_path
     for name, engine, start in (
         ("actor", rlhf_engine.actor, actor_path),
@@ -109,13 +136,14 @@ def save(args, rlhf_engine, tokenizer, card: RunCard) -> None:
         ("actor_ema", rlhf_engine.actor_ema, actor_path),
     ):
         if engine is not None:
-            results.save_trained_model(engine, tokenizer, args, start, sub_folder=name, card=card)
+            results.save_trained_model(engine, tokenizer, args, start, str(Path(sub_folder) / name), card)
 
 
 def main():
     # 1. Arguments, processes, seeds
     parser = arguments.build_parser(step=3)
     args = parser.parse_args()
+    set_console(args.console)
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=3)
@@ -129,34 +157,36 @@ def main():
     # 2. Tokenizer and prompts, after a look whether both models' files are all there and fit
     tokenizer = build.load_tokenizer(args, args.actor_model_name_or_path)
     check_models(args, tokenizer)
-    prompts, sampler, loader, updates = load_prompts(args, tokenizer, batch, reward_functions)
+    prompts, sampler, loader, updates, held_out = load_prompts(args, tokenizer, batch, reward_functions)
     card = RunCard.of(3, args, arguments.given_flags(parser, given), prompts)
     unsupervised = UnsupervisedBatches(args, tokenizer) if args.unsupervised_dataset_name else None
 
     # 3. The engines and the trainer
     writer = metrics.make_writer(args, checkpoints.resumed)
-    optimizer_steps = args.num_train_epochs * updates * args.ppo_epochs * batch.steps_per_pass
-    trainer = make_trainer(args, tokenizer, reward_functions, optimizer_steps)
-    rlhf_engine = trainer.rlhf_engine
+    total = args.num_train_epochs * updates
+    trainer = make_trainer(args, tokenizer, reward_functions, total * args.ppo_epochs * batch.steps_per_pass)
     set_random_seed(args.seed + 1000 * get_rank())  # from here on ranks sample different answers
-    shuffler = np.random.default_rng([args.seed, get_rank()])
-    reporter = Reporter(args, rlhf_engine, trainer, writer)
+    shuffler, engines = np.random.default_rng([args.seed, get_rank()]), trainer.rlhf_engine
+    reporter = Reporter(args, engines, trainer, writer, total)
+    save_to = partial(save, args, engines, tokenizer, card)
+    watched = HeldOutPrompts(held_out, args, trainer, reporter, device)
+    evaluations = Evaluations(args, 3, watched.measure, watched, writer, save_to, len(watched))
     nonfinite = NonFiniteSteps(args.skip_nonfinite, sampler, checkpoints.save_before_step)
-    averages = {"actor_ema": (rlhf_engine.actor_ema, rlhf_engine.actor)} if args.enable_ema else {}
-    tracked = dict(trainer=trainer, reporter=reporter, shuffler=shuffler, nonfinite=nonfinite)
+    tracked = dict(trainer=trainer, reporter=reporter, shuffler=shuffler, nonfinite=nonfinite, evaluations=evaluations)
     tracked |= {"unsupervised": unsupervised} if unsupervised else {}
-    checkpoints.resume(writer, prompts, rlhf_engine.trained_engines(), averages, **tracked)
+    checkpoints.resume(writer, prompts, engines.trained_engines(), engines.averages(), **tracked)
 
     # 4. Train
-    print_rank_0(f"***** Running training (total iterations = {args.num_train_epochs * updates}) *****")
+    reporter.begin(len(prompts))
+    evaluations.before_training(checkpoints.resumed)
     stop_after = args.test_stop_step if args.enable_test_mode else math.inf
     for epoch, first_update in checkpoints.epochs(args.num_train_epochs):
-        print_rank_0(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Generation Batches {len(loader)}")
+        print_classic(f"Beginning of Epoch {epoch + 1}/{args.num_train_epochs}, Total Generation Batches {len(loader)}")
         sampler.set_epoch(epoch, first_update)
         batches = iter(loader)
         bar = progress(range(first_update, updates), f"epoch {epoch + 1}/{args.num_train_epochs}")
         for update in bar:
-            if (step := checkpoints.steps) >= stop_after:
+            if (step := checkpoints.steps) >= stop_after or evaluations.stopped:
                 break
             # 4a. Experience: answers of the current policy, seen by all four models
             watch, times = perf.Stopwatch(), StepTimes()
@@ -164,37 +194,31 @@ def main():
             experience = generate(trainer, prompt_batches, args, step, times, partial(nonfinite.refuse, step=update))
 
             # 4b. Rewards and advantages, once; the KL weight for the next step
-            trainer.compute_rewards(experience)
-            trainer.get_advantages_and_returns(experience)
-            figures = trainer.experience_metrics(experience)
-            trainer.kl_controller.update(figures["kl"], int(figures["used_answers"]))
+            figures = judge(trainer, experience)
             times.experience = watch.lap()
 
             # 4c. Updates: several passes, each in a fresh order
-            losses = []
-            for _ in range(args.ppo_epochs):
-                for window in micro_batch_windows(experience, batch, shuffler, unsupervised):
-                    loss = trainer.train_rlhf(window, partial(nonfinite.skip, step=update))
-                    if loss is not None:
-                        losses.append(loss)
-                        if args.enable_ema and loss["actor_step_applied"]:
-                            moving_average(rlhf_engine.actor, rlhf_engine.actor_ema, args.ema_decay)
+            skip = partial(nonfinite.skip, step=update)
+            losses = update_models(trainer, args, skip, experience, batch, shuffler, unsupervised)
             times.training = watch.lap()
 
             # 4d. Report
-            figures["skipped_steps"] = nonfinite.skipped
-            answer_tokens = reporter.report(epoch, step, experience, figures, losses, times)
-            bar.note(perf.pace(answer_tokens, times.total))
+            figures |= {"skipped_steps": nonfinite.skipped}
+            bar.note(perf.pace(reporter.report(epoch, step, experience, figures, losses, times), times.total))
+            evaluations.after_step(step + 1, epoch + 1)
             checkpoints.end_step(epoch, update + 1)
-        if checkpoints.steps >= stop_after:
-            print_rank_0(f"test mode: stopping after {checkpoints.steps} steps (--test_stop_step)")
+        if checkpoints.steps >= stop_after or evaluations.stopped:
             break
+    evaluations.at_end(checkpoints.steps, epoch + 1)
 
     # 5. Save
-    save(args, rlhf_engine, tokenizer, card)
-    if checkpoints.steps < stop_after:  # a test is not the whole run
+    save_to()
+    if checkpoints.steps >= stop_after:  # a test is not the whole run
+        print_rank_0(f"test mode: stopped after {checkpoints.steps} steps (--test_stop_step)")
+    else:
         checkpoints.finish()
     writer.close()
+    reporter.end()
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class DeepSpeedPPOTrainer:
 
         Args:
             prompts, mask: [B, P], left-padded.
-            step: for messages.
+            step: for printed answers; None to print none.
             refuse: called on every rank when logits of any were not finite.
             columns: [B] dicts, the columns of the data for reward functions; None where there are none.
         """
@@ -134,7 +134,7 @@ class DeepSpeedPPOTrainer:
         sequences = rollout.sequences
         self.generate_time = time.perf_counter() - start
         self.generated_steps = rollout.width
-        if args.print_answers and step % args.print_answers_interval == 0:
+        if args.print_answers and step is not None and step % args.print_answers_interval == 0:
             self._print_answers(prompts, mask, sequences, step)
         return sequences
 

@@ -8,8 +8,9 @@ import torch
 from training.step3_rlhf_finetuning.experience import Experience
 from utils.engine.averages import ExponentialMovingAverage, MovingAverage
 from utils.perf import print_throughput_step3
-from utils.process.console import print_rank_0
+from utils.process.console import is_brief, print_brief, print_classic, print_rank_0
 from utils.process.ranks import all_reduce_sum
+from utils.run.console_lines import TimeLeft, command, rounded, short_path
 
 
 @dataclass
@@ -27,11 +28,16 @@ class StepTimes:
 
 
 class Reporter:
-    """The console lines and the metrics row of each step."""
+    """The console lines and the metrics row of each step, and what is said at the start and the end.
 
-    def __init__(self, args, rlhf_engine, trainer, writer):
+    Args:
+        total_steps: updates of the whole run.
+    """
+
+    def __init__(self, args, rlhf_engine, trainer, writer, total_steps: int):
         self.args, self.engine, self.trainer, self.writer = args, rlhf_engine, trainer, writer
         self.samples_per_second, self.score = MovingAverage(), ExponentialMovingAverage()
+        self._total, self._left = total_steps, TimeLeft()
 
     def state_dict(self) -> dict:
         return {"samples_per_second": self.samples_per_second.state_dict(), "score": self.score.state_dict()}
@@ -39,6 +45,16 @@ class Reporter:
     def load_state_dict(self, state: dict) -> None:
         self.samples_per_second.load_state_dict(state["samples_per_second"])
         self.score.load_state_dict(state["score"])
+
+    def begin(self, prompts: int) -> None:
+        args = self.args
+        judges = [args.critic_model_name_or_path] if args.reward_model_weight else []
+        judges += [function.name for function in self.trainer.reward_functions]
+        print_brief(
+            f"step 3, reinforcement learning: {args.actor_model_name_or_path} answers {prompts:,} prompts, "
+            f"{' and '.join(judges)} scores the answers, and PPO makes better ones likelier, in {self._total:,} steps"
+        )
+        print_classic(f"***** Running training (total iterations = {self._total}) *****")
 
     def report(self, epoch, step, experience, metrics, losses, times: StepTimes) -> int:
         """``metrics`` of the experience, ``losses`` of its updates; an update without a usable answer has none.
@@ -53,23 +69,8 @@ class Reporter:
         averaged = {name: float(np.mean([loss[name] for loss in losses])) for name in names}
         if metrics["used_answers"]:
             self.score.update(metrics["score"])
-
-        def share(seconds):
-            return f"{100 * seconds / times.total:.2f}%"
-
-        others = times.experience - times.generate
-        print_rank_0(
-            f"|E2E latency={times.total:.2f}s |Gather latency=0.00s (0.00%) "
-            f"|Generate time={times.generate:.2f}s ({share(times.generate)}) "
-            f"|Training time={times.training:.2f}s ({share(times.training)}) |Others={others:.2f} ({share(others)})"
-            f"|CurSamplesPerSec={rows / times.total:.2f} "
-            f"|AvgSamplesPerSec={self.samples_per_second.update(rows / times.total):.2f}"
-        )
-        print_rank_0(
-            f"Epoch: {epoch} | Step: {step} | PPO Epoch: {self.args.ppo_epochs} | "
-            f"Actor Loss: {averaged.get('actor_loss', 0.0)} | Critic Loss: {averaged.get('critic_loss', 0.0)} | "
-            f"Unsupervised Loss: {averaged.get('unsupervised_loss', 0.0)}"
-        )
+        self._left.step(times.total)
+        self._print_first_lines(epoch, step, averaged, rows, times)
         throughput = print_throughput_step3(
             self.engine.actor,
             self.engine.critic,
@@ -83,28 +84,91 @@ class Reporter:
             generate_time=times.generate,
             generated_steps=times.generated_positions,
         )
-        print_rank_0(
-            f"Average reward score: {metrics['score']} | EMA reward score: {self.score.get()}\n"
-            f"KL to the reference: {metrics['kl']:.3f} nats per answer | EOS rate: {metrics['eos_rate']:.2f} | "
-            f"Answer length: {metrics['answer_length']:.1f}"
-        )
+        rates = self._learning_rates(losses)
+        self._print_last_lines(step, metrics, averaged, rates, times)
         if not losses:
             print_rank_0(f"step {step}: no usable answer in the whole batch, no update")
         if self.args.sample_interval and step % self.args.sample_interval == 0:
             samples = sample_rows(experience, self.trainer.tokenizer, self.args.samples_shown)
             print_rank_0(sample_table(samples))
             self.writer.write_samples(step, samples)
-        print_rank_0("-" * 85)
+        print_classic("-" * 85)
         run = {
             "updates": len(losses),
             "skipped_updates": self.trainer.skipped_updates,
-            **{f"{name}_lr": engine.get_lr()[0] for name, engine in self.engine.trained_engines().items()},
+            **rates,
             "seconds": times.total,
             "generate_seconds": times.generate,
             "training_seconds": times.training,
         }
         self.writer.write(step, metrics | averaged | throughput | run)
         return answer_tokens
+
+    def _print_first_lines(self, epoch: int, step: int, averaged: dict, rows: int, times: StepTimes) -> None:
+        """The classic lines before those of the throughput."""
+
+        def share(seconds):
+            return f"{100 * seconds / times.total:.2f}%"
+
+        others = times.experience - times.generate
+        print_classic(
+            f"|E2E latency={times.total:.2f}s |Gather latency=0.00s (0.00%) "
+            f"|Generate time={times.generate:.2f}s ({share(times.generate)}) "
+            f"|Training time={times.training:.2f}s ({share(times.training)}) |Others={others:.2f} ({share(others)})"
+            f"|CurSamplesPerSec={rows / times.total:.2f} "
+            f"|AvgSamplesPerSec={self.samples_per_second.update(rows / times.total):.2f}"
+        )
+        print_classic(
+            f"Epoch: {epoch} | Step: {step} | PPO Epoch: {self.args.ppo_epochs} | "
+            f"Actor Loss: {averaged.get('actor_loss', 0.0)} | Critic Loss: {averaged.get('critic_loss', 0.0)} | "
+            f"Unsupervised Loss: {averaged.get('unsupervised_loss', 0.0)}"
+        )
+
+    def _print_last_lines(self, step: int, metrics: dict, averaged: dict, rates: dict, times: StepTimes) -> None:
+        """The classic lines after those of the throughput, or the brief line of every --log_interval steps."""
+        print_classic(
+            f"Average reward score: {metrics['score']} | EMA reward score: {self.score.get()}\n"
+            f"KL to the reference: {metrics['kl']:.3f} nats per answer | EOS rate: {metrics['eos_rate']:.2f} | "
+            f"Answer length: {metrics['answer_length']:.1f}"
+        )
+        print_classic(" | ".join(f"{name[:-3].title()} Learning Rate: {rate:.6g}" for name, rate in rates.items()))
+        if (step + 1) % self.args.log_interval and step + 1 != self._total:
+            return
+        parts = [f"step {step + 1}/{self._total}", _brief_figures(metrics)]
+        parts += [f"critic {rounded(averaged['critic_loss'])}"] if "critic_loss" in averaged else []
+        parts += [f"{times.total:.1f} s", f"left {self._left.text(self._total - step - 1)}"]
+        parts += [f"skipped {metrics['skipped_steps']}"] if metrics.get("skipped_steps") else []
+        print_brief("  ".join(parts))
+
+    def _learning_rates(self, losses) -> dict[str, float]:
+        """Of the last update of the step; without one, of that to come."""
+        engines = self.engine.trained_engines()
+        return {f"{name}_lr": losses[-1][f"{name}_lr"] if losses else engines[name].get_lr()[0] for name in engines}
+
+    def evaluating(self, steps: int, epoch: int) -> None:
+        print_classic(f"***** Evaluating answers, Epoch {epoch}/{self.args.num_train_epochs} *****")
+
+    def evaluated(self, steps: int, epoch: int, figures: dict, samples: list[dict]) -> None:
+        """The line of an evaluation, and a few of its answers."""
+        answers = int(figures["used_answers"] + figures["unused_answers"])
+        when = f"evaluation after step {steps}" if steps else "evaluation before training"
+        print_rank_0(f"{when}: {_brief_figures(figures)}  ({answers} answers to prompts that are not trained on)")
+        print_rank_0(sample_table(samples))
+        self.writer.write_samples(steps, [row | {"evaluation": True} for row in samples])
+
+    def end(self) -> None:
+        """Where the result is, and what to do with it."""
+        if is_brief() and self.args.output_dir is not None:
+            folder = short_path(f"{self.args.output_dir}/actor")
+            print_rank_0(f"the model is in {folder}. To talk to it:")
+            print_rank_0(command("inference/chatbot.py", "--path", folder))
+
+
+def _brief_figures(metrics: dict) -> str:
+    return (
+        f"score {metrics['score']:.2f}  kl {metrics['kl']:.2f}  eos {metrics['eos_rate']:.2f}  "
+        f"length {metrics['answer_length']:.1f}"
+    )
 
 
 def sample_rows(experience: Experience, tokenizer, count: int) -> list[dict]:

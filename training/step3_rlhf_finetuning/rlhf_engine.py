@@ -13,7 +13,7 @@ from utils.generation.hybrid_engine import HybridEngine
 from utils.model.model_utils import add_lora_layers, create_critic_model, create_hf_model
 from utils.model.tokenizer import describe_end_tokens, end_token_ids
 from utils.module.lora import lora_disabled
-from utils.process.console import print_rank_0
+from utils.process.console import print_classic, print_rank_0
 
 
 class DeepSpeedRLHFEngine:
@@ -50,6 +50,10 @@ class DeepSpeedRLHFEngine:
     def trained_engines(self) -> dict:
         """Name -> engine, of those with an optimizer."""
         return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic})
+
+    def averages(self) -> dict:
+        """Name -> (engine of a moving average, the engine that it follows)."""
+        return {"actor_ema": (self.actor_ema, self.actor)} if self.actor_ema is not None else {}
 
     def _init_actor(self, path):
         args = self.args
@@ -122,7 +126,7 @@ def _announced(name: str):
     if get_accelerator().device_name() != "cpu":
         now = get_accelerator().memory_allocated()
         memory += f", {(now - device) / 2**30:+.2f} GiB on the device ({now / 2**30:.2f} in all)"
-    print_rank_0(f"{name} model ready in {seconds:.1f}s: {memory}")
+    print_classic(f"{name} model ready in {seconds:.1f}s: {memory}")
 
 
 def _host_memory() -> int:

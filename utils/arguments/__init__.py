@@ -3,5 +3,15 @@
 from utils.arguments.config_file import given_flags, write_run_config
 from utils.arguments.model import QUANTIZATIONS
 from utils.arguments.rlhf import RLHFBatchSizes
-from utils.arguments.run import MAY_CHANGE_AT_RESUME
-from utils.arguments.steps import PROJECT, SCRIPTS, Settled, build_parser, check_step, end_token, settle
+from utils.arguments.run import MAY_CHANGE_AT_RESUME, nothing_saved
+from utils.arguments.steps import (
+    PROJECT,
+    SCRIPTS,
+    Settled,
+    build_parser,
+    check_step,
+    end_token,
+    settle,
+    warmup_note,
+    warmup_steps,
+)

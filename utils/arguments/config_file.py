@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from utils.arguments.kinds import size, size_text
+from utils.arguments.kinds import Parser, size, size_text
 from utils.data.readers import DataError, parse_json
 from utils.process.console import now
 from utils.process.errors import UserError
@@ -193,7 +193,7 @@ def _check(action: argparse.Action, setting: Setting, words: list[str]) -> None:
         raise UserError(f"{setting.place}: {error.message}") from error
 
 
-class ConfigParser(argparse.ArgumentParser):
+class ConfigParser(Parser):
     """A parser whose flags may also come from the file of ``--config``.
 
     The namespace holds no ``config``: a run with a file is the same as one with the flags that the file holds.

@@ -1,9 +1,13 @@
 """Kinds of flag values, checked as they are parsed."""
 
 import argparse
+import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
+
+from utils.process.world import is_rank_0
 
 
 def cache_folder() -> str:
@@ -16,7 +20,42 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=38, width=100)
 
 
-def new_parser(description: str, parser_class=argparse.ArgumentParser) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, as all of ours, said by one rank, and name the nearest flag or value that there is."""
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._unknown(unknown))
+        return parsed
+
+    def _unknown(self, words: list[str]) -> str:
+        names = list(dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--")))
+        if not names:
+            return f"{' '.join(words)}: belongs to no flag; a value with spaces in it needs quotes"
+        flags = [name for name in self._option_string_actions if name.startswith("--")]
+        return "; ".join(f"unknown flag {name}{nearest(name, flags)}" for name in names)
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            choices = [str(getattr(choice, "value", choice)) for choice in action.choices]
+            given = str(getattr(value, "value", value))
+            text = f"{given!r} is none of {', '.join(choices)}{nearest(given, choices)}"
+            raise argparse.ArgumentError(action, text)
+
+    def error(self, message: str):
+        if not is_rank_0():  # the others say nothing else
+            self.exit(2)
+        self.exit(2, f"\nerror: {message.removeprefix('argument ')} (--help explains all flags)\n")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ " (did you mean ...?)" for one that is close, else ""."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def new_parser(description: str, parser_class: type[Parser] = Parser) -> Parser:
     return parser_class(description=description, formatter_class=_HelpFormatter)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
 from transformers import SchedulerType
@@ -21,6 +20,7 @@ from utils.process.console import print_rank_0
 from utils.process.errors import UserError
 
 QUANTIZATIONS = ("nf4", "int8")
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
 SOFT_PROMPT_LEARNING_RATES = {"prompt_tuning": 1e-2, "p_tuning": 1e-4}
@@ -100,20 +100,29 @@ def add_supervised_arguments(parser, learning_rate: float) -> None:
     add_quantize_arguments(parser)
 
 
+def scheduler(name: str) -> SchedulerType | str:
+    """A name of none stays text, for which the choices are listed."""
+    return SchedulerType(name) if name in SCHEDULERS else name
+
+
 def add_schedule_arguments(group, warmup: int) -> None:
     group.add_argument(
         "--lr_scheduler_type",
-        type=SchedulerType,
+        type=scheduler,
         default=SchedulerType.COSINE,
-        choices=[
-            SchedulerType(n)
-            for n in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-        ],
+        choices=[SchedulerType(name) for name in SCHEDULERS],
         metavar="NAME",
         help="linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup",
     )
-    group.add_argument(
+    one_of_both = group.add_mutually_exclusive_group()
+    one_of_both.add_argument(
         "--num_warmup_steps", type=not_negative, default=warmup, help="optimizer steps of rising learning rate"
+    )
+    one_of_both.add_argument(
+        "--warmup_ratio",
+        type=probability,
+        default=None,
+        help="the same as a share of the run's optimizer steps, as in 0.03; None for --num_warmup_steps",
     )
 
 
@@ -222,7 +231,6 @@ def check_quantize(args) -> None:
         )
     if args.trust_remote_code:
         raise UserError("--quantize with --trust_remote_code: a model with code of its own cannot be folded when saved")
-    refuse_in_place("--quantize", args.model_name_or_path, args.output_dir)
     args.lora_module_name, args.only_optimize_lora = "all-linear", True
     args.quantize_compute_dtype = args.quantize_compute_dtype or args.dtype
 
@@ -266,7 +274,6 @@ def check_soft_prompt(args) -> None:
             if getattr(args, flag) is not None:
                 raise UserError(f"--{flag} does nothing without --soft_prompt")
         return
-    refuse_in_place("--soft_prompt", args.model_name_or_path, args.output_dir)
     if importlib.util.find_spec("peft") is None:
         raise UserError("--soft_prompt needs the package peft: pip install peft")
     if args.lora_dim > 0:
@@ -292,29 +299,10 @@ def check_models(args, *names: str) -> None:
             check_whole_model(getattr(args, name), f"--{name}")
 
 
-def refuse_in_place(flag: str, base: str | None, folder) -> None:
-    """What is saved needs the model it started from, which saving into its own folder would replace."""
-    if (
-        base is not None
-        and folder is not None
-        and Path(base).is_dir()
-        and Path(base).resolve() == Path(folder).resolve()
-    ):
-        raise UserError(f"{flag} needs the model it starts from: let --output_dir be another folder than {base}")
-
-
-def check_save_lora_adapters(args, folders_of_model: dict[str, tuple[str, ...]]) -> None:
-    """Refuse --save_lora_adapters where adapters alone would not bring the training back.
-
-    Args:
-        folders_of_model: role in the flags' names ("" in steps 1 and 2) -> folders under --output_dir it is saved to.
-    """
+def check_save_lora_adapters(args) -> None:
+    """Refuse --save_lora_adapters where adapters alone would not bring the training back."""
     if not args.save_lora_adapters:
         return
-    for role, folders in folders_of_model.items() if args.output_dir is not None else ():
-        base = getattr(args, f"{role}_model_name_or_path".removeprefix("_"))
-        for folder in folders:
-            refuse_in_place("--save_lora_adapters", base, Path(args.output_dir) / folder)
     if not args.only_optimize_lora:
         raise UserError(
             "--save_lora_adapters needs --only_optimize_lora: without it biases, norms and embeddings train too, and "
@@ -328,7 +316,7 @@ def check_supervised(args) -> None:
     check_quantize(args)
     if args.only_optimize_lora and args.lora_dim == 0:
         raise UserError("--only_optimize_lora trains nothing without --lora_dim; give it a rank, as in --lora_dim 16")
-    check_save_lora_adapters(args, {"": ("",)})
+    check_save_lora_adapters(args)
     if args.offload and args.zero_stage == 0:
         raise UserError("--offload moves what ZeRO manages to host memory; it needs --zero_stage 1, 2 or 3")
     check_grad_accum_dtype(args)

@@ -344,7 +344,7 @@ def check_rlhf(args) -> None:
     RLHFBatchSizes.of(args)
     if args.only_optimize_lora and args.actor_lora_dim == 0 and args.critic_lora_dim == 0:
         raise UserError("--only_optimize_lora trains nothing without --actor_lora_dim or --critic_lora_dim")
-    check_save_lora_adapters(args, {"actor": ("actor", "actor_ema"), "critic": ("critic",)})
+    check_save_lora_adapters(args)
     check_grad_accum_dtype(args)
     for flag in ("actor_zero_stage", "critic_zero_stage"):
         setattr(args, flag, working_stage(getattr(args, flag), args, f"--{flag}"))

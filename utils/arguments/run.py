@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from pathlib import Path
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
@@ -12,8 +13,9 @@ from utils.arguments.kinds import not_negative, positive, size
 from utils.precision import default_dtype, warning_of
 from utils.process.console import print_rank_0
 from utils.process.errors import UserError
-from utils.process.files import check_output_dir
+from utils.process.files import METRICS_FILE, check_output_dir, results_in
 from utils.process.launch import COMM_TIMEOUT
+from utils.process.operators import check_compiler
 from utils.process.ranks import check_same_on_all_nodes
 from utils.process.world import is_rank_0
 
@@ -30,7 +32,13 @@ def add_run_arguments(parser, step: int) -> None:
     add(
         "--output_dir",
         default=None,
-        help="where the model and metrics.jsonl go; None to save nothing",
+        help="where the model and metrics.jsonl go, a folder of this run alone; None to save nothing",
+    )
+    add(
+        "--overwrite_output_dir",
+        action="store_true",
+        help="replace a model or metrics that an earlier run left in --output_dir; off: refuse to, unless --resume is "
+        "given",
     )
     add(
         "--max_shard_size",
@@ -58,7 +66,7 @@ def add_run_arguments(parser, step: int) -> None:
         default=COMM_TIMEOUT,
         help="seconds a rank waits for the others in a collective before the run ends with an error",
     )
-    add("--log_interval", type=positive, default=1, help="optimizer steps between throughput lines")
+    add("--log_interval", type=positive, default=1, help="optimizer steps (step 3: updates) between lines of figures")
     add(
         "--report_to",
         nargs="*",
@@ -92,13 +100,15 @@ def add_run_arguments(parser, step: int) -> None:
 # Flags that say where a run writes and what it shows, not what it computes. A new flag is taken to shape the training
 # until it is named here.
 MAY_CHANGE_AT_RESUME = {
-    *("output_dir", "max_shard_size", "save_lora_adapters", "checkpoint_steps", "checkpoint_dir", "keep_checkpoints"),
+    *("output_dir", "overwrite_output_dir", "max_shard_size", "save_lora_adapters"),
+    *("checkpoint_steps", "checkpoint_dir", "keep_checkpoints"),
     *("resume", "skip_nonfinite", "log_interval", "report_to", "run_name", "comm_timeout", "enable_tensorboard"),
     *("tensorboard_path", "local_rank", "deepspeed", "deepspeed_config"),
     *("data_output_path", "rebuild_cache", "preprocessing_num_workers", "print_loss", "max_eval_samples"),
     *("per_device_eval_batch_size", "eval_interval", "eval_iters", "compute_fp32_loss", "num_padding_at_beginning"),
     *("print_answers", "print_answers_interval", "sample_interval", "samples_shown"),
     *("enable_test_mode", "test_stop_step", "dry_run"),
+    *("console", "eval_prompts", "save_best", "early_stopping_patience", "save_interval", "save_total_limit"),
 }
 
 
@@ -116,6 +126,44 @@ def _settle_dtype(args, device_type: str) -> None:
         print_rank_0(f"training in {args.dtype}: {reason} (--dtype)")
     elif is_rank_0() and (warning := warning_of(args.dtype, device_type)) is not None:
         print_rank_0(f"WARNING: {warning}")
+
+
+STARTS = ("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path")
+PARTS = {1: ("",), 2: ("",), 3: ("actor", "critic", "actor_ema")}  # of --output_dir that a step's models are saved to
+
+
+def check_output(args, step: int) -> None:
+    """Refuse an output folder in which something would be lost; nothing is written.
+
+    Raises:
+        UserError: a model that the run starts from would be replaced, or the results of an earlier run.
+    """
+    if args.output_dir is None:
+        return
+    output = Path(args.output_dir).resolve()
+    for name in STARTS:
+        start = getattr(args, name, None)
+        if start is None or not (Path(start) / "config.json").is_file():
+            continue
+        folder = Path(start).resolve()
+        if output.is_relative_to(folder) or folder in (output / part for part in PARTS[step]):
+            raise UserError(
+                f"--output_dir {args.output_dir} would write into {start}, the model of --{name} that the run starts "
+                "from: name another folder"
+            )
+    if not (args.overwrite_output_dir or args.resume) and (found := results_in(args.output_dir)):
+        raise UserError(
+            f"--output_dir {args.output_dir} holds {' and '.join(found)}: name another folder, replace that with "
+            "--overwrite_output_dir, or go on with an earlier run by --resume"
+        )
+
+
+def nothing_saved(args) -> str | None:
+    """What a run without --output_dir says of itself."""
+    if args.output_dir is not None:
+        return None
+    what = "nothing is saved" if args.checkpoint_dir is None else "nothing but checkpoints is saved"
+    return f"{what}: no --output_dir, the folder for the model and {METRICS_FILE}"
 
 
 def settle_common(args) -> None:
@@ -140,6 +188,8 @@ def settle_common(args) -> None:
         if args.dtype == "fp32":
             raise UserError("--attn_implementation flash_attention_2 computes in fp16 or bf16, not in --dtype fp32")
     check_checkpoints(args)
+    if args.offload:
+        check_compiler("--offload", "cpu_adam")
     if args.enable_tensorboard and "tensorboard" not in args.report_to:
         args.report_to = ["tensorboard", *args.report_to]
     for name in args.report_to:

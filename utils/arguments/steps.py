@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from transformers import SchedulerType
+
 from utils.arguments.config_file import ConfigParser
 from utils.arguments.data import add_data_arguments
 from utils.arguments.kinds import new_parser, non_negative_float
@@ -15,7 +17,9 @@ from utils.arguments.model import (
     warn_num_padding,
 )
 from utils.arguments.rlhf import add_rlhf_arguments, check_rlhf
-from utils.arguments.run import add_run_arguments, settle_common
+from utils.arguments.run import add_run_arguments, check_output, nothing_saved, settle_common
+from utils.arguments.watching import add_watching_arguments, check_watching
+from utils.process.console import print_rank_0
 from utils.process.files import check_output_dir
 from utils.process.ranks import agree
 from utils.process.world import is_rank_0
@@ -45,6 +49,7 @@ def build_parser(step: int) -> ConfigParser:
     else:
         add_rlhf_arguments(parser)
     add_run_arguments(parser, step)
+    add_watching_arguments(parser, step)
     if step == 1:
         _add_sft_arguments(parser.add_argument_group("step 1"))
     elif step == 2:
@@ -85,8 +90,6 @@ def _add_reward_arguments(group) -> None:
         help="weight of (chosen + rejected end score)^2 in the loss, which keeps the scores around 0, as in 0.01; "
         "0 for off",
     )
-    add("--eval_interval", type=int, default=0, help="evaluate every so many optimizer steps; 0 after epochs only")
-    add("--eval_iters", type=int, default=100, help="evaluation batches per rank; 0 for all")
 
 
 class Settled(argparse.Namespace):
@@ -112,8 +115,15 @@ def settle(args: argparse.Namespace, step: int) -> Settled:
     check_step(settling, step)
     if step in (2, 3):
         warn_num_padding(settling)
-    if not settling.dry_run:
-        agree(lambda: check_output_dir(settling.output_dir if is_rank_0() else None))
+
+    def check_output_folder() -> None:
+        check_output(settling, step)
+        if not settling.dry_run:
+            check_output_dir(settling.output_dir)
+
+    agree(check_output_folder if is_rank_0() else lambda: None)
+    if note := nothing_saved(settling):
+        print_rank_0(note)
     return Settled(**vars(settling))
 
 
@@ -124,12 +134,30 @@ def check_step(args: argparse.Namespace, step: int) -> None:
         UserError: a combination that cannot work.
     """
     args.deepspeed_config_overrides = args.deepspeed_config_overrides or args.deepspeed_config
+    check_watching(args, step)
     if step == 3:
         check_rlhf(args)
         return
     check_supervised(args)
     if step == 1:
         check_soft_prompt(args)
+
+
+def warmup_steps(args: argparse.Namespace, total_steps: int) -> int:
+    """Optimizer steps of rising learning rate in a run of so many."""
+    return args.num_warmup_steps if args.warmup_ratio is None else round(args.warmup_ratio * total_steps)
+
+
+def warmup_note(args: argparse.Namespace, total_steps: int) -> str | None:
+    """What to say of a warmup that the run does not get to the end of; None where all is in order."""
+    warmup = warmup_steps(args, total_steps)
+    if warmup < total_steps or warmup == 0 or args.lr_scheduler_type == SchedulerType.CONSTANT:
+        return None
+    flag = f"--num_warmup_steps {warmup}" if args.warmup_ratio is None else f"--warmup_ratio {args.warmup_ratio:g}"
+    return (
+        f"{flag}: the learning rate still rises when the run ends after {total_steps} optimizer steps, at "
+        f"{100 * (total_steps - 1) / warmup:.0f} % of its peak; --warmup_ratio 0.03 fits any length"
+    )
 
 
 def end_token(args: argparse.Namespace) -> str | None:

@@ -15,5 +15,5 @@
     unsupervised     plain text in blocks, for step 3
     batching         the order of rows, packing, padding, collators
 
-data_utils hands on the published names.
+data_utils has the published calls over them.
 """

@@ -3,7 +3,7 @@
 import json
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import combinations
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from utils.process.errors import UserError
 from utils.process.ranks import all_reduce_sum
 from utils.process.world import get_rank, get_world_size
 
@@ -269,6 +270,11 @@ class PackedDataset(Dataset):
         self.lengths = np.array([sum(int(dataset.lengths[i]) for i in block) for block in self.blocks])
         self.fill = self.lengths.sum() / (block_size * max(len(self.blocks), 1))
 
+    @property
+    def counts(self):
+        """What became of the rows, as in the dataset that is packed."""
+        return self.dataset.counts
+
     def __len__(self):
         return len(self.blocks)
 
@@ -309,9 +315,23 @@ def ranked_pairs(row: dict) -> list[tuple[int, int]]:
     return [(i, j) for i, j in combinations(range(len(ids)), 2) if ranks[i] != ranks[j] and ids[i] != ids[j]]
 
 
+def are_published(rows) -> bool:
+    """Whether rows are tuples, as the published datasets give them, and not the dicts of this project's."""
+    return isinstance(rows[0], tuple | list)
+
+
+def check_pad_id(collator) -> None:
+    """Rows as published hold their pad id, or are padded; dicts of ids do not tell it."""
+    if collator.pad_token_id is None:
+        raise UserError(f"{type(collator).__name__}: rows of ids need pad_token_id=tokenizer.pad_token_id to be padded")
+
+
 @dataclass
 class DataCollatorReward:
     """Rows of step 2 -> {input_ids, attention_mask [answers, length], pair_weights [pairs]}.
+
+    Rows as published, (chosen ids, chosen mask, rejected ids, rejected mask) tensors of one length, need no argument
+    here; their batch has no weights, so that the loss is the mean over its pairs.
 
     A row is a pair, or has answers that are ranked: ``ranked_ids``, best first, and their ``ranks``. Where all are
     pairs, chosen answers come first and then rejected ones, in the same order. A batch with ranked rows also has
@@ -320,11 +340,15 @@ class DataCollatorReward:
     answers counts no more than one with two.
     """
 
-    pad_token_id: int
-    max_length: int
+    pad_token_id: int | None = None
+    max_length: int | None = None
     pad_to_max_length: bool = False
 
     def __call__(self, rows):
+        if are_published(rows):
+            ids, mask = ([torch.atleast_2d(row[place]) for place in (i, i + 2) for row in rows] for i in (0, 1))
+            return {"input_ids": torch.cat(ids), "attention_mask": torch.cat(mask)}
+        check_pad_id(self)
         filler = {"chosen_ids": [self.pad_token_id], "rejected_ids": [self.pad_token_id]}
         if any(row and row.get("ranked_ids") for row in rows):
             return self._with_ranked(rows, filler)
@@ -357,24 +381,34 @@ class DataCollatorReward:
 class DataCollatorRLHF:
     """Prompts of step 3, left-padded so that answers begin in one column {prompt, prompt_att_mask}, [batch, length].
 
-    Rows that keep columns of the data, as JSON, bring them along: "columns", a list of one dict per row.
+    Rows that keep columns of the data, as JSON, bring them along: "columns", a list of one dict per row. Rows as
+    published, (ids, mask, pad id) tensors with the tokens in reverse, are padded to ``max_token_len``.
+
+    Args:
+        inference_tp_size: accepted for old callers: how ranks share a model changes no batch.
     """
 
-    pad_token_id: int
     max_token_len: int
+    inference_tp_size: int = 1
+    _: KW_ONLY
+    pad_token_id: int | None = None
     pad_to_max_length: bool = False
 
     def __call__(self, rows):
-        ids, mask = pad_rows(
-            [row["input_ids"] for row in rows],
-            self.pad_token_id,
-            side="left",
-            to_length=self.max_token_len if self.pad_to_max_length else None,
-        )
-        batch = {"prompt": ids, "prompt_att_mask": mask}
+        if are_published(rows):
+            prompts = [ids[mask.bool()].flip(-1).tolist() for ids, mask, _ in rows]
+            return self._padded(prompts, rows[-1][-1], max(self.max_token_len, *map(len, prompts)))
+        check_pad_id(self)
+        to_length = self.max_token_len if self.pad_to_max_length else None
+        batch = self._padded([row["input_ids"] for row in rows], self.pad_token_id, to_length)
         if any("columns" in row for row in rows):
             batch["columns"] = [json.loads(row["columns"]) for row in rows]
         return batch
+
+    @staticmethod
+    def _padded(prompts: list[list[int]], pad_id: int, to_length: int | None) -> dict[str, torch.Tensor]:
+        ids, mask = pad_rows(prompts, pad_id, side="left", to_length=to_length)
+        return {"prompt": ids, "prompt_att_mask": mask}
 
 
 def to_device(batch, device):
@@ -391,7 +425,7 @@ def to_device(batch, device):
 class MiniDataset:
     """Collects generation batches until ``max_size`` of them are there, then hands them out as mini-batches.
 
-    A batch is a dict of [rows, ...] tensors, or anything else that has a length and can be sliced.
+    A batch is a dict, list or tuple of [rows, ...] tensors, or anything else that has a length and can be sliced.
     """
 
     def __init__(self, max_size, small_batch_size):
@@ -412,6 +446,8 @@ class MiniDataset:
             if isinstance(large, dict):
                 rows = len(next(iter(large.values())))
                 batches += [{k: v[i : i + size] for k, v in large.items()} for i in range(0, rows, size)]
+            elif isinstance(large, list | tuple):
+                batches += [[column[i : i + size] for column in large] for i in range(0, len(large[0]), size)]
             else:
                 batches += [large[i : i + size] for i in range(0, len(large), size)]
         self.free()

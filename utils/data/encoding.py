@@ -70,7 +70,7 @@ class PreparationCounts:
         if self.truncated:
             parts.append(f"{self.truncated} too long and truncated")
         if self.without_eos:
-            parts.append(f"{self.without_eos} of them lost an answer's end")
+            parts.append(f"{self.without_eos} of them inside an answer, whose end is not learned then")
         if self.identical:
             parts.append(f"{self.identical} pairs dropped, their answers being identical")
         if self.without_answer:

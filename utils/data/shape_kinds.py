@@ -96,7 +96,7 @@ class Shape:
             check_order([*prompt, *answer], name)
         if prompt[-1]["role"] not in ASKING:
             raise SkipRow(f"field '{name}': the prompt ends in a turn of the role {prompt[-1]['role']}")
-        if any(answer[-1]["role"] != "assistant" for answer in answers):
+        if any(not answer or answer[-1]["role"] != "assistant" for answer in answers):
             raise SkipRow(f"field '{name}': an answer ends in a turn that is not the assistant's")
         return conversation
 
@@ -519,7 +519,6 @@ class RatedAnswers(Shape):
 
 # ---------------------------------------------------------------- trees
 
-NO_PARENT = (None, "")  # of the first message; the empty text in CSV files
 TREE_KEYS = ("role", "text", "rank", "replies", "deleted", "message_id", "parent_id", "message_tree_id")
 
 
@@ -549,7 +548,7 @@ class Trees(Shape):
         return [self.finished(row, Conversation(prompt, (answer,) if "chosen" in need else ()), "replies")]
 
     def _turn(self, node: Mapping) -> Message:
-        role = {"prompter": "user", "assistant": "assistant"}.get(node.get("role"))
+        role = {"prompter": "user", "assistant": "assistant"}.get(str(node.get("role")))
         if role is None:
             raise SkipRow("field 'role': expected prompter or assistant, found another or none")
         if not self.flat:  # of flat ones they are columns
@@ -582,19 +581,24 @@ class Trees(Shape):
 
     def _tree_of(self, messages: Sequence[Row]) -> dict:
         """The messages of one tree, put below their parents."""
-        nodes = {message.get("message_id"): {**message, "replies": []} for message in messages}
+        nodes = {_id(message, "message_id"): {**message, "replies": []} for message in messages}
         roots = []
-        for node in nodes.values():
-            parent = nodes.get(node.get("parent_id"))
-            if parent is not None and parent is not node:
-                parent["replies"].append(node)
-            elif node.get("parent_id") in NO_PARENT:
+        for name, node in nodes.items():
+            parent = _id(node, "parent_id")
+            if parent is None:
                 roots.append(node)
+            elif parent in nodes and parent != name:
+                nodes[parent]["replies"].append(node)
             else:
                 self.reader.unused["messages whose parent is not there"] += 1
         if len(roots) != 1:
             raise SkipRow(f"the tree has {'several first messages' if roots else 'no first message'}")
         return roots[0]
+
+
+def _id(message: Mapping, name: str) -> str | None:
+    """An id in a field; None for none, as of the parent of a first message, which CSV files write as an empty text."""
+    return None if message.get(name) in (None, "") else str(message[name])
 
 
 def _rank(node: Mapping) -> float | None:
@@ -614,11 +618,11 @@ def root_finder(rows: Rows) -> Callable[[Row], str]:
     """A function that names the tree of a message: by its own column, or by following the parents."""
     if "message_tree_id" in rows.column_names:
         return lambda row: str(row.get("message_tree_id"))
-    parents = {row.get("message_id"): row.get("parent_id") for row in (rows[i] for i in range(len(rows)))}
+    parents = {_id(row, "message_id"): _id(row, "parent_id") for row in (rows[i] for i in range(len(rows)))}
 
     def root(row: Row) -> str:
-        node, seen = row.get("message_id"), set()
-        while parents.get(node) not in NO_PARENT and node not in seen:
+        node, seen = _id(row, "message_id"), set()
+        while parents.get(node) is not None and node not in seen:
             seen.add(node)
             node = parents[node]
         return str(node)

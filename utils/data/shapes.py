@@ -104,8 +104,8 @@ class Found:
         """The columns of what a question is about, and of turns before it."""
         context = next((name for name in CONTEXT_COLUMNS if self.has(name) and name != question), None)
         history = loaded_json_or_none(self.first("history")) if self.has("history") else None
-        pairs = isinstance(history, list) and isinstance(history[0], list)
-        return {"context": context, "history": "history" if pairs else None}
+        holds_pairs = isinstance(history, list) and any(isinstance(pair, list) for pair in history)
+        return {"context": context, "history": "history" if holds_pairs else None}
 
 
 def loaded_json_or_none(value: Any) -> Any:

@@ -232,6 +232,18 @@ def _splits(
 # ---------------------------------------------------------------- files and folders
 
 
+def refuse_model(path: Path) -> None:
+    """Raises: DataError for the folder of a model, or of step 3's models: json files lie there too, and are no data."""
+    for folder in (path, path / "actor"):
+        config = next((name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()), None)
+        weights = [file.name for kind in ("*.safetensors", "*.bin") for file in sorted(folder.glob(kind))]
+        if config and weights:
+            raise DataError(
+                f"{path} is a model folder ({folder / config} beside {weights[0]}); here a file, a folder or a name of "
+                "data is expected; models are given by flags that end in model_name_or_path"
+            )
+
+
 def open_splits(
     path: str | os.PathLike, config: str | None = None, split: str | None = None, flags: Flags | None = None
 ) -> Splits:
@@ -250,6 +262,7 @@ def open_splits(
         DataError: nothing to read there, or several that could be meant; the error of a split comes when it is opened.
     """
     path, flags = Path(path), flags or Flags()
+    refuse_model(path)
     if path.is_file():
         if split or (config and config != ALL):
             flag = f"{flags.split} {split}" if split else f"{flags.config} {config}"

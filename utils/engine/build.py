@@ -9,7 +9,7 @@ Steps 1 and 2 train one engine and their flags name no role; step 3 trains "acto
 from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import get_scheduler
 
-from utils.arguments import end_token
+from utils.arguments import end_token, warmup_note, warmup_steps
 from utils.data.prompt_format import CHAT_TEMPLATE
 from utils.ds_utils import (
     TORCH_DTYPES,
@@ -23,6 +23,7 @@ from utils.ds_utils import (
 from utils.engine.optimizer import get_optimizer_grouped_parameters, make_optimizer
 from utils.model.model_utils import adapt_model, packing_of
 from utils.model.tokenizer import load_hf_tokenizer, use_template
+from utils.process.console import print_rank_0
 
 
 def flag_of(args, role: str, name: str):
@@ -100,7 +101,9 @@ def trained_engine(
         learning_rate = flag_of(args, role, "learning_rate")
     paged = not role and args.paged_optimizer  # a flag of steps 1 and 2
     optimizer = make_optimizer(groups, learning_rate, offloads_optimizer(config), paged=paged)
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, total_steps)
+    if role != "critic" and (note := warmup_note(args, total_steps)):  # once in step 3
+        print_rank_0(note)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps(args, total_steps), total_steps)
     return initialize(model, config, optimizer, scheduler)
 
 

@@ -86,8 +86,9 @@ class Update:
                 then with the norms of the gradients. It may raise.
 
         Returns:
-            losses and recorded figures, summed over all ranks; ``grad_norm`` of the engine "model", ``NAME_grad_norm``
-            of any other: before clipping, None where fp16 had an overflow.
+            losses and recorded figures, summed over all ranks; ``grad_norm`` and ``lr`` of the engine "model",
+            ``NAME_grad_norm`` and ``NAME_lr`` of any other: the norm before clipping, None where fp16 had an overflow;
+            the learning rate of this step (of the first parameter group).
         """
         sums = {name: value for losses in self._losses.values() for name, value in losses.items()} | self._figures
         figures = dict(zip(sums, all_reduce_sum(torch.stack(list(sums.values()))).tolist(), strict=True))
@@ -98,10 +99,14 @@ class Update:
                 drop_gradients(engine)
         if self.align_overflow:
             align_overflow(*self.engines.values())
+        rates = {name: engine.get_lr()[0] for name, engine in self.engines.items()}  # the schedule goes on in the step
         norms = {name: take_step(engine) for name, engine in self.engines.items()}
         if not self.dropped:
             self.dropped = is_dropped({name: {"gradient norm": norm} for name, norm in norms.items()})
-        return figures | {("" if name == "model" else f"{name}_") + "grad_norm": norm for name, norm in norms.items()}
+        for name in self.engines:
+            prefix = "" if name == "model" else f"{name}_"
+            figures |= {f"{prefix}grad_norm": norms[name], f"{prefix}lr": rates[name]}
+        return figures
 
 
 def _add(sums: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:

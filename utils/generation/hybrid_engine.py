@@ -22,7 +22,7 @@ from utils.model.inputs import model_inputs
 from utils.module.fused_linear import find_shared_inputs, fused_linears
 from utils.module.hooks import hooks_set_aside
 from utils.module.lora import lora_folded
-from utils.process.console import print_rank_0
+from utils.process.console import print_classic, print_rank_0
 from utils.process.errors import UserError
 from utils.process.ranks import all_gather_objects, all_reduce_sum
 from utils.process.world import get_world_size
@@ -163,7 +163,7 @@ class HybridEngine:
             print_rank_0(f"generation: by transformers' generate(), because of the own loop: {problem}")
             return "transformers"
         compiled = "" if self._compiled is None else ", compiled"
-        print_rank_0(
+        print_classic(
             f"generation: {self.backend}{compiled} (its greedy tokens equal those of generate() on a check batch)"
         )
         return self.backend

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from utils.model.inputs import embedding_rows, forward_accepts, position_ids_from_mask, unwrap
+from utils.model.inputs import cache_argument, embedding_rows, forward_accepts, position_ids_from_mask, unwrap
 
 LEAVE_SHARE = 0.25  # finished rows leave the batch when they are at least this share of it
 
@@ -140,6 +140,17 @@ class PreallocatedLayer(DynamicLayer):
         self.values = self.value_buffer[:, :, self.start : self.length]
 
 
+def select_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
+    """Keep these rows of a cache, of which any may come several times.
+
+    A layer with a state (linear attention, a state space, a convolution) moves it in ``reorder_cache`` alone; its
+    ``batch_select_indices``, where it has one from attention beside, forgets the state.
+    """
+    for layer in cache.layers:
+        move = layer.reorder_cache if isinstance(layer, LinearAttentionLayer) else layer.batch_select_indices
+        move(rows)
+
+
 def make_cache(model, capacity: int) -> DynamicCache:
     """An empty cache; layers of full attention hold ``capacity`` positions, others are transformers' own."""
     cache = DynamicCache(config=model.config)
@@ -199,7 +210,9 @@ class CachedRows:
         self._mask = torch.cat([mask, mask.new_ones(len(mask), capacity - self.width)], dim=1)
         self._forward, self._compiled = model, compiled
         self._takes_positions = forward_accepts(model, "position_ids")
-        self._options = {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
+        self._options = {cache_argument(model): cache, "use_cache": True}
+        self._options |= {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
+        self._is_recurrent = all(type(layer) is LinearAttentionLayer for layer in getattr(cache, "layers", [None]))
 
     @property
     def mask(self) -> torch.Tensor:
@@ -211,11 +224,11 @@ class CachedRows:
         if self._takes_positions:
             options["position_ids"] = self.positions
         mask = self.mask if self._compiled is None else self._mask  # causality hides what is yet to come
+        if self._is_recurrent and self.tokens.shape[1] == 1:
+            mask = None  # such a model's mask is that of the new tokens alone (Mamba)
         return self._forward(
             input_ids=self.tokens,
             attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
             **self._options,
             **options,
         )
@@ -228,7 +241,7 @@ class CachedRows:
     def select(self, rows: torch.Tensor) -> None:
         """Go on with these rows, of which any may come several times."""
         self.tokens, self.positions, self._mask = self.tokens[rows], self.positions[rows], self._mask[rows]
-        self.cache.batch_select_indices(rows)
+        select_rows(self.cache, rows)
 
     def drop_shared_pads(self) -> None:
         """Take the left pads that all rows share out of the cache, where its layers can do that."""

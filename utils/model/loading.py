@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
@@ -139,7 +139,22 @@ def load_config(model_name_or_path, trust_remote_code: bool = False):
         raise UserError(f"config.json of {name!r}: num_hidden_layers {layers!r} is not a number above 0")
     if not isinstance(classes, list) or not all(isinstance(kind, str) for kind in classes):
         raise UserError(f"config.json of {name!r}: architectures {classes!r} is no list of names")
+    _refuse_encoders(config, name)
     return config
+
+
+def _refuse_encoders(config, name: str) -> None:
+    """UserError for what writes no text from left to right: answers and their scores would mean nothing."""
+    if config.is_encoder_decoder:
+        kind = "an encoder-decoder model, which reads the prompt apart from the answer"
+    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        kind = "an encoder, in which every token sees those after it"
+    else:
+        return
+    raise UserError(
+        f"{name!r} ({config.model_type}) is {kind}; a decoder is needed here, a causal language model as Llama, Qwen "
+        "or OPT"
+    )
 
 
 def _attention_kernels(config) -> list:
@@ -338,8 +353,11 @@ def check_checkpoint(checkpoint: Checkpoint, model_class, config, trust_remote_c
     return {} if renaming is None else {"key_mapping": renaming}
 
 
-def load_state_dict_into_model(model_to_load, state_dict, start_prefix="", zero_stage=0) -> None:
+def load_state_dict_into_model(model_to_load=None, state_dict=None, start_prefix="", zero_stage=0) -> list[str]:
     """Copy a state dict into a model, also one that ZeRO-3 has partitioned.
+
+    Returns:
+        what went wrong, as published callers look at it: nothing, since all that can go wrong is raised.
 
     Raises:
         UserError: naming the keys that are missing, unexpected, or of another shape. Nothing is loaded then.
@@ -367,3 +385,4 @@ def load_state_dict_into_model(model_to_load, state_dict, start_prefix="", zero_
                         target.copy_(state_dict[name])
             else:
                 target.copy_(state_dict[name])
+    return []

@@ -4,6 +4,7 @@ Logits are the largest tensor of training: [batch, length, vocabulary]. Here the
 positions with a label are scored, chunk by chunk, and the backward pass recomputes a chunk instead of storing it.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -15,10 +16,27 @@ from torch.utils.checkpoint import checkpoint
 from utils.data.batching import IGNORE_INDEX
 from utils.model.inputs import embedding_rows, model_inputs, unwrap
 from utils.module.hooks import forward_replaced, outputs_recorded
+from utils.process.console import print_rank_0
 
 CHUNK_BYTES = 2**27  # of fp32 logits at a time; a backward pass holds about three times that
 
+DIVERGED = 20.0  # nats per token: a guess among a million tokens costs 14
+
 Logits = Callable[[torch.Tensor], torch.Tensor]  # [positions, hidden] -> [positions, vocabulary]
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), infinite where no number could hold it or nobody could read it."""
+    return math.exp(loss) if loss < DIVERGED else math.inf
+
+
+def warn_diverged(loss: float) -> None:
+    """Say so where an evaluation's loss, in nats per token, is far above that of any guess."""
+    if loss >= DIVERGED:
+        print_rank_0(
+            f"WARNING: loss {loss:.1f} per token: the model has diverged, as guessing among a million tokens costs 14; "
+            "lower the learning rate"
+        )
 
 
 def _score(hidden, labels, to_logits: Logits, temperature: float, with_entropy: bool) -> torch.Tensor:

@@ -16,8 +16,10 @@ from utils.model.loading import check_checkpoint, check_generation_config, find_
 from utils.model.reward_model import RewardModel, empty_classifier
 from utils.model.tokenizer import keep_end_tokens, vocabulary_size
 from utils.module.lora import (
+    check_packing_share,
     convert_linear_layer_to_lora,
     count_parameters,
+    describe_left_out,
     make_model_gradient_checkpointing_compatible,
     only_optimize_lora_parameters,
 )
@@ -232,6 +234,8 @@ def add_lora_layers(model, args, prefix: str = "", packing: Packing | None = Non
         prefix: "", "actor_" or "critic_", as the flags are named.
         packing: of the frozen weights below LoRA; None leaves them as they are.
     """
+    if packing is not None:
+        check_packing_share(model)
     names = ("lora_module_name", "lora_dim", "lora_scaling", "lora_dropout")
     model = convert_linear_layer_to_lora(model, *(getattr(args, prefix + name) for name in names), packing)
     if packing is not None:
@@ -256,6 +260,9 @@ def adapt_model(
     """
     lora_dim = getattr(args, f"{prefix}lora_dim")
     if lora_dim > 0:
+        left_out = describe_left_out(model, getattr(args, f"{prefix}lora_module_name"))
+        if left_out is not None:
+            print_rank_0(left_out)
         add_lora_layers(model, args, prefix, packing)
         if args.only_optimize_lora:
             only_optimize_lora_parameters(model, keep_trainable)

@@ -99,6 +99,17 @@ def reward_scale(config) -> tuple[float, float]:
     return mean, std
 
 
+def _mask_of(input_ids, attention_mask, **unused) -> torch.Tensor:
+    """The mask of a published call, all ones where it gives none; UserError if it gives a value that has no use."""
+    given = [name for name, value in unused.items() if value is not None]
+    if given:
+        raise UserError(
+            f"RewardModel scores whole rows of input_ids, at positions that attention_mask gives; {', '.join(given)} "
+            "would not be used: leave it out"
+        )
+    return torch.ones_like(input_ids) if attention_mask is None else attention_mask
+
+
 class RewardModel(nn.Module):
     """A decoder (``rwtransformer``) and a value head (``v_head``).
 
@@ -156,11 +167,26 @@ class RewardModel(nn.Module):
         inputs = model_inputs(self.rwtransformer, input_ids, attention_mask)
         return self.v_head(self.rwtransformer(**inputs).last_hidden_state)
 
-    def forward(self, input_ids, attention_mask, values_only=False, pair_weights=None, pairs=None):
+    def forward(
+        self,
+        input_ids=None,
+        past_key_values=None,
+        attention_mask=None,
+        position_ids=None,
+        head_mask=None,
+        inputs_embeds=None,
+        use_cache=False,
+        *,
+        values_only=False,
+        pair_weights=None,
+        pairs=None,
+    ):
         """Score pairs of answers. Each answer goes through the model once, however many pairs it stands in.
 
         Args:
-            input_ids, attention_mask: [answers, length], right-padded.
+            input_ids, attention_mask: [answers, length], right-padded; no mask: no pads.
+            past_key_values, position_ids, head_mask, inputs_embeds: stand here as published; only None is taken.
+            use_cache: accepted for old callers: nothing is generated here.
             values_only: return the values [answers, length] instead; the batch need not be pairs then.
             pair_weights: [pairs], weights of the loss sum; None for the mean over pairs.
             pairs: [pairs, 2], rows of the chosen and the rejected answer; None: the first half of the batch is
@@ -169,6 +195,8 @@ class RewardModel(nn.Module):
         Returns:
             {loss, chosen_mean_scores [pairs], rejected_mean_scores [pairs]}; the scores are those at the end token.
         """
+        unused = dict(past_key_values=past_key_values, position_ids=position_ids, head_mask=head_mask)
+        attention_mask = _mask_of(input_ids, attention_mask, inputs_embeds=inputs_embeds, **unused)
         values = self.values(input_ids, attention_mask)
         if values_only:
             return values
@@ -192,11 +220,25 @@ class RewardModel(nn.Module):
             "rejected_mean_scores": scores[rejected],
         }
 
-    def forward_value(self, input_ids, attention_mask, return_value_only=False, prompt_length=0, use_cache=False):
+    def forward_value(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=None,
+        head_mask=None,
+        inputs_embeds=None,
+        return_value_only=False,
+        prompt_length=0,
+        use_cache=False,
+    ):
         """Values [batch, length], or {values, chosen_end_scores [batch]}: the score at each row's last real token.
 
-        ``prompt_length`` and ``use_cache`` are accepted for old callers: the mask tells where the answer ends.
+        ``prompt_length`` and ``use_cache`` are accepted for old callers: the mask tells where the answer ends. For the
+        rest see ``forward``.
         """
+        unused = dict(past_key_values=past_key_values, position_ids=position_ids, head_mask=head_mask)
+        attention_mask = _mask_of(input_ids, attention_mask, inputs_embeds=inputs_embeds, **unused)
         values = self.values(input_ids, attention_mask)
         if return_value_only:
             return values

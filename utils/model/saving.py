@@ -29,7 +29,7 @@ from utils.process.errors import UserError
 from utils.process.files import flush_to_disk, locked_file, remove_left_over
 from utils.process.host_memory import memory_given_back
 from utils.process.ranks import agree, barrier
-from utils.process.world import get_rank
+from utils.process.world import get_rank, get_world_size
 
 SCRATCH_LOCK = ".lock"
 # What a loader would take for a part of the model that is saved now: other weights, or an adapter over another base.
@@ -177,8 +177,17 @@ def save_on_rank_0(folder: Path, what: str, write: Callable[[Path], None], repla
     barrier()
 
 
-def _save(module, folder: Path, max_shard_size, write_rest=lambda target, scratch: None) -> None:
-    """Weights and, by ``write_rest`` on rank 0, the files that belong to them; every rank must call this."""
+def is_sharded(module) -> bool:
+    """Whether ZeRO-3 keeps parts of the weights on other ranks: all of them must then take part in saving."""
+    return get_world_size() > 1 and any(hasattr(weight, "ds_id") for weight in module.parameters())
+
+
+def _save(module, folder: Path, max_shard_size, write_rest=lambda target, scratch: None, alone=False) -> None:
+    """Weights and, by ``write_rest`` on rank 0, the files that belong to them; every rank must call this.
+
+    Args:
+        alone: rank 0 waits for no other rank, and need not be called by any; not for sharded weights.
+    """
     plan = plan_saving(module)
     layers = gathered_layers(module, plan.renamed)
     shards = plan.stored, max_shard_size or MAX_SHARD_SIZE
@@ -203,6 +212,9 @@ def _save(module, folder: Path, max_shard_size, write_rest=lambda target, scratc
         deque(layers, maxlen=0)
 
     with memory_given_back():
+        if alone:
+            write()
+            return
         agree(write_and_gather)
     barrier()
 
@@ -212,9 +224,9 @@ def write_readme(folder: Path, text: str | None) -> None:
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def save_weights(module, folder: Path, max_shard_size: int | str | None = None) -> None:
-    """The weights alone, without configuration and tokenizer; every rank must call this."""
-    _save(module, folder, max_shard_size or MAX_SHARD_SIZE)
+def save_weights(module, folder: Path, max_shard_size: int | str | None = None, *, alone: bool = False) -> None:
+    """The weights, without configuration and tokenizer; every rank must call this unless rank 0 saves ``alone``."""
+    _save(module, folder, max_shard_size or MAX_SHARD_SIZE, alone=alone)
 
 
 def _align_special_tokens(config, tokenizer) -> None:
@@ -224,7 +236,13 @@ def _align_special_tokens(config, tokenizer) -> None:
 
 
 def save_pretrained_model(
-    model, tokenizer, folder: Path, max_shard_size: int | str | None = None, readme: str | None = None
+    model,
+    tokenizer,
+    folder: Path,
+    max_shard_size: int | str | None = None,
+    readme: str | None = None,
+    *,
+    alone: bool = False,
 ) -> None:
     """Write config, generation config, safetensors and the full tokenizer to ``folder``; every rank must call this.
 
@@ -233,6 +251,7 @@ def save_pretrained_model(
     Args:
         max_shard_size: bytes, or text as in "5GB"; a larger model is written in several files with an index.
         readme: the text of README.md, on rank 0; None for none.
+        alone: rank 0 saves and no other rank need call this; of weights that ZeRO-3 has sharded all but these.
     """
 
     def write_rest(target, scratch: Path) -> None:
@@ -249,4 +268,9 @@ def save_pretrained_model(
         tokenizer.save_pretrained(scratch)
         write_readme(scratch, readme)
 
-    _save(model, folder, max_shard_size or MAX_SHARD_SIZE, write_rest)
+    if alone and is_sharded(model):
+        if get_rank() == 0:
+            with atomic_folder(folder, replaces=()) as scratch:
+                write_rest(plan_saving(model).target, scratch)
+        return
+    _save(model, folder, max_shard_size or MAX_SHARD_SIZE, write_rest, alone)

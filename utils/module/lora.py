@@ -18,14 +18,17 @@ import math
 import re
 from contextlib import contextmanager
 
+import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from utils.module.quantize import PackedWeight, Packing, packed_weights
 from utils.process.errors import UserError
+from utils.process.world import get_rank
 
 
 def fold(weight, right, left, scaling: float, transposed: bool = False) -> torch.Tensor:
@@ -170,6 +173,63 @@ def _linear_layers(model) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
+LINEAR = (nn.Linear, Conv1D, LinearLayer_LoRA)
+NO_PRODUCT = (nn.Embedding, nn.modules.conv._ConvNd, PackedWeight)
+MOST = 0.5  # of the weights of products: a quantised model must hold at least so many packed
+
+
+def _size(parameter) -> int:
+    """Elements, whole ones also where ZeRO-3 shows only a shard."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def matrices_outside_linear_layers(model) -> dict[str, nn.Parameter]:
+    """Weights that a model multiplies with and that are in no linear layer, by name.
+
+    Above all the experts of a mixture, which transformers keeps in one parameter [experts, .., ..] for all of a layer;
+    routers and matrices of a state space, too.
+    """
+    return {
+        f"{name}.{own}": parameter
+        for name, module in model.named_modules()
+        if not isinstance(module, (*LINEAR, *NO_PRODUCT))
+        for own, parameter in module.named_parameters(recurse=False)
+        if len(shape := getattr(parameter, "ds_shape", parameter.shape)) > 1 and min(shape) > 1
+    }
+
+
+def _kinds(names) -> str:
+    """Names with a star for the number of the block, each once."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+
+
+def describe_left_out(model, part_module_name: str) -> str | None:
+    """What a scope that reads as "all" leaves without LoRA, with its share; None: nothing, or the scope is narrower."""
+    outside = matrices_outside_linear_layers(model)
+    if part_module_name not in ("auto", "all-linear") or not outside:
+        return None
+    left, total = sum(map(_size, outside.values())), count_parameters(model)[1]
+    return (
+        f"LoRA covers linear layers; {left:,} of {total:,} parameters ({100 * left / total:.1f} %) are weights of "
+        f"another kind, as experts of a mixture are, and stay frozen or train whole: {_kinds(outside)}"
+    )
+
+
+def check_packing_share(model) -> None:
+    """UserError for a model that --quantize would leave in full precision for the most part."""
+    outside = matrices_outside_linear_layers(model)
+    left = sum(map(_size, outside.values()))
+    head = model.get_output_embeddings()
+    linear = [part for part in model.modules() if isinstance(part, LINEAR) and part is not head]
+    all_weights = left + sum(_size(part.weight) for part in linear)
+    if left > MOST * all_weights:
+        raise UserError(
+            f"--quantize packs linear layers alone, and {100 * left / all_weights:.1f} % of the weights of this "
+            f"{type(model).__name__} are in none ({_kinds(outside)}): hardly any memory would be saved. Leave "
+            "--quantize out; --zero_stage 3 and --offload save memory for such a model"
+        )
+
+
 def match_lora_scope(model, part_module_name: str) -> list[str]:
     """The names of the linear layers a scope covers.
 
@@ -226,14 +286,34 @@ def convert_linear_layer_to_lora(
     return model
 
 
+def _z3_params_to_fetch(param_list) -> list:
+    """The parameters of a list that ZeRO-3 keeps in shards at the moment."""
+    return [p for p in param_list if hasattr(p, "ds_id") and p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+
+
+@torch.no_grad()
+def _move_update_into_weight(layer: LinearLayer_LoRA) -> None:
+    """Of a layer that ZeRO-3 has partitioned; every rank must call this. Its update is zero afterwards."""
+    with deepspeed.zero.GatheredParameters(
+        [layer.weight, layer.lora_right_weight, layer.lora_left_weight], modifier_rank=0
+    ):
+        if get_rank() == 0:
+            layer.weight.copy_(layer.folded_weight())
+            layer.lora_left_weight.zero_()
+
+
 def convert_lora_to_linear_layer(model):
     """Turn every LoRA layer back into a plain linear layer with the update folded in, for good.
 
-    Not for a model that ZeRO-3 has partitioned: there the saving code folds layer by layer.
+    Layers that ZeRO-3 has partitioned keep their class, with an update of zero: DeepSpeed gathers weights by the
+    layer that it knows. There every rank must call this.
     """
     for name, layer in lora_layers(model):
-        parent_name, _, child_name = name.rpartition(".")
         layer.unfuse_lora_weight()
+        if hasattr(layer.lora_left_weight, "ds_id"):
+            _move_update_into_weight(layer)
+            continue
+        parent_name, _, child_name = name.rpartition(".")
         weight = nn.Parameter(layer.folded_weight(), requires_grad=layer.weight.requires_grad)
         if layer.transposed:
             plain = Conv1D(weight.shape[1], 1)

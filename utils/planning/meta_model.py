@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from utils.ds_utils import TORCH_DTYPES
 from utils.generation.sampling import Decoding, choose, make_cache
-from utils.model.inputs import embedding_rows, forward_accepts, model_inputs, packed_inputs
+from utils.model.inputs import cache_argument, embedding_rows, forward_accepts, model_inputs, packed_inputs
 from utils.model.losses import score_in_chunks
 from utils.model.model_utils import configure_dropout
 from utils.model.reward_model import RewardModel
@@ -336,7 +336,7 @@ class MetaModel:
         rows_of_embedding = embedding_rows(model)
         with self._counting() as counted:
             cache = make_cache(model, prompt + answer)
-            inputs = self._inputs(rows, prompt) | {"past_key_values": cache, "use_cache": True}
+            inputs = self._inputs(rows, prompt) | {cache_argument(model): cache, "use_cache": True}
             inputs |= {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
             logits = model(**inputs).logits[:, -1]
             decoding = Decoding(answer, (0,), 0, rows_of_embedding)

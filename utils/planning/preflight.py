@@ -25,17 +25,19 @@ from utils.data.unsupervised import get_unsupervised_data
 from utils.engine.build import load_tokenizer
 from utils.model.loading import WEIGHT_FILES, load_config
 from utils.model.model_utils import check_model, check_positions
+from utils.model.packing import refuse_state
 from utils.model.reward_functions import RewardFunction, check_columns, columns_wanted, load_reward_functions
 from utils.model.reward_model import reward_scale
 from utils.model.soft_prompt import check_soft_prompt_inputs
 from utils.model.tokenizer import check_same_tokenizer
+from utils.module.lora import check_packing_share
 from utils.planning.engine_memory import GIB, Bytes, Machine
 from utils.planning.estimate import CPU_MARGIN, Estimate, estimate, models_of_step
 from utils.planning.meta_model import MetaModel
 from utils.planning.plan import Plan, suggest
 from utils.process.console import print_rank_0
 from utils.process.errors import UserError
-from utils.process.operators import check_compiler, is_built
+from utils.process.operators import is_built
 from utils.process.world import get_world_size, ranks_per_node
 
 
@@ -148,8 +150,6 @@ def _packages(args, step: int) -> str:
     for flag, (module, package) in wanted.items():
         if importlib.util.find_spec(module) is None:
             raise UserError(f"--{flag} needs the package {package}: pip install {package}")
-    if args.offload:
-        check_compiler("--offload", "cpu_adam")
     found = ", ".join(f"{package} is there (--{flag})" for flag, (_, package) in wanted.items())
     compiles = args.offload and not is_built("cpu_adam")
     return (found or "none but the usual") + "; DeepSpeed's cpu_adam will be compiled, about a minute" * compiles
@@ -225,16 +225,27 @@ def _batches(args, step: int, datasets) -> str:
         if datasets is None or (step == 1 and args.packing):
             return text
         steps = -(-len(datasets[0]) // rows)
-        return f"{text}; {steps:,} steps per epoch, {steps * args.num_train_epochs:,} in all"
+        total = steps * args.num_train_epochs
+        return f"{text}; {steps:,} steps per epoch, {total:,} in all{_warmup(args, total)}"
     batch = arguments.RLHFBatchSizes.of(args)
     if datasets is None:
         return batch.explain()
     updates = batch.updates(len(datasets[0]), ranks) * args.num_train_epochs
-    return f"{batch.explain()}; {updates:,} updates in all"
+    total = updates * args.ppo_epochs * batch.steps_per_pass
+    return f"{batch.explain()}; {updates:,} updates in all{_warmup(args, total)}"
+
+
+def _warmup(args, total_steps: int) -> str:
+    note = arguments.warmup_note(args, total_steps)
+    return "" if note is None else f". {note}"
 
 
 def _parameters(args, step: int, configs: dict, tokenizer) -> tuple[str, dict[str, MetaModel]]:
     models = models_of_step(args, step, configs, tokenizer)
+    if step == 1 and args.packing:
+        refuse_state(models["model"].model)
+    if step < 3 and args.quantize is not None:
+        check_packing_share(models["model"].model)
     parts = []
     for name, model in models.items():
         sizes, layers = model.sizes, len(model.adapted)

@@ -9,6 +9,19 @@ from tqdm import tqdm
 from utils.process.world import get_rank, is_rank_0
 
 PROGRESS_SECONDS = 10  # between progress lines where there is no terminal
+BRIEF_FACTOR = 6  # more between them where the steps have lines of their own
+
+_kind = "classic"
+
+
+def set_console(kind: str) -> None:
+    """What this process prints from here on: "classic", or "brief", with other lines."""
+    global _kind
+    _kind = kind
+
+
+def is_brief() -> bool:
+    return _kind == "brief"
 
 
 def now() -> str:
@@ -23,6 +36,18 @@ def print_rank_0(msg, rank=None) -> None:
         tqdm.write(str(msg))
     else:
         print(msg, flush=True)
+
+
+def print_classic(msg, rank=None) -> None:
+    """A line that programs read, or that who only wants to know how the run goes can do without: not in "brief"."""
+    if not is_brief():
+        print_rank_0(msg, rank)
+
+
+def print_brief(msg) -> None:
+    """A line for people that stands in "brief" for classic ones."""
+    if is_brief():
+        print_rank_0(msg)
 
 
 class progress:
@@ -51,9 +76,10 @@ class progress:
             yield from self._bar
             return
         start = last = time.monotonic()
+        seconds = PROGRESS_SECONDS * (BRIEF_FACTOR if is_brief() else 1)
         for done, item in enumerate(self._iterable):
             moment = time.monotonic()
-            if moment - last >= PROGRESS_SECONDS and done and self._total:
+            if moment - last >= seconds and done and self._total:
                 last, filled = moment, 30 * done // self._total
                 left = datetime.timedelta(seconds=round((moment - start) / done * (self._total - done)))
                 bar = f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{self._total}"

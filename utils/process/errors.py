@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,8 @@ def run_script(main: Callable[[], None]) -> None:
     """
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # as shells have it
     except Exception as error:
         meaning = meaning_of(error)
         if meaning is None:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from utils.process.errors import UserError
 
+METRICS_FILE = "metrics.jsonl"  # of a run, in its output folder
+MODEL_FOLDERS = ("", "actor", "critic", "actor_ema")  # where runs leave models in theirs
+
 
 def check_writable(path: str | None):
     """UserError now, rather than after an hour of generating, if a file cannot be written there."""
@@ -37,6 +40,19 @@ def check_output_dir(output_dir: str | None, flag: str = "--output_dir") -> None
             probe.write_bytes(b"")
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {output_dir}: cannot be written: {getattr(error, 'strerror', error)}") from error
+
+
+def results_in(output_dir: str) -> list[str]:
+    """What earlier runs left in an output folder: their models and metrics, for a message."""
+    found = []
+    for folder in (Path(output_dir) / name for name in MODEL_FOLDERS):
+        configured = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+        if configured and any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")):
+            found.append(f"a model ({folder})")
+    metrics = Path(output_dir) / METRICS_FILE
+    if metrics.is_file() and metrics.stat().st_size:
+        found.append(f"a run's metrics ({metrics})")
+    return found
 
 
 @contextlib.contextmanager

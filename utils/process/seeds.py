@@ -1,6 +1,8 @@
 """Random numbers that a run repeats, and that a resumed run goes on with."""
 
+import contextlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -41,3 +43,13 @@ def restore_random_states(states: dict) -> None:
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
     if states["accelerator"] is not None:
         get_accelerator().set_rng_state(torch.tensor(states["accelerator"], dtype=torch.uint8))
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """What draws random numbers while this is open leaves no trace: afterwards the generators are as they were."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        restore_random_states(states)

@@ -25,6 +25,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 
+from utils.arguments import nothing_saved
 from utils.process.console import print_rank_0
 from utils.process.errors import EndOfRun, UserError
 from utils.process.files import flush_to_disk, write_text
@@ -200,6 +201,8 @@ class Checkpoints:
 
     def _restore_rank_state(self, state: dict) -> None:
         for name, thing in self._tracked.items():
+            if name == "evaluations" and name not in state["tracked"]:
+                continue  # a checkpoint of an earlier version: the comparison of evaluations begins anew
             if isinstance(thing, np.random.Generator):
                 thing.bit_generator.state = state["tracked"][name]
             else:
@@ -312,6 +315,8 @@ class Checkpoints:
 
     def finish(self) -> None:
         """The run is over and its model saved: a later start with --resume auto has nothing to do."""
+        if note := nothing_saved(self.args):
+            print_rank_0(note)
         if not self.enabled:
             return
         state = self._common_state() | {"output_dir": self.args.output_dir}

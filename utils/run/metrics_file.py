@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
-METRICS_FILE, SAMPLES_FILE = FILES = ("metrics.jsonl", "samples.jsonl")
+from utils.process.files import METRICS_FILE
+
+SAMPLES_FILE = "samples.jsonl"
+FILES = METRICS_FILE, SAMPLES_FILE
 
 
 def read_rows(folder: Path, prefix: str) -> list[dict]:

@@ -135,14 +135,14 @@ class RunCard:
         """The README.md of a model that is about to be saved to ``folder``; None where another's page is kept.
 
         Args:
-            name: of the model in step 3 (actor, critic, actor_ema), else "".
+            name: its folder under the run's: in step 3 the last part says which model (actor, critic, actor_ema).
             base: what the model was made from.
             adapter: LORA or SOFT_PROMPT; None for a whole model.
         """
         if (folder / CARD_FILE).exists() and not is_own(folder / CARD_FILE):
             print_rank_0(f"{folder / CARD_FILE} was not written by a run and stays as it is; no model card is saved")
             return None
-        kind = KINDS[OF_STEP.get(self.step, name)]
+        kind = KINDS[OF_STEP.get(self.step, Path(name).name)]
         parts = [
             f"# {kind.title}{f': {adapter}' if adapter else ''}",
             f"{kind.says} {self._origin(base, adapter)}",

@@ -5,7 +5,7 @@ from pathlib import Path
 from utils.model.adapters import save_lora_adapter
 from utils.model.inputs import unwrap
 from utils.model.merging import read_adapter, save_merged_model
-from utils.model.saving import save_pretrained_model, save_weights
+from utils.model.saving import save_pretrained_model
 from utils.model.soft_prompt import save_soft_prompt
 from utils.module.lora import lora_layers
 from utils.process.console import is_rank_0
@@ -45,17 +45,19 @@ def save_lora_adapters(
         save_lora_adapter(module, tokenizer, base_model_name_or_path, folder, args.trust_remote_code, readme)
 
 
-def save_quantised_model(model, tokenizer, args, base_model_name_or_path, card: RunCard | None = None) -> None:
+def save_quantised_model(
+    model, tokenizer, args, base_model_name_or_path, sub_folder="", card: RunCard | None = None
+) -> None:
     """Save a QLoRA model whole: its adapters, and their update folded into the base's own files; on every rank.
 
     The packed weights are not saved: they are the base's, rounded.
     """
-    save_lora_adapters(model, tokenizer, args, base_model_name_or_path, card=card)
+    save_lora_adapters(model, tokenizer, args, base_model_name_or_path, sub_folder, card)
 
     def merge() -> None:
         if is_rank_0():
-            folder = Path(args.output_dir)
-            readme = _readme(card, folder, "", base_model_name_or_path, tokenizer)
+            folder = Path(args.output_dir) / sub_folder
+            readme = _readme(card, folder, sub_folder, base_model_name_or_path, tokenizer)
             adapter = read_adapter(folder / "adapter")
             save_merged_model(base_model_name_or_path, adapter, folder, args.max_shard_size, readme)
 
@@ -67,7 +69,7 @@ def save_trained_model(
 ) -> None:
     """Save a model in every form that the flags ask for, each with its model card; every rank must call this."""
     if args.quantize is not None:
-        save_quantised_model(model, tokenizer, args, base_model_name_or_path, card)
+        save_quantised_model(model, tokenizer, args, base_model_name_or_path, sub_folder, card)
         return
     readme = _readme(card, Path(args.output_dir) / sub_folder, sub_folder, base_model_name_or_path, tokenizer)
     save_hf_format(model, tokenizer, args, sub_folder, readme)
@@ -75,13 +77,8 @@ def save_trained_model(
         save_lora_adapters(model, tokenizer, args, base_model_name_or_path, sub_folder, card)
 
 
-def save_trained_soft_prompt(model, tokenizer, args, card: RunCard | None = None) -> None:
+def save_trained_soft_prompt(model, tokenizer, args, sub_folder="", card: RunCard | None = None) -> None:
     """Save the vectors of a soft prompt with their model card; every rank must call this."""
-    folder = Path(args.output_dir)
-    readme = _readme(card, folder, "", args.model_name_or_path, tokenizer, SOFT_PROMPT)
+    folder = Path(args.output_dir) / sub_folder
+    readme = _readme(card, folder, sub_folder, args.model_name_or_path, tokenizer, SOFT_PROMPT)
     save_soft_prompt(unwrap(model), tokenizer, folder, readme)
-
-
-def save_zero_three_model(model_ema, global_rank, save_dir, zero_stage=0) -> None:
-    """Write the weights alone (no configuration, no tokenizer) as safetensors; every rank must call this."""
-    save_weights(unwrap(model_ema), Path(save_dir))

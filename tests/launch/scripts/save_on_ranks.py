@@ -18,7 +18,8 @@ from utils.module.lora import convert_linear_layer_to_lora, lora_layers
 from utils.process.launch import init_distributed, run_main
 from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank
-from utils.run.results import save_hf_format, save_zero_three_model
+from utils.run.results import save_hf_format
+from utils.utils import save_zero_three_model
 
 GATHERED_PARAMETERS = saving.deepspeed.zero.GatheredParameters
 

@@ -1,0 +1,98 @@
+"""Flags of what a person sees and keeps while a run trains: the console, evaluations, the best model."""
+
+from utils.arguments.kinds import not_negative, positive
+from utils.process.errors import UserError
+
+# What an evaluation of each step may be judged by; the first is the default. Lower is better of LOWER_IS_BETTER.
+METRICS = {1: ("perplexity", "loss"), 2: ("accuracy", "loss"), 3: ("score", "reward")}
+LOWER_IS_BETTER = {"perplexity", "loss"}
+
+
+def add_watching_arguments(parser, step: int) -> None:
+    add = parser.add_argument_group("console, evaluation and the best model").add_argument
+    add(
+        "--console",
+        choices=["classic", "brief"],
+        default="classic",
+        help="classic: the lines of DeepSpeed-Chat, which programs read; brief: for people, a line for each "
+        "--log_interval, what a stage does, and what to do with its result",
+    )
+    if step < 3:
+        add(
+            "--eval_interval",
+            type=not_negative,
+            default=0,
+            help="optimizer steps between evaluations; 0 for before training and after each epoch only",
+        )
+        add(
+            "--eval_iters",
+            type=not_negative,
+            default=0 if step == 1 else 100,
+            help="batches per rank that an evaluation reads, all but the last of the run; 0 for the whole split",
+        )
+    else:
+        add(
+            "--eval_interval",
+            type=not_negative,
+            default=0,
+            help="updates between evaluations on prompts that are not trained on, with one before training and one at "
+            "the end; 0 for none",
+        )
+        add("--eval_prompts", type=positive, default=64, help="prompts that an evaluation answers, on all ranks")
+    add(
+        "--save_best",
+        nargs="?",
+        choices=METRICS[step],
+        const=METRICS[step][0],
+        default=None,
+        help="keep the model of the best evaluation since training began in the folder best of --output_dir, beside "
+        f"the last; by what: without a word {METRICS[step][0]}; None for off",
+    )
+    add(
+        "--early_stopping_patience",
+        type=positive,
+        default=None,
+        help=f"end the run after so many evaluations without a better value of --save_best ({METRICS[step][0]} where "
+        "that is not given); None for off",
+    )
+    add(
+        "--save_interval",
+        type=positive,
+        default=None,
+        help="optimizer steps (step 3: updates) between models saved to folders step-000500 of --output_dir, to load "
+        "and try; they do not resume a run, as --checkpoint_steps do; None for off",
+    )
+    add(
+        "--save_total_limit",
+        type=positive,
+        default=None,
+        help="newest folders of --save_interval that are kept; None for all",
+    )
+
+
+def watched_metric(args, step: int) -> str | None:
+    """What the run's evaluations are judged by; None where no flag asks for that."""
+    return args.save_best or (METRICS[step][0] if args.early_stopping_patience else None)
+
+
+def check_watching(args, step: int) -> None:
+    """Refuse what would do nothing.
+
+    Raises:
+        UserError: naming the flags, with the reason.
+    """
+    for flag, value in (("--save_best", args.save_best), ("--save_interval", args.save_interval)):
+        if value and args.output_dir is None:
+            raise UserError(f"{flag} saves models under --output_dir, which is not given")
+    if args.save_total_limit and not args.save_interval:
+        raise UserError("--save_total_limit keeps the newest models of --save_interval, which is not given")
+    watching = "--early_stopping_patience" if args.early_stopping_patience else "--save_best"
+    if watched_metric(args, step) is None or args.eval_interval:
+        return
+    if step == 3:
+        raise UserError(f"{watching} compares evaluations, and step 3 makes none without --eval_interval")
+    if args.num_train_epochs == 1:
+        raise UserError(
+            f"{watching} compares evaluations, and a run of one epoch makes one, at its end: give --eval_interval, or "
+            "--num_train_epochs 2 or more"
+        )
