@@ -70,7 +70,7 @@ _install() { # _install PROJECT VENV FILES...
     echo "set-up: installing $(basename "$project")'s requirements"
     if python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         # The torch that is there stays, whichever it is.
-        { grep -v '^torch==' "$tested" && python -c 'import torch; print(f"torch=={torch.__version__}")'; } >"$venv/constraints.txt"
+        { grep -v '^torch==' "$tested" && python -W ignore -c 'import torch; print(f"torch=={torch.__version__}")'; } >"$venv/constraints.txt"
         arguments+=(-c "$venv/constraints.txt")
     fi
     for file in "$@"; do arguments+=(-r "$file"); done

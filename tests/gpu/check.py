@@ -410,7 +410,7 @@ def quickstart_stage(kit: Kit) -> Stage:
         return {f"{name} right": round(model["right"], 3) for name, model in models.items()}
 
     script = ["bash", "training_scripts/quickstart.sh", folder]
-    return Stage("quickstart", 420, [script], right, environment=environment)
+    return Stage("quickstart", 600, [script], right, environment=environment)
 
 
 def too_many_ranks_stage(kit: Kit) -> Stage:

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers import make_model, write_pairs
+from packaging import version
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -356,6 +358,8 @@ def ask():
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_chat_templates(case, folder, ask, monkeypatch):
     template, message = TEMPLATES[case]
+    if case == "a namespace that remembers" and version.parse(transformers.__version__) < version.parse("5.22"):
+        pytest.skip("before 5.22 such a name is stored in a dict like any other, and read by nobody")
     monkeypatch.setattr(chat_template_guard, "CPU_SECONDS", 1)
     (folder / "chat_template.jinja").write_text(template)
     _refused(lambda: ask(folder), rf"model: the tokenizer's chat template .*({message})")
