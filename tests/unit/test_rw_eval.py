@@ -296,7 +296,7 @@ def test_a_name_on_the_hub_is_downloaded(folder, monkeypatch):
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_in_words():
-    with pytest.raises(UserError, match=r"no model could be loaded from 'someone/reward'.*hub"):  # the tests run offline
+    with pytest.raises(UserError, match=r"loaded from 'someone/reward'.*hub"):  # the tests run offline
         rw_eval.load_judge("someone/reward", reward_args("someone/reward"))
 
 
