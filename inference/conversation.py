@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import StoppingCriteria
 
+from utils.data import prompt_format
 from utils.data.conversation import Conversation, Message, system, user
 from utils.data.prompt_format import BARE, cut_at_next_human, stop_strings
 from utils.data.row_texts import SkipRow
@@ -88,7 +89,7 @@ def describe(lm: LanguageModel, settings: dict) -> str:
 
 def asks_alone(lm: LanguageModel) -> bool:
     """Whether a model was trained on single questions, so that it sees no earlier turns."""
-    return lm.prompt_format == BARE
+    return lm.prompt_format == BARE or prompt_format.asks_alone(lm.tokenizer)
 
 
 def input_limit(lm: LanguageModel, args) -> int | None:

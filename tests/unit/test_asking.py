@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from helpers import make_model, make_reward_model
+from helpers import flags, make_model, make_reward_model, write_pairs
 from transformers import AutoTokenizer
 
 from evaluation_scripts import judging, prompt_eval, rw_eval
@@ -290,6 +290,21 @@ def test_a_model_that_names_no_format_is_asked_by_its_template_if_it_has_one(mon
     [ids] = chat_prompts(monkeypatch, [folders["unnamed"]], ["q"])
     assert ids == trained_ids(folders["unnamed"], "human_assistant", [user("q")])
     assert "human_assistant (it names no format of its own; --prompt_format" in capsys.readouterr().out
+
+
+def test_a_model_of_the_demos_single_questions_is_asked_each_question_alone(tmp_path, run_step, cache_folder):
+    model, pairs = make_model(tmp_path / "m"), write_pairs(tmp_path / "pairs.jsonl", 60)
+    places = dict(model_name_or_path=model, data_output_path=cache_folder)
+    few = "--dtype fp32 --max_train_samples 4 --max_eval_samples 4 --data_split 1,1,1"
+    run_step(1, flags(few, data_path="local/demo", output_dir=tmp_path / "demo", **places))
+    run_step(1, flags(few, data_path=pairs, output_dir=tmp_path / "pairs", **places))
+    asked = {}
+    for name in ("demo", "pairs"):
+        args = serve.parse_args(["--path", str(tmp_path / name)])
+        [lm] = conversation.load_models(args)
+        asked[name] = [conversation.build_prompt(turns, lm, None) for turns in (TALK, TALK[-1:])]
+    assert asked["demo"][0] == (asked["demo"][1][0], 2), "the earlier turns count as left out"
+    assert len(asked["pairs"][0][0]) > len(asked["pairs"][1][0])
 
 
 @pytest.mark.parametrize("prompt_format", ["human_assistant", "hh", "bare"])

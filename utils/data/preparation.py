@@ -20,6 +20,7 @@ from utils.data.batching import IGNORE_INDEX, learned_labels
 from utils.data.cache import PromptDataset, cache_writer, content_key, print_counts
 from utils.data.encoding import NEEDED_TEXTS, SFT, RowEncoder, TokenRules
 from utils.data.own_files import get_raw_dataset
+from utils.data.raw_datasets import find_known_dataset
 from utils.data.readers import DataError, ListRows, Rows, SubsetRows
 from utils.data.row_texts import RowReport
 from utils.data.sources import DataSource, sources_of_step
@@ -84,7 +85,8 @@ def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int, keep_c
         workers=args.preprocessing_num_workers,
     )
     train, evaluation = prepare_datasets(request, tokenizer)
-    prompt_format.remember(tokenizer, style or style_of_rows(train, tokenizer))
+    alone = all(getattr(find_known_dataset(source.path), "single_questions", False) for source in request.sources)
+    prompt_format.remember(tokenizer, style or style_of_rows(train, tokenizer), alone)
     show_rows(train, tokenizer, args.show_rows, getattr(args, "mask_prompt", False))
     return train, evaluation
 

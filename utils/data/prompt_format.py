@@ -306,7 +306,8 @@ def _check_has_template(tokenizer):
 
 # ---------------------------------------------------------------- the format that goes with a model
 
-_KEY, _OWN_TEMPLATE = "prompt_format", "own_chat_template"  # entries of tokenizer_config.json
+# Entries of tokenizer_config.json.
+_KEY, _OWN_TEMPLATE, _SINGLE = "prompt_format", "own_chat_template", "single_questions"
 
 
 def remembered(tokenizer):
@@ -315,14 +316,25 @@ def remembered(tokenizer):
     return found if found in FORMATS else None
 
 
-def remember(tokenizer, style):
+def asks_alone(tokenizer):
+    """Whether a tokenizer's model was trained on single questions, so that it is to see no earlier turns."""
+    return remembered(tokenizer) == BARE or bool(tokenizer.init_kwargs.get(_SINGLE))
+
+
+def remember(tokenizer, style, single_questions=False):
     """Note the format with which a model is trained, so that it is saved with it, and the template that servers use.
+
+    Args:
+        single_questions: its rows hold one question each, whatever the format could write.
 
     A template of the model's own that is not the format of its training is set aside in the tokenizer's configuration;
     ``own_template`` brings it back.
     """
     _check_style(style)
     tokenizer.init_kwargs[_KEY] = style
+    tokenizer.init_kwargs.pop(_SINGLE, None)
+    if single_questions:
+        tokenizer.init_kwargs[_SINGLE] = True
     if style == CHAT_TEMPLATE:
         tokenizer.init_kwargs.pop(_OWN_TEMPLATE, None)
         return

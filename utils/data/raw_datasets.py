@@ -63,6 +63,8 @@ class PromptRawDataset:
     # None: the train split is divided.
     eval_split: str | None = None
     has_answer = has_rejected = True
+    # Whether each row is one question: a model that learned nothing else is then asked each question alone.
+    single_questions = False
     # Whether a path that contains the name means this dataset.
     may_be_in_path = True
 
@@ -402,6 +404,7 @@ class DemoDataset(PromptRawDataset):
 
     dataset_name, dataset_name_clean, eval_split = "local/demo", "demo", "eval"
     may_be_in_path = False
+    single_questions = True
     prompt_field, chosen_field, rejected_field = "prompt", "chosen", "rejected"
 
     def _find_splits(self, dataset_name: str, data_root: Path) -> Splits:
