@@ -86,6 +86,7 @@ def test_an_estimate_leaves_out_what_is_there_before_any_model():
 STAGES = "versions|ceilings|demo_model|bf16_z3_deepspeed|flash_attention|too_many_ranks|bench_models|decode_own|scoring"
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_stages_at_toy_sizes_end_in_one_table(tmp_path):
     environment = dict(TINY="1", ONLY=STAGES, OUT=str(tmp_path), LIMIT="560")
@@ -108,6 +109,7 @@ def test_stages_at_toy_sizes_end_in_one_table(tmp_path):
         assert figure in results[name]["figures"] and figure in table
 
 
+@pytest.mark.nightly
 def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
     code, console = run_command(
         ["bash", PROJECT / "tests/gpu/run.sh", "smoke"], OUT=str(tmp_path), CUDA_VISIBLE_DEVICES=""

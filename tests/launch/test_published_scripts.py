@@ -24,7 +24,7 @@ def run_script(step: int, model, data, folder, **values) -> tuple[str, torch.nn.
     return console, loaded.eval()
 
 
-@pytest.mark.parametrize("lora_dim", [0, 4])
+@pytest.mark.parametrize("lora_dim", [0, pytest.param(4, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_published_script_trains_evaluates_and_saves_the_same_at_zero_0_and_3(
     step, lora_dim, model_folder, pairs_folder, tmp_path

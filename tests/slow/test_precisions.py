@@ -35,7 +35,7 @@ def scales(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.nightly), 3])
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_fp16_trains_while_its_loss_scale_finds_its_place(run_step, start, scales, tmp_path, step, stage):
     settings = {"zero_optimization": {"reduce_bucket_size": 1000000}, "fp16": SCALING}
