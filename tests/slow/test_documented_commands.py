@@ -180,7 +180,7 @@ def test_a_command_of_the_pages_works_as_printed(page, command, sandbox, cache_f
     arguments = ["pairs" if argument == "..." else argument for argument in arguments]
     data = f"--data_path pairs --data_output_path {cache_folder}"
     if NAMES["OUTPUT_DIR/adapter"] in arguments:
-        _run_python(STEPS[1], f"{LORA} {data} {SMALL[1]}".split(), monkeypatch)
+        _run_python(STEPS[1], f"{LORA} {data} {SMALL[1]} --overwrite_output_dir".split(), monkeypatch)
     if step and "--help" not in arguments:  # of a flag that is given twice the last one counts
         # Several pages name the same folders; whoever runs two of their commands gives this flag, too.
         arguments = [*data.split(), *arguments, *SMALL[int(step)].split(), "--overwrite_output_dir"]
