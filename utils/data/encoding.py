@@ -423,7 +423,7 @@ class RowEncoder:
     def finish(self, samples: list[tuple], encoded: list[EncodedText]) -> pa.RecordBatch:
         ends = np.cumsum([0] + [len(texts) for _, texts in samples]).tolist()
         made = [
-            self.maker.row(remembered, encoded[start:end])
+            self._row(remembered, encoded[start:end])
             for (remembered, _), (start, end) in zip(samples, pairwise(ends), strict=True)
         ]
         made = [row for row in made if row is not None]
@@ -431,6 +431,14 @@ class RowEncoder:
         columns = zip(*made, strict=True) if made else [() for _ in self.maker.columns]
         arrays = [_array(values, kind) for values, kind in zip(columns, self.maker.columns.values(), strict=True)]
         return pa.RecordBatch.from_arrays(arrays, names=list(self.maker.columns))
+
+    def _row(self, remembered: tuple, encoded: list[EncodedText]) -> tuple | None:
+        """A row; None to drop it, also where what is left of one that is too long can no longer be used."""
+        try:
+            return self.maker.row(remembered, encoded)
+        except SkipRow:  # the learned answers were among the oldest turns, or a template refuses the rest
+            self.counts.without_answer += 1
+            return None
 
 
 def _array(values: Sequence, kind: pa.DataType) -> pa.Array:
