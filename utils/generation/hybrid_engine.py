@@ -210,5 +210,7 @@ class HybridEngine:
             return f"{type(error).__name__}: {error}"
         finally:
             self.engine.train(was_training)
-        tolerance = 8 * torch.finfo(module.dtype).eps * max(1.0, logits.abs().max().item())
+        # vLLM's kernels sum in an order of their own.
+        roundings = 8 if self._vllm is None else 64
+        tolerance = roundings * torch.finfo(module.dtype).eps * max(1.0, logits.abs().max().item())
         return first_difference(rollout, plain[:, 5:], logits, decoding.eos_token_ids, tolerance)

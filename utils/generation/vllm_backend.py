@@ -9,9 +9,11 @@ under the names that a saved model has. It starts no process of its own: what en
 import importlib.metadata
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -49,9 +51,24 @@ class VllmSettings:
     gpu_memory_utilization: float = 0.3
     kv_cache_gib: float | None = None
 
+    def kv_cache_bytes(self, config, itemsize: int) -> int:
+        """The KV cache of one rank: what was asked for, or whole pages for all rows at full length and one to spare."""
+        if self.kv_cache_gib is not None:
+            return int(self.kv_cache_gib * 2**30)
+        text = config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        pages = self.max_rows * self.tensor_parallel * -(-self.max_length // CPU_BLOCK) + 1
+        size = pages * CPU_BLOCK * 2 * text.num_hidden_layers * heads * head_dim * itemsize
+        return size // self.tensor_parallel
+
 
 def check_vllm(flag: str) -> None:
-    """UserError, with what to install, unless a vLLM that was tried is there; ``flag`` asked for it. Imports nothing."""
+    """UserError, with what to install, unless a vLLM that was tried is there. Imports nothing.
+
+    Args:
+        flag: what asks for it.
+    """
     wanted = PACKAGES.get(get_accelerator().device_name(), "vllm")
     install = f"pip install '{wanted}{VLLM}' 'transformers{TRANSFORMERS}'"
     found = {}
@@ -71,15 +88,6 @@ def check_vllm(flag: str) -> None:
             raise UserError(f"{flag} works with {package}{bounds}, and {version} is installed: {install}")
 
 
-def kv_cache_bytes(config, rows: int, length: int, itemsize: int) -> int:
-    """Bytes that keys and values of ``rows`` x ``length`` positions take in whole pages, and one page to spare."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    pages = rows * -(-length // CPU_BLOCK) + 1
-    return pages * CPU_BLOCK * 2 * text.num_hidden_layers * heads * head_dim * itemsize
-
-
 def import_vllm():
     """The package, set up to stay inside this process and to be silent.
 
@@ -90,13 +98,14 @@ def import_vllm():
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # threads belong to the training too
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # names that torch has renamed
     try:
         import vllm
         from vllm.entrypoints import llm  # noqa: F401  (the package itself imports next to nothing)
     except (ImportError, RuntimeError, OSError) as error:
         raise UserError(
-            f"vLLM is installed and cannot be imported: {type(error).__name__}: {error}. If it is about torchvision, "
-            "torchaudio or torchcodec: they were built for another torch, and nothing here needs them; pip uninstall them"
+            f"vLLM is installed and cannot be imported: {type(error).__name__}: {error}. If torchvision, "
+            "torchaudio or torchcodec are to blame: they are built for another torch and not needed; pip uninstall them"
         ) from error
     return vllm
 
@@ -111,6 +120,21 @@ def process_left_alone() -> Iterator[None]:
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
+
+
+def _reason(error: Exception) -> str:
+    """What a person needs to know of an error; a settings check of pydantic's says it in its first entry."""
+    if callable(entries := getattr(error, "errors", None)):
+        return str(entries()[0]["msg"])
+    return f"{type(error).__name__}: {error}"
+
+
+def _keep_off_shared_memory() -> None:
+    """Ranks of a tensor-parallel group on a CPU talk by gloo: vLLM's own way there takes files in shared memory whose
+    names two runs on one machine have in common, and which a killed run leaves in the way of the next."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
 def check_names(loaded: set[str] | None, parameters: set[str]) -> None:
@@ -135,10 +159,7 @@ class VllmEngine:
 
     Args:
         module: the causal language model whose configuration, precision and vocabulary the engine takes.
-        vocabulary: ids from here on are never chosen.
-
-    Attributes:
-        kv_cache_bytes: asked for; None: vLLM decides by the share of the device's memory.
+        settings: what the run asks for.
 
     Raises:
         UserError: vLLM cannot serve the model.
@@ -148,12 +169,11 @@ class VllmEngine:
         vllm = import_vllm()
         self.settings, self._sampling, self._rows = settings, vllm.SamplingParams, embedding_rows(module)
         on_cpu = get_accelerator().device_name() == "cpu"
-        self.kv_cache_bytes = None if settings.kv_cache_gib is None else int(settings.kv_cache_gib * 2**30)
         options = {"block_size": CPU_BLOCK, "enforce_eager": True} if on_cpu else {"enable_sleep_mode": True}
-        if on_cpu and self.kv_cache_bytes is None:
-            rows = settings.max_rows * settings.tensor_parallel
-            size = kv_cache_bytes(module.config, rows, settings.max_length, module.dtype.itemsize)
-            self.kv_cache_bytes = size // settings.tensor_parallel
+        if on_cpu or settings.kv_cache_gib is not None:
+            options["kv_cache_memory_bytes"] = settings.kv_cache_bytes(module.config, module.dtype.itemsize)
+        if on_cpu:
+            _keep_off_shared_memory()
         config = module.config
         config.architectures = [type(module).__name__]
         with tempfile.TemporaryDirectory() as folder, process_left_alone():
@@ -168,9 +188,8 @@ class VllmEngine:
                     max_model_len=settings.max_length,
                     max_num_seqs=settings.max_rows * settings.tensor_parallel,
                     tensor_parallel_size=settings.tensor_parallel,
-                    distributed_executor_backend="external_launcher",
+                    distributed_executor_backend="external_launcher" if dist.is_initialized() else "uni",
                     gpu_memory_utilization=settings.gpu_memory_utilization,
-                    kv_cache_memory_bytes=self.kv_cache_bytes,
                     enable_prefix_caching=True,
                     # Of what tokens are drawn from; what top-k and top-p leave is another distribution than PPO's.
                     logprobs_mode="raw_logprobs" if settings.cuts else "processed_logprobs",
@@ -180,7 +199,7 @@ class VllmEngine:
             except Exception as error:  # whatever its many parts refuse a model with
                 raise UserError(
                     f"--hybrid_engine_backend vllm: vLLM cannot serve this {type(module).__name__}: "
-                    f"{type(error).__name__}: {error}; use auto"
+                    f"{_reason(error)}; use auto"
                 ) from error
         self._sleeps = not on_cpu
         self._sleep()
@@ -216,8 +235,7 @@ class VllmEngine:
                 worker.model_runner.reload_weights(weights_iterator=iter(weights))
             except (ValueError, KeyError, AssertionError) as error:
                 raise UserError(
-                    f"--hybrid_engine_backend vllm: vLLM does not take this model's weights: "
-                    f"{type(error).__name__}: {error}; use auto"
+                    f"--hybrid_engine_backend vllm: vLLM does not take this model's weights: {_reason(error)}; use auto"
                 ) from error
             finally:
                 del model.load_weights
@@ -280,7 +298,7 @@ class VllmEngine:
         group = get_tp_group()
         gathered = [None] * group.world_size
         dist.all_gather_object(gathered, requests, group=group.cpu_group)
-        return sum(gathered, []), sum(map(len, gathered[: group.rank_in_group]))
+        return list(chain.from_iterable(gathered)), sum(map(len, gathered[: group.rank_in_group]))
 
     def _sampling_params(self, decoding: Decoding, seed: int):
         samples = decoding.temperature > 0
