@@ -192,6 +192,13 @@ def test_e2e_chains_the_steps_and_skips_what_is_done(tmp_path):
     assert dry_run(script).returncode == 2
 
 
+def test_e2e_replaces_an_unfinished_step_but_not_its_checkpoints(tmp_path):
+    (tmp_path / "reward/checkpoints").mkdir(parents=True)
+    (tmp_path / "reward/checkpoints/latest").touch()
+    done = dry_run(PROJECT / "training_scripts/e2e.sh", tmp_path)
+    assert [parsed(line)[1].overwrite_output_dir for line in done.stdout.splitlines()] == [True, False, True]
+
+
 @pytest.mark.parametrize("step, combinations", [(1, 14), (2, 14), (3, 28)])
 def test_a_sweep_walks_every_combination(step, combinations, tmp_path):
     models = ["actor", "critic"] if step == 3 else ["model"]
