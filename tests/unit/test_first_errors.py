@@ -234,10 +234,16 @@ def test_offloading_without_a_compiler_is_refused_where_it_would_compile(tmp_pat
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(operators.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="--offload compiles DeepSpeed's cpu_adam: install a C"):
-        operators.check_compiler("--offload", "cpu_adam")
+        operators.check_compiler("--offload", "DeepSpeed's cpu_adam", "cpu_adam")
     (tmp_path / "cpu_adam").mkdir()
     (tmp_path / "cpu_adam/cpu_adam.so").touch()
-    operators.check_compiler("--offload", "cpu_adam")
+    operators.check_compiler("--offload", "DeepSpeed's cpu_adam", "cpu_adam")
+
+
+def test_compiling_generation_without_a_compiler_is_refused(run_step, start, monkeypatch):
+    monkeypatch.setattr(operators.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="--compile_generation compiles the step that makes one token: install a C"):
+        run_step(3, [*start(3), "--enable_hybrid_engine", "--compile_generation"])
 
 
 # ---------------------------------------------------------------- learning rates and divergence

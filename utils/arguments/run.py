@@ -188,7 +188,9 @@ def settle_common(args) -> None:
             raise UserError("--attn_implementation flash_attention_2 computes in fp16 or bf16, not in --dtype fp32")
     check_checkpoints(args)
     if args.offload:
-        check_compiler("--offload", "cpu_adam")
+        check_compiler("--offload", "DeepSpeed's cpu_adam", "cpu_adam")
+    if getattr(args, "compile_generation", False):
+        check_compiler("--compile_generation", "the step that makes one token")
     if args.enable_tensorboard and "tensorboard" not in args.report_to:
         args.report_to = ["tensorboard", *args.report_to]
     for name in args.report_to:
