@@ -121,7 +121,8 @@ def test_a_hub_that_never_answers_costs_seconds(tmp_path):
 # ---------------------------------------------------------------- data before weights
 
 BAD_DATA = {  # flags -> message
-    "--data_path {tmp}/nowhere": r"unknown dataset '.*nowhere'",
+    "--data_path {tmp}/row.jsonl": r"row\.jsonl: there is no such file .*did you mean \S+/rows\.jsonl\?",
+    "--data_path {tmp}/nowhere": r"/nowhere: there is no such file or folder of data; looked for \S+/nowhere$",
     "--prompt_column question": r"--prompt_column: .*question",
     "--data_path {tmp}/rows.jsonl": r"(?s)rows\.jsonl.*field 'prompt' is null",
 }

@@ -398,7 +398,11 @@ DATA = {
     "a folder with the name of a file": ("x.jsonl", Path.mkdir, "expected data files"),
     "a pipe": ("x.jsonl", os.mkfifo, "expected data files"),
     "an endless device": ("x.jsonl", lambda p: p.symlink_to("/dev/zero"), "expected data files"),
-    "a link to itself": ("x.jsonl", lambda p: p.symlink_to(p), "neither a known name nor an existing path"),
+    "a link to itself": (
+        "x.jsonl",
+        lambda p: p.symlink_to(p),
+        "there is no such file or folder of data; looked for \\S+$",
+    ),
     "a folder that holds itself": ("x", lambda p: (p.mkdir(), (p / "x").symlink_to(p)), "expected data files"),
     "a loading script": ("x", _dataset_folder("x.py", "open('RAN', 'w')"), "expected data files"),
     "a saved dataset that points elsewhere": (

@@ -1,5 +1,6 @@
 """The user's own files and datasets of the hub without a class of their own, and the way from a name to its dataset."""
 
+import contextlib
 import difflib
 import os
 import re
@@ -189,6 +190,14 @@ def _nearest(dataset_name: str) -> str:
 
 
 def _unknown_dataset(dataset_name: str) -> DataError:
+    path = Path(dataset_name)
+    if path.is_absolute() or dataset_name.startswith((".", "~")) or path.suffix in READERS:  # never a known name
+        names = []
+        with contextlib.suppress(OSError):  # no such folder, or not to be looked into
+            names = [entry.name for entry in path.parent.iterdir() if entry.exists()]
+        close = difflib.get_close_matches(path.name, names, n=1)
+        hint = f" (did you mean {path.parent / close[0]}?)" if close else ""
+        return DataError(f"{dataset_name}: there is no such file or folder of data; looked for {path.absolute()}{hint}")
     return DataError(
         f"unknown dataset {dataset_name!r}{_nearest(dataset_name)}: neither a known name nor an existing path (looked "
         f"for {Path(dataset_name).absolute()}). Known names: {', '.join(KNOWN_DATASETS)}. A path would have to be a "

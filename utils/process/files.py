@@ -40,6 +40,8 @@ def check_output_dir(output_dir: str | None, flag: str = "--output_dir") -> None
         folder.mkdir(parents=True, exist_ok=True)
         with scratch_beside(folder / "write-test") as probe:
             probe.write_bytes(b"")
+    except FileExistsError as error:
+        raise UserError(f"{flag} {output_dir}: is a file, and a folder is needed; name another") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {output_dir}: cannot be written: {getattr(error, 'strerror', error)}") from error
 
