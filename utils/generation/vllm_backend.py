@@ -24,6 +24,7 @@ from utils.generation.sampling import Decoding, Rollout
 from utils.model.inputs import embedding_rows
 from utils.process.errors import UserError
 from utils.process.seeds import random_states_kept
+from utils.process.world import get_world_size
 
 # Its engine is reached into (weights by name), so that only releases which were tried are known to work.
 VLLM, TRANSFORMERS = ">=0.32,<0.33", ">=5.17,<5.20"
@@ -188,7 +189,7 @@ class VllmEngine:
                     max_model_len=settings.max_length,
                     max_num_seqs=settings.max_rows * settings.tensor_parallel,
                     tensor_parallel_size=settings.tensor_parallel,
-                    distributed_executor_backend="external_launcher" if dist.is_initialized() else "uni",
+                    distributed_executor_backend="external_launcher" if get_world_size() > 1 else "uni",
                     gpu_memory_utilization=settings.gpu_memory_utilization,
                     enable_prefix_caching=True,
                     # Of what tokens are drawn from; what top-k and top-p leave is another distribution than PPO's.
