@@ -97,8 +97,8 @@ class Reporter:
             self._gap_told = True
             print_rank_0(
                 f"step {step}: the sampler's log-probs lie {gap:.3f} nats on average from the policy's "
-                "(rollout_log_prob_gap in metrics.jsonl), by so much are updates off-policy: --rollout_is_clip 2 weighs "
-                "tokens by it, --hybrid_engine_backend own samples with the policy's kernels"
+                "(rollout_log_prob_gap in metrics.jsonl), by so much are updates off-policy: --rollout_is_clip 2 "
+                "weighs tokens by it, --hybrid_engine_backend own samples with the policy's kernels"
             )
         if self.args.sample_interval and step % self.args.sample_interval == 0:
             samples = sample_rows(experience, self.trainer.tokenizer, self.args.samples_shown)
