@@ -313,17 +313,18 @@ def _served_by_vllm(lm: LanguageModel, use: VllmUse) -> LanguageModel:
         UserError: vLLM cannot serve the model.
     """
     model = lm.model
-    wanted = VllmSettings(lm.max_positions or FREE_LENGTH, use.rows).kv_cache_bytes(model.config, model.dtype.itemsize)
-    on_cpu = get_accelerator().device_name() == "cpu"
     settings = VllmSettings(
-        max_length=AUTO_LENGTH,
+        max_length=lm.max_positions or FREE_LENGTH,
         max_rows=use.rows,
         gpu_memory_utilization=GPU_SHARE / use.models,
-        kv_cache_gib=min(CPU_CACHE_GIB, wanted / 2**30) if on_cpu else None,
         sleeps=False,
         asked_by=VLLM,
         otherwise=INSTEAD,
     )
+    if get_accelerator().device_name() == "cpu":
+        wanted = settings.kv_cache_bytes(model.config, model.dtype.itemsize)
+        settings = replace(settings, kv_cache_gib=min(CPU_CACHE_GIB, wanted / 2**30))
+    settings = replace(settings, max_length=AUTO_LENGTH)
     engine = VllmEngine(model, settings)
     engine.take_weights(published_weights(model))
     model.to("meta")  # configuration and shapes are all that is asked of it from here on

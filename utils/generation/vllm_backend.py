@@ -63,12 +63,17 @@ class VllmSettings:
     asked_by: str = "--hybrid_engine_backend vllm"
     otherwise: str = "auto"
 
+    def refusal(self, reason: str) -> UserError:
+        return UserError(f"{self.asked_by}: {reason}; use {self.otherwise}")
+
     def kv_cache_bytes(self, config, itemsize: int) -> int:
         """The KV cache of one rank: what was asked for, or whole pages for all rows at full length and one to spare."""
         if self.kv_cache_gib is not None:
             return int(self.kv_cache_gib * 2**30)
         text = config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+        if heads is None:
+            raise self.refusal(f"{config.model_type} has no attention whose keys and values vLLM could keep")
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         pages = self.max_rows * self.tensor_parallel * -(-self.max_length // CPU_BLOCK) + 1
         size = pages * CPU_BLOCK * 2 * text.num_hidden_layers * heads * head_dim * itemsize
@@ -222,12 +227,9 @@ class VllmEngine:
                     **options,
                 )
             except Exception as error:  # whatever its many parts refuse a model with
-                raise self._refusal(f"vLLM cannot serve this {type(module).__name__}: {_reason(error)}") from error
+                raise settings.refusal(f"vLLM cannot serve this {type(module).__name__}: {_reason(error)}") from error
         self._on_cpu, self._sleeps = on_cpu, settings.sleeps and not on_cpu
         self._sleep()
-
-    def _refusal(self, reason: str) -> UserError:
-        return UserError(f"{self.settings.asked_by}: {reason}; use {self.settings.otherwise}")
 
     @property
     def max_length(self) -> int:
@@ -288,9 +290,9 @@ class VllmEngine:
             for loaded, parameters in self._llm.collective_rpc(reload):
                 check_names(loaded, parameters)
         except UserError as error:
-            raise self._refusal(str(error)) from error
+            raise self.settings.refusal(str(error)) from error
         except (ValueError, KeyError, AssertionError) as error:
-            raise self._refusal(f"vLLM does not take this model's weights: {_reason(error)}") from error
+            raise self.settings.refusal(f"vLLM does not take this model's weights: {_reason(error)}") from error
         if self._sleeps:
             self._llm.wake_up(tags=["kv_cache"])
         self._llm.reset_prefix_cache()
