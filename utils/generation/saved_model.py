@@ -32,7 +32,7 @@ from utils.generation.asking import UNNAMED, AskedFormat, PromptWriter, add_prom
 from utils.generation.sampling import Decoding
 from utils.generation.vllm_backend import AUTO_LENGTH, COLDEST, VllmEngine, VllmSettings, check_vllm
 from utils.model.inputs import embedding_rows
-from utils.model.loading import check_there
+from utils.model.loading import check_there, load_config
 from utils.model.model_utils import check_model, grow_embedding
 from utils.model.saving import published_weights
 from utils.model.soft_prompt import SoftPromptModel, base_of_soft_prompt, load_soft_prompt, soft_prompt_config
@@ -161,12 +161,10 @@ def check_backend(args, paths: Sequence[str]) -> None:
         raise UserError(f"--device {args.device}: {VLLM} computes on {device}, the first one; leave the flag out")
     if args.temperature is not None and 0 < args.temperature < COLDEST:
         raise UserError(f"--temperature {args.temperature}: vLLM samples at {COLDEST} or more")
-    _quieten_transformers()
     for path in paths:
         if soft_prompt_config(path) is not None:
             raise UserError(f"{path} holds a soft prompt, and vLLM takes whole models; use {INSTEAD}")
-        config, _ = check_model(AutoModelForCausalLM, path, args.trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
+        if getattr(load_config(path, args.trust_remote_code), "quantization_config", None) is not None:
             raise UserError(f"{path} holds quantised weights, which cannot be handed to vLLM; use {INSTEAD}")
     check_vllm(VLLM)
 
@@ -233,12 +231,6 @@ def four_bit_options(dtype: torch.dtype) -> dict:
     return {"quantization_config": config}
 
 
-def _quieten_transformers() -> None:
-    """check_model says what matters of its loading report."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
 def load_pretrained(auto_class, path: str, args, in_4bit: bool = False, on_host: bool = False) -> PreTrainedModel:
     """A model with every weight taken from the checkpoint, in evaluation mode, on the device that `args` ask for.
 
@@ -248,7 +240,8 @@ def load_pretrained(auto_class, path: str, args, in_4bit: bool = False, on_host:
     Raises UserError if it cannot be read, or if weights are missing: they would be random numbers otherwise.
     """
     device = choose_device(args.device)
-    _quieten_transformers()
+    transformers_logging.set_verbosity_error()  # check_model reports what matters of its loading report
+    transformers_logging.disable_progress_bar()
     config, options = check_model(auto_class, path, args.trust_remote_code)
     dtype = choose_dtype(args.dtype, device)
     device = torch.device("cpu") if on_host else device
