@@ -167,6 +167,14 @@ def _keep_off_shared_memory() -> None:
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
+def _let_experts_be_packed_again(model) -> None:
+    """On a CPU vLLM packs the experts of a mixture when it sets up their product, which it does once: do so anew."""
+    for part in model.modules():
+        method = getattr(part, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
 def check_names(loaded: set[str] | None, parameters: set[str]) -> None:
     """UserError unless every parameter of the engine took new weights.
 
@@ -279,6 +287,8 @@ class VllmEngine:
                 return loaded[-1]
 
             parameters = {name for name, _ in model.named_parameters()}
+            if not self._sleeps:
+                _let_experts_be_packed_again(model)
             model.load_weights = load_and_note
             try:
                 worker.model_runner.reload_weights(weights_iterator=iter(weights))
