@@ -285,7 +285,7 @@ class MetaModel:
         return sum(layer.weight.numel() for layer in self.adapted) * self.itemsize
 
     def fused_bytes(self) -> int:
-        """Copies that fused_linear.py makes on a CPU: of layers that share an input, in 16 bits of all layers."""
+        """Copies that fused_linear.py makes on a CPU that gains by them: of all linear layers."""
         with LiveBytes(), _fused_attention():
             for layer in self.adapted:
                 layer.fuse_lora_weight()
@@ -295,8 +295,7 @@ class MetaModel:
                 for layer in self.adapted:
                     layer.unfuse_lora_weight()
         modules = dict(self.model.named_modules())
-        names = [name for group in groups if len(group) > 1 or self.itemsize == 2 for name in group]
-        return sum(modules[name].weight.numel() for name in names) * self.itemsize
+        return sum(modules[name].weight.numel() for group in groups for name in group) * self.itemsize
 
     @_once
     def training(
