@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -71,13 +72,15 @@ class Runner:
     """Runs stages within a time for all of them, and keeps the results, in the order of the stages.
 
     Args:
-        logs: folder of one log per stage. seconds: for all stages. only: regular expression of names.
+        work: folder of the logs, and of a folder for each stage that writes, made anew.
+        seconds: for all stages. only: regular expression of names.
     """
 
-    def __init__(self, logs: Path, seconds: float, only: str = ".*"):
-        self.logs, self.end, self.only = logs, time.monotonic() + seconds, re.compile(only)
+    def __init__(self, work: Path, seconds: float, only: str = ".*"):
+        self.work, self.logs = work, work / "logs"
+        self.end, self.only = time.monotonic() + seconds, re.compile(only)
         self.results: list[Result] = []
-        logs.mkdir(parents=True, exist_ok=True)
+        self.logs.mkdir(parents=True, exist_ok=True)
 
     def run(self, stages: list[Stage], together: int = 1) -> None:
         """All stages whose name was asked for; up to ``together`` side by side where they measure no time."""
@@ -103,6 +106,7 @@ class Runner:
     def _run_commands(self, stage: Stage, seconds: float) -> Result:
         path, start = self.logs / f"{stage.name}.log", time.monotonic()
         outcome = "ok"
+        shutil.rmtree(self.work / stage.name, ignore_errors=True)  # of an earlier check: no run writes over it
         with path.open("w") as log:
             for number, command in enumerate(stage.commands, 1):
                 command = [str(word) for word in command]
@@ -154,9 +158,10 @@ def run_command(command: list[str], log, seconds: float, environment: dict[str, 
 
 
 def last_words(log: str) -> str:
-    """The line that most likely says why a stage failed: the last error, or the last line."""
+    """The line that most likely says why a stage failed: our last error, or the last of anyone, or the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("$")]
-    errors = [line for line in lines if re.match(r"(error: |[\w.]*(Error|Exception)\b)", line)]
+    ours = [line for line in lines if line.startswith("error: ")]  # launchers raise one of their own behind it
+    errors = ours or [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return (errors or lines or ["it said nothing"])[-1][:300]
 
 
@@ -532,7 +537,7 @@ def main() -> int:
         "WORK": str(work),
         "PYTHONPATH": str(PROJECT),
     }
-    runner = Runner(work / "logs", float(os.environ.get("LIMIT") or 3600), os.environ.get("ONLY") or ".*")
+    runner = Runner(work, float(os.environ.get("LIMIT") or 3600), os.environ.get("ONLY") or ".*")
     asked, runner.only = runner.only, re.compile("versions")
     runner.run([Stage("versions", 90, [[*MEASURE, "versions"]], measured)])
     runner.only = asked

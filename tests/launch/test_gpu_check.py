@@ -48,7 +48,21 @@ def test_a_failure_is_told_by_its_error_and_ends_only_its_own_stage(tmp_path):
     assert silent.outcome == "failed" and "no figures" in silent.note
     assert (expected.outcome, expected.note) == ("ok", "error: no such flag")
     assert wrong.outcome == "failed"
-    assert "$" in (tmp_path / "failed.log").read_text() and "one" in (tmp_path / "failed.log").read_text()
+    assert "$" in (tmp_path / "logs/failed.log").read_text() and "one" in (tmp_path / "logs/failed.log").read_text()
+
+
+def test_a_second_check_begins_each_stage_with_an_empty_folder(tmp_path):
+    (tmp_path / "again").mkdir()
+    (tmp_path / "demo").mkdir()
+    [result] = run_stages(
+        tmp_path, check.Stage("again", 20, [[*PYTHON, f"import os; os.mkdir({str(tmp_path / 'again')!r})"]])
+    )
+    assert result.outcome == "ok" and (tmp_path / "demo").is_dir()
+
+
+def test_of_a_launcher_s_error_behind_our_own_ours_is_told():
+    log = "$ torchrun x\nerror: rank 0: no such flag\ntorch.distributed.elastic.ChildFailedError:\n====\n"
+    assert check.last_words(log) == "error: rank 0: no such flag"
 
 
 def test_what_does_not_fit_the_time_or_the_machine_is_skipped_with_the_reason(tmp_path):
