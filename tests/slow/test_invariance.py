@@ -21,6 +21,10 @@ SUPERVISED = {
     "1 rank, checkpointing": (1, 4, 2, 0, "--gradient_checkpointing"),
     "2 ranks, checkpointing at stage 3": (2, 2, 2, 3, "--gradient_checkpointing"),
 }
+DPO = {
+    "2 ranks, precomputed at stage 3": (2, 4, 1, 3, "--precompute_ref_log_probs"),
+    "2 ranks, the reference in host memory": (2, 4, 1, 2, "--offload_reference_model"),
+}
 RLHF = {  # name: (stage of the actor, of the critic, other flags)
     "stages 0 and 0": (0, 0, ""),
     "stages 3 and 0": (3, 0, ""),
@@ -42,8 +46,8 @@ def runs(tmp_path_factory) -> Path:
     common = "--data_split 1,1,1 --dtype fp32 --max_eval_samples 4"
     places = dict(data_path=folder / "pairs", data_output_path=folder / "cache")
     lists = {1: [], 2: []}
-    for step, start in ((1, base), (2, reward)):
-        for name, (ranks, rows, accumulation, stage, more) in SUPERVISED.items():
+    for step, start in ((1, base), (2, reward), ("dpo", base)):
+        for name, (ranks, rows, accumulation, stage, more) in (SUPERVISED | (DPO if step == "dpo" else {})).items():
             text = f"""
                 {common} --max_seq_len 48 --learning_rate 1e-3 --zero_stage {stage} {more}
                 --per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}
@@ -68,9 +72,11 @@ def _trajectory(folder: Path, names) -> list[list[float]]:
     return [[row[f"train/{name}"] for name in names] for row in read_metrics(folder)]
 
 
-@pytest.mark.parametrize("name", list(SUPERVISED)[1:])
-@pytest.mark.parametrize("step", [1, 2])
-def test_steps_1_and_2_give_one_trajectory_and_one_model(runs, step, name):
+CASES = [(step, name) for step in (1, 2, "dpo") for name in list(SUPERVISED)[1:]] + [("dpo", name) for name in DPO]
+
+
+@pytest.mark.parametrize("step, name", CASES)
+def test_steps_1_and_2_and_dpo_give_one_trajectory_and_one_model(runs, step, name):
     reference, run = runs / str(step) / next(iter(SUPERVISED)), runs / str(step) / name
     wanted, got = (torch.tensor(_trajectory(folder, ["loss", "grad_norm", "lr"])) for folder in (reference, run))
     assert len(wanted) == 3

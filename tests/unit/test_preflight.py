@@ -50,7 +50,7 @@ def line_of(printed: str, check: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2, "dpo", 3])
 def test_a_run_that_would_work_passes_every_check(step, dry_run, model_folder, reward_folder):
     models = ["--model_name_or_path", model_folder]
     if step == 3:
