@@ -1,4 +1,4 @@
-"""The losses of steps 1 and 2 and of DPO against TRL's trainers. Not run by default; in an environment that has TRL 1.16:
+"""The losses of steps 1, 2 and DPO against TRL's trainers. Not run by default; in an environment that has TRL 1.16:
 
 python -m pytest -m trl
 """
