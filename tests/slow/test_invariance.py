@@ -76,7 +76,7 @@ CASES = [(step, name) for step in (1, 2, "dpo") for name in list(SUPERVISED)[1:]
 
 
 @pytest.mark.parametrize("step, name", CASES)
-def test_steps_1_and_2_and_dpo_give_one_trajectory_and_one_model(runs, step, name):
+def test_steps_1_and_2_give_one_trajectory_and_one_model(runs, step, name):
     reference, run = runs / str(step) / next(iter(SUPERVISED)), runs / str(step) / name
     wanted, got = (torch.tensor(_trajectory(folder, ["loss", "grad_norm", "lr"])) for folder in (reference, run))
     assert len(wanted) == 3
