@@ -121,7 +121,7 @@ def main():
     measure = partial(evaluate, engine, compare_answers, eval_loader, device)
     save_to = partial(save, args, engine, tokenizer, card)
     evaluations = Evaluations(args, DPO, measure, console, writer, save_to, len(eval_loader))
-    checkpoints.resume(writer, train_rows, {"model": engine}, nonfinite=nonfinite, evaluations=evaluations)
+    checkpoints.resume(writer, train_rows.dataset, {"model": engine}, nonfinite=nonfinite, evaluations=evaluations)
 
     # 4. Train
     console.begin(len(train_rows))
