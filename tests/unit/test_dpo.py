@@ -228,12 +228,13 @@ def test_numbers_name_answers_over_both_datasets():
 
 def test_answers_begin_where_their_own_tokens_do(tmp_path, model_folder):
     """A prompt whose last token depends on the answer behind it: each answer has its own beginning."""
-    text = {"prompt": " Human: say cat Assistant:", "chosen": " cat.", "rejected": "cat no"}
+    text = {"prompt": " Human: ca", "chosen": "t.", "rejected": " no"}
     for split in ("train", "eval"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(text) + "\n")
     tokenizer = load_hf_tokenizer(model_folder)
     train, _ = create_prompt_dataset(0, [str(tmp_path)], "0,1,0", tmp_path / "cache", 2, 1, tokenizer, 64)
     example = train[0]
+    assert example["answer_starts"][0] < example["answer_starts"][1], "the first one's beginning is a part of ' cat'"
     for name, start in zip(("chosen", "rejected"), example["answer_starts"], strict=True):
         ids = example[f"{name}_ids"]
         answer = tokenizer.decode(ids[start:-1], clean_up_tokenization_spaces=False)
