@@ -98,6 +98,7 @@ def generate(trainer, prompt_batches, args, step: int, times: StepTimes, refuse)
             columns = [row for row in columns for _ in range(copies)]
         rounds.append(trainer.generate_experience(prompt, mask, step, refuse, columns))
         times.generate += trainer.generate_time
+        times.gather += trainer.rlhf_engine.generator.gather_time
         times.generated_positions += trainer.generated_steps
     return Experience.concat(rounds, trainer.tokenizer.pad_token_id)
 

@@ -19,6 +19,7 @@ class StepTimes:
 
     experience: float = 0.0  # generation included
     generate: float = 0.0
+    gather: float = 0.0  # of generate: weights gathered, or handed to vLLM
     training: float = 0.0
     generated_positions: int = 0
 
@@ -99,6 +100,7 @@ class Reporter:
             **rates,
             "seconds": times.total,
             "generate_seconds": times.generate,
+            "gather_seconds": times.gather,
             "training_seconds": times.training,
         }
         self.writer.write(step, metrics | averaged | throughput | run)
@@ -112,7 +114,7 @@ class Reporter:
 
         others = times.experience - times.generate
         print_classic(
-            f"|E2E latency={times.total:.2f}s |Gather latency=0.00s (0.00%) "
+            f"|E2E latency={times.total:.2f}s |Gather latency={times.gather:.2f}s ({share(times.gather)}) "
             f"|Generate time={times.generate:.2f}s ({share(times.generate)}) "
             f"|Training time={times.training:.2f}s ({share(times.training)}) |Others={others:.2f} ({share(others)})"
             f"|CurSamplesPerSec={rows / times.total:.2f} "

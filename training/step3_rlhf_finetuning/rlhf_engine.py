@@ -7,6 +7,7 @@ import psutil
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
+from utils import arguments
 from utils.engine import build
 from utils.engine.steps import moving_average
 from utils.generation.hybrid_engine import HybridEngine
@@ -37,6 +38,7 @@ class DeepSpeedRLHFEngine:
             args.release_inference_cache,
             args.hybrid_engine_backend,
             args.max_prompt_seq_len + args.max_answer_seq_len if args.compile_generation else None,
+            arguments.vllm_settings(args),
         )
         self.ref = self._init_ref(actor_model_name_or_path) if args.separate_ref else None
         self.actor_ema = self._init_ema(actor_model_name_or_path) if args.enable_ema else None

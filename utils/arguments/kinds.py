@@ -104,6 +104,14 @@ def above_zero(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A part of a whole, or all of it."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
 def size(text: str) -> int:
     """Bytes; units are powers of 1000, as on the hub."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip().upper())

@@ -12,6 +12,7 @@ from utils.arguments.kinds import (
     not_negative,
     positive,
     probability,
+    share,
 )
 from utils.arguments.model import (
     QUANTIZATIONS,
@@ -25,7 +26,9 @@ from utils.arguments.model import (
     check_save_lora_adapters,
     working_stage,
 )
+from utils.generation.vllm_backend import COLDEST, VllmSettings, check_vllm
 from utils.process.errors import UserError
+from utils.process.world import get_world_size
 
 
 def add_rlhf_arguments(parser) -> None:
@@ -214,10 +217,24 @@ def add_rlhf_arguments(parser) -> None:
     )
     add(
         "--hybrid_engine_backend",
-        choices=["auto", "own", "transformers", "deepspeed"],
+        choices=["auto", "own", "transformers", "deepspeed", "vllm"],
         default="auto",
         help="who generates: own (this project's loop), transformers (its generate()), deepspeed (its kernels, CUDA "
-        "only); auto: own where its greedy tokens equal those of generate() on a check batch, else transformers",
+        "only), vllm (an engine of vLLM in each rank, fed with the actor's weights before each phase); auto: own where "
+        "its greedy tokens equal those of generate() on a check batch, else transformers",
+    )
+    add(
+        "--vllm_gpu_memory_utilization",
+        type=share,
+        default=0.3,
+        help="share of a GPU's memory that vLLM has for weights and KV cache while it generates; training gets it back",
+    )
+    add(
+        "--vllm_kv_cache_gib",
+        type=above_zero,
+        default=None,
+        help="size of vLLM's KV cache on each rank; None: what that share leaves beside the weights, on a CPU what the "
+        "generation batch needs at full length",
     )
     add(
         "--compile_generation",
@@ -227,7 +244,12 @@ def add_rlhf_arguments(parser) -> None:
     )
     add("--unpin_actor_parameters", action="store_true", help="gather layer by layer after all: slower, less memory")
     add("--release_inference_cache", action="store_true", help="give cached memory back after each generation phase")
-    add("--inference_tp_size", type=positive, default=1, help="tensor-parallel ranks in generation; only 1 so far")
+    add(
+        "--inference_tp_size",
+        type=positive,
+        default=1,
+        help="neighbouring ranks that generate as one tensor-parallel engine of vLLM; the other backends: only 1",
+    )
     add(
         "--tp_gather_partition_size",
         type=positive,
@@ -381,7 +403,7 @@ def _check_generation(args) -> None:
         )
     if args.compile_generation and (
         not args.enable_hybrid_engine
-        or args.hybrid_engine_backend in ("transformers", "deepspeed")
+        or args.hybrid_engine_backend in ("transformers", "deepspeed", "vllm")
         or (args.unpin_actor_parameters and args.actor_zero_stage == 3)
     ):
         raise UserError(
@@ -393,10 +415,48 @@ def _check_generation(args) -> None:
             "--hybrid_engine_backend deepspeed: DeepSpeed's generation kernels need CUDA, and this machine computes "
             f"on {get_accelerator().device_name()}; use auto"
         )
-    if args.inference_tp_size > 1:
+    if args.inference_tp_size > 1 and args.hybrid_engine_backend != "vllm":
         raise UserError(
-            "--inference_tp_size above 1 is not available: each rank generates with the whole gathered model"
+            "--inference_tp_size above 1 needs --hybrid_engine_backend vllm: elsewhere each rank generates with the "
+            "whole gathered model"
         )
+    _check_vllm(args)
+
+
+def _check_vllm(args) -> None:
+    """The flags of vLLM against each other, the ranks and what is installed."""
+    if args.hybrid_engine_backend != "vllm":
+        if args.vllm_kv_cache_gib is not None:
+            raise UserError("--vllm_kv_cache_gib needs --hybrid_engine_backend vllm")
+        return
+    if args.unpin_actor_parameters:
+        raise UserError(
+            "--unpin_actor_parameters gathers layer by layer for every token; vLLM holds a whole copy of the weights, "
+            "which are handed over layer by layer once in a phase: leave it out"
+        )
+    if 0 < args.temperature < COLDEST and args.do_sample:
+        raise UserError(
+            f"--temperature {args.temperature}: vLLM samples at {COLDEST} or more; 0 takes the likeliest token"
+        )
+    if get_world_size() % args.inference_tp_size:
+        raise UserError(
+            f"--inference_tp_size {args.inference_tp_size} does not divide the {get_world_size()} ranks of this run"
+        )
+    check_vllm("--hybrid_engine_backend vllm")
+
+
+def vllm_settings(args) -> VllmSettings | None:
+    """How step 3's flags set up an engine of vLLM; None where another backend generates."""
+    if args.hybrid_engine_backend != "vllm":
+        return None
+    return VllmSettings(
+        max_length=args.max_prompt_seq_len + args.max_answer_seq_len,
+        max_rows=args.per_device_generation_batch_size,
+        cuts=args.do_sample and (args.top_k > 0 or args.top_p < 1),
+        tensor_parallel=args.inference_tp_size,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        kv_cache_gib=args.vllm_kv_cache_gib,
+    )
 
 
 def _check_precision(args) -> None:

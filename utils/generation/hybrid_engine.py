@@ -5,10 +5,11 @@ weights are gathered once for the whole generation phase, with the hooks that ga
 updates are folded into their matrices, so that a token costs plain matrix products. Then everything is restored
 exactly: shards were never written to, and a folded matrix's original was only set aside.
 
-Answers come from the loop in sampling.py, once a check at the start has shown that its greedy tokens are those of
-``generate()`` on this model.
+Answers come from the loop in sampling.py, or by choice from vLLM, which takes a copy of the weights before each phase,
+once a check at the start has shown that their greedy tokens are those of ``generate()`` on this model.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,7 +19,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from utils.generation.sampling import CompiledStep, Decoding, Rollout, generate_by_transformers, sample_answers
+from utils.generation.vllm_backend import VllmEngine, VllmSettings
 from utils.model.inputs import model_inputs
+from utils.model.saving import published_weights
 from utils.module.fused_linear import find_shared_inputs, fused_linears
 from utils.module.hooks import hooks_set_aside
 from utils.module.lora import lora_folded
@@ -73,10 +76,13 @@ class HybridEngine:
         release_cache: give the accelerator's cached memory back after each generation phase.
         compiled_length: compile the own loop's step for this many tokens of prompt and answer; None: do not.
         backend: own, the loop of sampling.py; transformers, its generate(); deepspeed, the kernels of DeepSpeed's
-            hybrid engine; auto, own where it gives generate()'s tokens, else transformers.
+            hybrid engine; vllm, an engine of vLLM beside the model; auto, own where it gives generate()'s tokens, else
+            transformers.
+        vllm: how that engine is set up.
 
     Attributes:
         backend: the one in use. needs_lockstep: every forward pass is a collective, so that all ranks make as many.
+        gather_time: seconds of the last generation phase in which weights were gathered, or handed to vLLM.
 
     Raises:
         UserError: the backend that was asked for does not give the tokens of ``generate()``.
@@ -90,14 +96,17 @@ class HybridEngine:
         release_cache: bool = False,
         backend: str = "auto",
         compiled_length: int | None = None,
+        vllm: VllmSettings | None = None,
     ):
         self.engine, self.enabled, self.release_cache = engine, enabled, release_cache
         self._sharded = [param for param in engine.module.parameters() if hasattr(param, "ds_id")]
-        # DeepSpeed's engine gathers for itself.
-        self.gathers = enabled and gather_all and bool(self._sharded) and backend != "deepspeed"
-        self.needs_lockstep = bool(self._sharded) and not self.gathers
+        # DeepSpeed's engine gathers for itself; vLLM has whole weights of its own.
+        self.gathers = enabled and gather_all and bool(self._sharded) and backend not in ("deepspeed", "vllm")
+        self.needs_lockstep = bool(self._sharded) and not self.gathers and backend != "vllm"
+        self.gather_time = 0.0
         self._groups: list[list[str]] | None = None  # linear layers that can run as one, once they are known
         self._compiled = None if compiled_length is None else CompiledStep(engine.module, compiled_length)
+        self._vllm = VllmEngine(engine.module, vllm) if backend == "vllm" else None
         self.backend = self._choose_backend(backend) if enabled else "transformers"
 
     @contextmanager
@@ -109,7 +118,9 @@ class HybridEngine:
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
                 if self.gathers:
+                    start = time.perf_counter()
                     stack.enter_context(deepspeed.zero.GatheredParameters(self._sharded))
+                    self.gather_time = time.perf_counter() - start
                     stack.enter_context(hooks_set_aside(module))
                 if self.enabled and not self.needs_lockstep and self.backend != "deepspeed":
                     stack.enter_context(lora_folded(module))
@@ -132,6 +143,13 @@ class HybridEngine:
         Raises:
             FloatingPointError: when logits were not finite.
         """
+        if self.backend == "vllm":
+            if rewrite_logits is not None:
+                raise ValueError("vLLM hands out no logits to rewrite: take another --hybrid_engine_backend")
+            start = time.perf_counter()
+            self._vllm.take_weights(published_weights(self.engine.module))
+            self.gather_time = time.perf_counter() - start
+            return self._vllm.generate(prompts, mask, decoding)
         ranks_wait = self.needs_lockstep and get_world_size() > 1
         if self.backend == "deepspeed":
             self.engine.eval()  # puts its kernels in place
@@ -185,10 +203,14 @@ class HybridEngine:
                 inputs = model_inputs(module, plain, torch.cat([mask, mask.new_ones(3, 8)], dim=1))
                 logits = module(**inputs).logits[:, 4:-1].float()
             decoding = replace(decoding, eos_token_ids=(int(plain[0, 7]),))
+            if self._vllm is not None:  # what generate() sends must replace every one of these
+                self._vllm.take_weights((name, weight * 0.5) for name, weight in published_weights(module))
             rollout = self.generate(prompts, mask, decoding)
         except (FloatingPointError, TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
             return f"{type(error).__name__}: {error}"
         finally:
             self.engine.train(was_training)
-        tolerance = 8 * torch.finfo(module.dtype).eps * max(1.0, logits.abs().max().item())
+        # vLLM's kernels sum in an order of their own.
+        roundings = 8 if self._vllm is None else 64
+        tolerance = roundings * torch.finfo(module.dtype).eps * max(1.0, logits.abs().max().item())
         return first_difference(rollout, plain[:, 5:], logits, decoding.eos_token_ids, tolerance)

@@ -57,10 +57,11 @@ def _folds(module, name: str) -> bool:
 
 
 @torch.no_grad()
-def gathered_layers(module, names) -> Iterator[dict[str, torch.Tensor]]:
+def gathered_layers(module, names, on_all_ranks: bool = False) -> Iterator[dict[str, torch.Tensor]]:
     """The named weights in full, LoRA folded in, one layer at a time; every rank must go through all of them.
 
-    Rank 0 gets {name: tensor} on whatever device the weight is, valid until the next layer; the others get {}.
+    Rank 0 gets {name: tensor} on whatever device the weight is, valid until the next layer; the others get the same
+    ``on_all_ranks``, else {}.
     """
     weights, layers = _weights(module), {}
     for name in names:
@@ -72,7 +73,7 @@ def gathered_layers(module, names) -> Iterator[dict[str, torch.Tensor]]:
         sharded = [weight for weight in involved if hasattr(weight, "ds_id")]
         with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
             layer = {}
-            if get_rank() == 0:
+            if on_all_ranks or get_rank() == 0:
                 for name in members:
                     part = module.get_submodule(name.rpartition(".")[0])
                     layer[name] = part.folded_weight() if _folds(module, name) else weights[name].detach()
@@ -116,6 +117,28 @@ def plan_saving(module) -> SavingPlan:
     parameters = [name for name in renamed if isinstance(weights[name], torch.nn.Parameter)]
     plan.num_parameters = sum(torch.Size(shape_of[name]).numel() for name in parameters)
     return plan
+
+
+def published_weights(module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight in full as a saved model has it, LoRA folded in, one layer gathered at a time; on every rank.
+
+    A tied weight comes under each of its names, though files hold it once: who copies weights elsewhere need not know
+    what is tied. Each tensor is valid until the next one is asked for; every rank must go through all of them.
+    """
+    plan, weights = plan_saving(module), _weights(module)
+    ignored = getattr(plan.target, "_keys_to_ignore_on_save", None) or ()
+    _, rename = module.for_saving() if hasattr(module, "for_saving") else (module, lambda name: name)
+    saved_as = {id(weights[name]): name for name in plan.renamed}
+    others = {name: saved_as.get(id(weight)) for name, weight in weights.items() if name not in plan.renamed}
+    other_names = {}
+    for name, saved in others.items():
+        if saved is not None and rename(name) not in ignored:
+            other_names.setdefault(saved, []).append(rename(name))
+    for layer in gathered_layers(module, plan.renamed, on_all_ranks=True):
+        yield from plan.convert({plan.renamed[name]: weight for name, weight in layer.items()}).items()
+        for name in layer.keys() & other_names.keys():
+            for other in other_names[name]:
+                yield from plan.convert({other: layer[name]}).items()
 
 
 def _umask() -> int:

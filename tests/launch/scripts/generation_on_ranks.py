@@ -1,6 +1,7 @@
-"""Two PPO updates with and without the hybrid engine must be bit-equal: torchrun … generation_on_ranks.py FOLDER
+"""Two PPO updates with and without the hybrid engine must be bit-equal: torchrun … generation_on_ranks.py FOLDER [vllm]
 
-For each ZeRO stage, with LoRA and without: greedy answers of all batches, then all weights and optimizer states.
+For each ZeRO stage, with LoRA and without: greedy answers of all batches, then all weights and optimizer states. With
+vLLM also where the two ranks form one tensor-parallel engine.
 """
 
 import sys
@@ -84,7 +85,7 @@ def make_actor(folder: Path) -> None:
 
 
 def main():
-    folder = Path(sys.argv[1])
+    folder, backend = Path(sys.argv[1]), "".join(sys.argv[2:]) or "own"
     init_distributed(SimpleNamespace(local_rank=-1, comm_timeout=60))
     if get_rank() == 0:
         make_actor(folder / "actor")
@@ -97,13 +98,15 @@ def main():
             plain = train(folder, more)
             lengths = [int((row != PAD).sum()) for answers in plain[0] for row in answers[:, 8:]]
             assert len(set(lengths)) > 1 or get_rank() > 0, "some rows should end early"
-            for way in ["", "--unpin_actor_parameters"] if stage == 3 else [""]:
-                fast = train(folder, f"{more} --enable_hybrid_engine --hybrid_engine_backend own {way}")
+            ways = {"own": ["", "--unpin_actor_parameters"], "vllm": ["", "--inference_tp_size 2"]}[backend]
+            for way in ways if stage == 3 else [""]:
+                fast = train(folder, f"{more} --enable_hybrid_engine --hybrid_engine_backend {backend} {way}")
                 for ours, theirs in zip(fast, plain, strict=True):
                     assert len(ours) == len(theirs) > 2
                     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), (more, way)
                 print_rank_0(f"equal: {more} {way}, {len(plain[1])} tensors, lengths {lengths}")
-    check_that_ranks_agree(folder / "actor")
+    if backend == "own":
+        check_that_ranks_agree(folder / "actor")
 
 
 def check_that_ranks_agree(actor: Path) -> None:
