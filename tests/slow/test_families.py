@@ -163,7 +163,7 @@ def test_ppo_runs_and_fast_greedy_generation_is_plain_generation(family):
         pad_token_id=family.tokenizer.pad_token_id,
         eos_token_id=family.tokenizer.eos_token_id,
     )
-    assert torch.equal(trainer._generate_sequence(ids, mask, 0), plain)
+    assert torch.equal(trainer._generate_sequence(ids, mask, 0).sequences, plain)
 
 
 @pytest.mark.parametrize(("installed", "dtype", "named"), [(False, "bf16", "flash-attn"), (True, "fp32", "fp32")])

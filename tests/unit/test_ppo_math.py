@@ -143,6 +143,35 @@ def test_policy_loss_by_hand_and_no_gradient_where_clipped():
     assert log_probs.grad[0].tolist() == pytest.approx([-1.0, 0.0, -0.5, 1.5])
 
 
+def test_weights_multiply_each_tokens_policy_loss_and_its_gradient():
+    log_probs = torch.tensor([[1.0, 1.5, 0.5, 1.5]]).log().requires_grad_()
+    advantages, mask = torch.tensor([[1.0, 1.0, 1.0, -1.0]]), torch.tensor([[1, 1, 1, 0]])
+    weights = torch.tensor([[2.0, 3.0, 0.5, 7.0]])
+    result = ppo_math.policy_loss_sum(log_probs, torch.zeros(1, 4), advantages, mask, 0.2, weights)
+    assert result.loss.item() == pytest.approx(-1.0 * 2 - 1.2 * 3 - 0.5 * 0.5)
+    result.loss.backward()
+    assert log_probs.grad[0].tolist() == pytest.approx([-2.0, 0.0, -0.25, 0.0])
+
+
+def test_importance_weights_are_the_ratio_of_probabilities_truncated_and_one_at_pads():
+    trained, sampler = torch.tensor([[0.4, 0.2, 0.9, 1e-30]]).log(), torch.tensor([[0.2, 0.4, 0.1, 1.0]]).log()
+    mask = torch.tensor([[1, 1, 1, 0]])
+    weights = ppo_math.truncated_importance_weights(trained, sampler, mask, limit=3.0)
+    assert weights[0].tolist() == pytest.approx([2.0, 0.5, 3.0, 1.0])
+
+
+def test_the_gap_of_log_probs_is_a_mean_over_tokens_of_all_ranks_and_a_maximum():
+    scored, noted = torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-1.1, -1.7, 5.0]])
+    mean, largest = ppo_math.log_prob_gap(scored, noted, torch.tensor([[1, 1, 0]]))
+    assert (mean.item(), largest.item()) == pytest.approx((0.2, 0.3))
+    other = torch.tensor([2.0, 2.0])  # another rank: a sum of 2 over 2 tokens, 1.5 the largest
+    mean, largest = ppo_math.log_prob_gap(
+        scored, noted, torch.tensor([[1, 1, 0]]), lambda x: x + other, lambda x: x.clamp(min=1.5)
+    )
+    assert (mean.item(), largest.item()) == pytest.approx((0.6, 1.5))
+    assert ppo_math.log_prob_gap(scored, noted, torch.zeros(1, 3))[1].item() == 0
+
+
 def test_value_loss_by_hand_and_no_gradient_where_clipped():
     values = torch.tensor([[1.0, 3.0, 0.1]]).requires_grad_()
     result = ppo_math.value_loss_sum(

@@ -17,6 +17,8 @@ from training.step3_rlhf_finetuning.rlhf_engine import DeepSpeedRLHFEngine
 from utils import arguments
 from utils.data.batching import DataCollatorSFT, pad_rows
 from utils.engine.steps import moving_average
+from utils.generation.hybrid_engine import HybridEngine
+from utils.generation.sampling import Rollout
 from utils.model.saving import gathered_layers, plan_saving
 from utils.model.tokenizer import load_hf_tokenizer
 from utils.module.lora import lora_layers
@@ -66,6 +68,10 @@ def _experience(trainer, seed=0, rows=PROMPTS):
     experience = trainer.generate_experience(ids, mask)
     trainer.compute_rewards(experience)
     return trainer.get_advantages_and_returns(experience)
+
+
+def _rollout(prompts, answers):
+    return Rollout(torch.cat([prompts, answers], dim=1), None, answers.shape[1])
 
 
 def _window(experience, size=4):
@@ -159,7 +165,7 @@ def test_an_empty_answer_weighs_nothing_and_a_batch_of_them_is_skipped(folders, 
     trainer = _trainer(folders)
     eos, pad = trainer.tokenizer.eos_token_id, trainer.tokenizer.pad_token_id
     answers = torch.tensor([[eos, pad, pad], [9, 8, eos], [eos, pad, pad], [9, 9, 9]])
-    monkeypatch.setattr(trainer, "_generate_sequence", lambda prompts, mask, step: torch.cat([prompts, answers], 1))
+    monkeypatch.setattr(trainer, "_generate_sequence", lambda prompts, *_: _rollout(prompts, answers))
     experience = _experience(trainer)
     assert experience.answer_mask.tolist() == [[0, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 1]]
     assert experience.attention_mask[:, -3:].tolist() == [[1, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]]
@@ -189,7 +195,7 @@ def test_prompts_and_answers_may_fill_every_position_of_the_models(folders, engi
 def test_a_missing_eos_costs_the_penalty(folders, monkeypatch):
     trainer = _trainer(folders, "--missing_eos_penalty 2.5 --kl_ctl 0")
     answers = torch.tensor([[9, 8, trainer.tokenizer.eos_token_id], [9, 9, 9]]).repeat(2, 1)
-    monkeypatch.setattr(trainer, "_generate_sequence", lambda prompts, mask, step: torch.cat([prompts, answers], 1))
+    monkeypatch.setattr(trainer, "_generate_sequence", lambda prompts, *_: _rollout(prompts, answers))
     with_penalty = _experience(trainer).scores
     trainer.args.missing_eos_penalty = None
     assert (_experience(trainer).scores - with_penalty).tolist() == pytest.approx([0, 2.5, 0, 2.5])
@@ -317,7 +323,7 @@ def test_fast_generation_gives_the_tokens_of_plain_generation_before_and_after_a
     outputs = []
     for _ in range(2):
         before = {name: value.clone() for name, value in module.state_dict().items()}
-        fast = trainer._generate_sequence(ids, mask, 0)
+        fast = trainer._generate_sequence(ids, mask, 0).sequences
         assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
         was = module.training
         plain = module.eval().generate(
@@ -358,6 +364,60 @@ def test_log_probs_of_the_sampling_loop_equal_those_of_the_scoring_pass(folders,
             trainer.actor_label_log_probs, rollout.sequences, torch.cat([mask, real], 1), rollout.width
         )
     torch.testing.assert_close(rollout.log_probs, scored, atol=1e-5, rtol=1e-5)
+
+
+def test_log_probs_of_the_sampler_serve_as_old_ones_and_are_compared_now_and_then(folders, monkeypatch):
+    trainer = _trainer(folders, "--enable_hybrid_engine --rollout_log_probs --log_interval 3 --actor_dropout 0")
+    ids, mask = pad_rows(PROMPTS, trainer.tokenizer.pad_token_id, side="left")
+    scored, score = [], trainer._answer_log_probs
+
+    def noting(label_log_probs, *rest, **more):
+        scored.append(label_log_probs)
+        return score(label_log_probs, *rest, **more)
+
+    monkeypatch.setattr(trainer, "_answer_log_probs", noting)
+    passes = []
+    for step in (0, 1, 2, 3, None):
+        set_random_seed(0)
+        experience = trainer.generate_experience(ids, mask, step)
+        passes.append(scored.count(trainer.actor_label_log_probs))
+        scored.clear()
+        assert torch.equal(experience.log_probs, experience.rollout_log_probs)
+        trainer.get_advantages_and_returns(trainer.compute_rewards(experience))
+        figures = trainer.experience_metrics(experience)
+        assert ("rollout_log_prob_gap" in figures) == bool(passes[-1])
+        assert figures.get("rollout_log_prob_gap_max", 0) < 1e-5
+    assert passes == [1, 0, 0, 1, 1]
+    assert trainer.train_rlhf(_window(experience))["ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_importance_weights_of_the_sampler_weigh_the_policy_loss(folders):
+    trainer = _trainer(folders, "--enable_hybrid_engine --rollout_is_clip 2")
+    experience = _experience(trainer)
+    experience.rollout_log_probs = experience.scored_log_probs - 0.5  # sampled from less likely tokens: 1.65 each
+    assert trainer.experience_metrics(experience)["rollout_log_prob_gap"] == pytest.approx(0.5, abs=1e-5)
+    experience.advantages, losses = experience.answer_mask.float(), []
+    for shift in (0.0, 0.5, 5.0):
+        experience.rollout_log_probs = experience.scored_log_probs - shift
+        trainer.actor_model.lr_scheduler = None  # one policy for all three
+        for group in trainer.actor_model.optimizer.param_groups:
+            group["lr"] = 0.0
+        losses.append(trainer.train_rlhf(_window(experience))["actor_loss"])
+    assert losses[1] == pytest.approx(losses[0] * 2.718281828**0.5, rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("flag", ["--rollout_log_probs", "--rollout_is_clip 2"])
+def test_flags_of_the_samplers_log_probs_need_a_sampler_that_notes_them(folders, flag, monkeypatch):
+    for more in ("", "--enable_hybrid_engine --hybrid_engine_backend transformers"):
+        with pytest.raises(UserError, match=f"{flag.split()[0]} needs the log-probs of the sampler"):
+            _trainer(folders, f"{flag} {more}")
+    with pytest.raises(UserError, match="--rollout_is_clip weighs by a scoring pass"):
+        _trainer(folders, "--enable_hybrid_engine --rollout_is_clip 2 --rollout_log_probs")
+    # The check at the start leads backend auto to generate().
+    monkeypatch.setattr(HybridEngine, "_difference_from_generate", lambda _: "other tokens")
+    with pytest.raises(UserError, match=f"{flag.split()[0]} needs .* generation by transformers notes none"):
+        _trainer(folders, f"{flag} --enable_hybrid_engine")
 
 
 def test_the_ptx_gradient_joins_the_same_step(folders):

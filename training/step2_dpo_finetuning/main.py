@@ -28,12 +28,13 @@ from utils.data import batching, encoding, preparation
 from utils.engine import build
 from utils.engine.nonfinite import NonFiniteSteps
 from utils.engine.update import Update
+from utils.model.loading import load_config
 from utils.model.losses import LabelLogProbs
 from utils.model.model_utils import check_model, create_hf_model
 from utils.planning.preflight import preflight
 from utils.process.console import now, progress, set_console
 from utils.process.launch import init_distributed, run_main
-from utils.process.ranks import all_reduce_sum
+from utils.process.ranks import agree, all_reduce_sum
 from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank
 from utils.run import metrics, results
@@ -41,6 +42,14 @@ from utils.run.checkpoint import Checkpoints
 from utils.run.console_lines import SupervisedConsole
 from utils.run.evaluation import Evaluations
 from utils.run.model_card import RunCard
+
+
+def check_inputs(args) -> None:
+    """Whether model and data are there and fit; what takes longest, the model's files, comes last."""
+    agree(lambda: load_config(args.model_name_or_path, args.trust_remote_code))
+    preparation.check_data_of_step(args, encoding.REWARD)
+    lengths = {"--max_seq_len": args.max_seq_len}
+    check_model(AutoModelForCausalLM, args.model_name_or_path, args.trust_remote_code, lengths=lengths)
 
 
 def load_data(args, tokenizer):
@@ -100,9 +109,8 @@ def main():
     arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 
-    # 2. Tokenizer and data, after a look whether the model's files are all there and fit
-    lengths = {"--max_seq_len": args.max_seq_len}
-    check_model(AutoModelForCausalLM, args.model_name_or_path, args.trust_remote_code, lengths=lengths)
+    # 2. Tokenizer and data, after a look whether all is there
+    check_inputs(args)
     tokenizer = build.load_tokenizer(args, args.model_name_or_path)
     train_rows, eval_rows, sampler, train_loader, eval_loader = load_data(args, tokenizer)
     card = RunCard.of(DPO, args, arguments.given_flags(parser, given), train_rows.dataset)

@@ -20,12 +20,14 @@ class Experience:
     input_ids: torch.Tensor  # [B, P + A] prompt and answer
     attention_mask: torch.Tensor  # [B, P + A] real tokens, the end token included
     answer_mask: torch.Tensor  # [B, A] answer tokens that train: 1 up to and with the first end token
-    log_probs: torch.Tensor  # [B, A] of the policy that sampled
+    log_probs: torch.Tensor  # [B, A] of the policy that sampled: what updates and the KL penalty go by
     ref_log_probs: torch.Tensor  # [B, A] of the reference
     scores: torch.Tensor  # [B] of whole answers: reward model and reward functions, after the missing-EOS penalty
     ended: torch.Tensor  # [B] 1 where an end token came
     score_parts: torch.Tensor  # [B, n] what the reward model and each reward function gave, unweighted
     values: torch.Tensor | None = None  # [B, A] of the state before each answer token; None without a critic
+    rollout_log_probs: torch.Tensor | None = None  # [B, A] noted by the sampler; None where it notes none
+    scored_log_probs: torch.Tensor | None = None  # [B, A] of a scoring pass over the answers; None without one
     rewards: torch.Tensor | None = None  # [B, A] KL penalty and score, filled in by compute_rewards
     advantages: torch.Tensor | None = None  # [B, A]
     returns: torch.Tensor | None = None  # [B, A]

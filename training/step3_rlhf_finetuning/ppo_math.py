@@ -7,6 +7,7 @@ Sources: PPO, Schulman et al. 2017, https://arxiv.org/abs/1707.06347. GAE, Schul
 RLHF, Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, and Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
 RLOO, Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740. GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300.
 KL estimators, http://joschu.net/blog/kl-approx.html. Details, Huang et al. 2024, https://arxiv.org/abs/2403.17031.
+Truncated importance sampling (TIS), Yao et al. 2025, https://fengyao.notion.site/off-policy-rl.
 """
 
 import math
@@ -65,6 +66,45 @@ def kl_per_token(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator
     if estimator == "k3":
         return torch.expm1(log_ratio) - log_ratio
     raise ValueError(f"unknown KL estimator {estimator!r}: k1 or k3")
+
+
+def log_prob_gap(
+    log_probs: torch.Tensor,
+    rollout_log_probs: torch.Tensor,
+    mask: torch.Tensor,
+    reduce: Reduce = _this_process_only,
+    reduce_max: Reduce = _this_process_only,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far the log-probs of the sampler lie from those of a scoring pass, over the real tokens of all ranks.
+
+    Args:
+        log_probs, rollout_log_probs, mask: [B, A].
+        reduce_max: the maximum over ranks.
+
+    Returns:
+        mean and maximum of the absolute difference in nats; 0 where there is no token.
+    """
+    gap = (log_probs - rollout_log_probs).abs().masked_fill(mask == 0, 0.0)
+    return masked_mean(gap, mask, reduce), reduce_max(gap.amax())
+
+
+def truncated_importance_weights(
+    log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, mask: torch.Tensor, limit: float
+) -> torch.Tensor:
+    """min(p / q, limit) of each token, q the probability it was sampled with, p that of the policy that is trained.
+
+    A sampler with kernels or a precision of its own draws from q, not from p; as constant factors of the policy loss
+    these weights take that back, but for the truncation, which bounds their variance (TIS, Yao et al. 2025, "Your
+    Efficient RL Framework Secretly Brings You Off-Policy RL Training", equation of the truncated importance sampling).
+
+    Args:
+        log_probs: of a scoring pass, before the update; rollout_log_probs: of the sampler; both, and mask, [B, A].
+
+    Returns:
+        [B, A]; 1 outside the mask.
+    """
+    log_ratio = (log_probs - rollout_log_probs).masked_fill(mask == 0, 0.0)
+    return log_ratio.exp().clamp(max=limit)
 
 
 def place_rewards(
@@ -150,8 +190,11 @@ class PolicyLoss:
     ratio: torch.Tensor  # new over old probability
 
 
-def policy_loss_sum(log_probs, old_log_probs, advantages, mask, cliprange: float) -> PolicyLoss:
-    """PPO's clipped surrogate, a sum over real tokens: max(-A r, -A clip(r, 1-c, 1+c)), r = new / old. All [B, A]."""
+def policy_loss_sum(log_probs, old_log_probs, advantages, mask, cliprange: float, weights=None) -> PolicyLoss:
+    """PPO's clipped surrogate, a sum over real tokens: max(-A r, -A clip(r, 1-c, 1+c)), r = new / old. All [B, A].
+
+    ``weights``: factors of the tokens' terms, without gradient (``truncated_importance_weights``); None for 1.
+    """
     log_ratio = (log_probs - old_log_probs) * mask
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
@@ -160,7 +203,8 @@ def policy_loss_sum(log_probs, old_log_probs, advantages, mask, cliprange: float
         stopped = ((clipped > unclipped) * mask).sum()
         approx_kl = ((torch.expm1(log_ratio) - log_ratio) * mask).sum()
         ratio_sum = (ratio * mask).sum()
-    return PolicyLoss((torch.maximum(unclipped, clipped) * mask).sum(), stopped, approx_kl, ratio_sum)
+    terms = torch.maximum(unclipped, clipped) * (mask if weights is None else weights * mask)
+    return PolicyLoss(terms.sum(), stopped, approx_kl, ratio_sum)
 
 
 @dataclass

@@ -12,20 +12,25 @@ from training.step3_rlhf_finetuning.ppo_math import gather_log_probs
 from utils.data.batching import IGNORE_INDEX, to_device
 from utils.engine.nonfinite import Figures, refuse_nonfinite
 from utils.engine.update import Update
-from utils.generation.sampling import Decoding
+from utils.generation.sampling import Decoding, Rollout
 from utils.model.inputs import model_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
 from utils.model.reward_functions import RewardFunction
 from utils.model.reward_model import end_scores, reward_scale
 from utils.model.tokenizer import vocabulary_size
 from utils.process.console import print_rank_0
-from utils.process.ranks import agree, all_reduce_sum
+from utils.process.errors import UserError
+from utils.process.ranks import agree, all_reduce_max, all_reduce_sum
 
 __all__ = ["DeepSpeedPPOTrainer", "DeepSpeedPPOTrainerUnsupervised", "gather_log_probs"]
 
 
 class DeepSpeedPPOTrainer:
-    """Holds no state of its own beside counters: models live in the engine, settings in the arguments."""
+    """Holds no state of its own beside counters: models live in the engine, settings in the arguments.
+
+    Raises:
+        UserError: the flags ask for log-probs of the sampler, which notes none.
+    """
 
     def __init__(self, rlhf_engine, args, reward_functions: Sequence[RewardFunction] = ()):
         self.rlhf_engine, self.args, self.reward_functions = rlhf_engine, args, list(reward_functions)
@@ -42,6 +47,7 @@ class DeepSpeedPPOTrainer:
         self.skipped_updates = 0
         self.update = Update(rlhf_engine.trained_engines(), args.align_overflow)
         self.reward_scale = reward_scale(self.reward_model.module.config) if args.normalize_reward else None
+        self._refuse_without_rollout_log_probs()
 
     def state_dict(self) -> dict:
         """What a checkpoint of the run must hold beside the engines."""
@@ -51,6 +57,17 @@ class DeepSpeedPPOTrainer:
         self.kl_controller.value, self.skipped_updates = float(state["kl_ctl"]), int(state["skipped_updates"])
 
     # ------------------------------------------------------------ experience
+
+    def _refuse_without_rollout_log_probs(self) -> None:
+        """Backend auto may have fallen back to generate(), and vLLM notes none under some sampling flags."""
+        wanted = {"--rollout_log_probs": self.args.rollout_log_probs, "--rollout_is_clip": self.args.rollout_is_clip}
+        generator = self.rlhf_engine.generator
+        for flag in (flag for flag, value in wanted.items() if value):
+            if not generator.records_log_probs(self.decoding()):
+                raise UserError(
+                    f"{flag} needs the log-probs of the sampler, and generation by {generator.backend} notes none with "
+                    "this model and these flags: leave it out, or take --hybrid_engine_backend own"
+                )
 
     def generate_experience(
         self, prompts, mask, step=0, refuse: Callable[[Figures], object] = refuse_nonfinite, columns=None
@@ -65,16 +82,18 @@ class DeepSpeedPPOTrainer:
         """
         self.eval()
         try:
-            input_ids = self._generate_sequence(prompts, mask, step)
+            rollout = self._generate_sequence(prompts, mask, step)
         except FloatingPointError:
             refuse({"actor": {"logits in generation": math.nan}})
             raise
-        answers = input_ids[:, prompts.shape[1] :]
+        input_ids, answers = rollout.sequences, rollout.sequences[:, prompts.shape[1] :]
         real = ppo_math.answer_mask(answers, self.end_token_ids)
         attention_mask = torch.cat([mask, real], dim=1)
         width = answers.shape[1]
         with torch.no_grad():
-            log_probs, _ = self._answer_log_probs(self.actor_label_log_probs, input_ids, attention_mask, width)
+            scored = None
+            if self._scores_policy(step):
+                scored, _ = self._answer_log_probs(self.actor_label_log_probs, input_ids, attention_mask, width)
             with self.rlhf_engine.reference_weights():
                 ref_log_probs, _ = self._answer_log_probs(self.ref_label_log_probs, input_ids, attention_mask, width)
             values = self._answer_values(input_ids, attention_mask, width) if self.critic_model is not None else None
@@ -85,20 +104,28 @@ class DeepSpeedPPOTrainer:
         # An answer that is nothing but an end token says nothing the reward model was trained to judge.
         usable = (torch.isfinite(scores) & (real.sum(1) > ended.long())).unsqueeze(1)
         trains = real * usable
-        log_probs, ref_log_probs, values = (
-            None if x is None else x.masked_fill(trains == 0, 0.0) for x in (log_probs, ref_log_probs, values)
+        scored, noted, ref_log_probs, values = (
+            None if x is None else x.masked_fill(trains == 0, 0.0)
+            for x in (scored, rollout.log_probs, ref_log_probs, values)
         )
         return Experience(
             input_ids=input_ids,
             attention_mask=attention_mask,
             answer_mask=trains,
-            log_probs=log_probs,
+            log_probs=noted if self.args.rollout_log_probs else scored,
             ref_log_probs=ref_log_probs,
             values=values,
+            rollout_log_probs=noted,
+            scored_log_probs=scored,
             scores=torch.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=0.0),
             ended=ended.long(),
             score_parts=score_parts,
         )
+
+    def _scores_policy(self, step: int | None) -> bool:
+        """Whether the actor scores its own answers; with --rollout_log_probs only for ``rollout_log_prob_gap``, at the
+        first step, once in --log_interval steps, and in evaluations."""
+        return not self.args.rollout_log_probs or step is None or step % self.args.log_interval == 0
 
     @property
     def temperature(self) -> float:
@@ -118,8 +145,8 @@ class DeepSpeedPPOTrainer:
             top_p=args.top_p,
         )
 
-    def _generate_sequence(self, prompts, mask, step) -> torch.Tensor:
-        """[B, P] -> [B, P + A], A the longest answer of this rank; after a row's end token come pads.
+    def _generate_sequence(self, prompts, mask, step) -> Rollout:
+        """[B, P] -> sequences [B, P + A], A the longest answer of this rank; after a row's end token come pads.
 
         Raises:
             FloatingPointError: on all ranks, when logits of any were not finite.
@@ -131,12 +158,11 @@ class DeepSpeedPPOTrainer:
             problem = error
         if all_reduce_sum(torch.tensor(int(problem is not None), device=prompts.device)):
             raise problem or FloatingPointError("logits of another rank are not finite")
-        sequences = rollout.sequences
         self.generate_time = time.perf_counter() - start
         self.generated_steps = rollout.width
         if args.print_answers and step is not None and step % args.print_answers_interval == 0:
-            self._print_answers(prompts, mask, sequences, step)
-        return sequences
+            self._print_answers(prompts, mask, rollout.sequences, step)
+        return rollout
 
     def _print_answers(self, prompts, mask, sequences, step) -> None:
         answers = self.tokenizer.batch_decode(sequences[:, prompts.shape[1] :], skip_special_tokens=True)
@@ -267,6 +293,10 @@ class DeepSpeedPPOTrainer:
             more["explained_variance"] = ppo_math.explained_variance(
                 experience.values, experience.returns, mask, all_reduce_sum
             ).item()
+        if experience.scored_log_probs is not None and experience.rollout_log_probs is not None:
+            pair = experience.scored_log_probs, experience.rollout_log_probs
+            gap, largest = ppo_math.log_prob_gap(*pair, mask, all_reduce_sum, all_reduce_max)
+            more |= {"rollout_log_prob_gap": gap.item(), "rollout_log_prob_gap_max": largest.item()}
         return {
             "score": score / n,
             "score_std": math.sqrt(max(squares / n - (score / n) ** 2, 0)),
@@ -284,8 +314,8 @@ class DeepSpeedPPOTrainer:
 
     # ------------------------------------------------------------ updates
 
-    def actor_loss_fn(self, log_probs, old_log_probs, advantages, mask) -> ppo_math.PolicyLoss:
-        return ppo_math.policy_loss_sum(log_probs, old_log_probs, advantages, mask, self.args.cliprange)
+    def actor_loss_fn(self, log_probs, old_log_probs, advantages, mask, weights=None) -> ppo_math.PolicyLoss:
+        return ppo_math.policy_loss_sum(log_probs, old_log_probs, advantages, mask, self.args.cliprange, weights)
 
     def critic_loss_fn(self, values, old_values, returns, mask) -> ppo_math.ValueLoss:
         return ppo_math.value_loss_sum(values, old_values, returns, mask, self.args.cliprange_value)
@@ -324,7 +354,8 @@ class DeepSpeedPPOTrainer:
         log_probs, entropies = self._answer_log_probs(
             self.actor_label_log_probs, batch.input_ids, batch.attention_mask, width, with_entropy=True
         )
-        policy = self.actor_loss_fn(log_probs, batch.log_probs, batch.advantages, mask)
+        weights = self._importance_weights(batch)
+        policy = self.actor_loss_fn(log_probs, batch.log_probs, batch.advantages, mask, *weights)
         kl_loss = self._kl_loss_sum(log_probs, batch)
         loss = (policy.loss + kl_loss) / tokens
         update.backward(loss, "actor_loss", "actor", more=unsupervised_tokens > 0)
@@ -336,6 +367,14 @@ class DeepSpeedPPOTrainer:
             kl_loss=kl_loss / tokens,
         )
         self._unsupervised_backward(micro, unsupervised_tokens)
+
+    def _importance_weights(self, batch: Experience) -> tuple[torch.Tensor, ...]:
+        """Of the policy loss: with --rollout_is_clip one tensor [B, A]."""
+        if self.args.rollout_is_clip is None:
+            return ()
+        pair = batch.scored_log_probs, batch.rollout_log_probs
+        weights = ppo_math.truncated_importance_weights(*pair, batch.answer_mask, self.args.rollout_is_clip)
+        return (weights,)
 
     def _kl_loss_sum(self, log_probs, batch: Experience) -> torch.Tensor:
         """GRPO's penalty, a sum over real tokens: kl_ctl times the k3 estimate of KL(policy || reference)."""

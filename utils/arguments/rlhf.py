@@ -242,6 +242,20 @@ def add_rlhf_arguments(parser) -> None:
         help="compile the step that makes one token (torch.compile; CUDA graphs on a GPU), over a cache of the full "
         "length: a minute or more at the start; off: as it is",
     )
+    add(
+        "--rollout_log_probs",
+        action="store_true",
+        help="take the log-probs that the sampler noted for those of the policy, a forward pass of the actor less per "
+        "round (exact up to rounding: watch rollout_log_prob_gap, measured every --log_interval); off: from a pass of "
+        "their own",
+    )
+    add(
+        "--rollout_is_clip",
+        type=above_zero,
+        default=None,
+        help="where kernels of the sampler differ (vLLM, 16 bit): each token's policy loss times its probability in "
+        "the actor over that in the sampler, at most this (truncated importance sampling; 2 is usual); None for off",
+    )
     add("--unpin_actor_parameters", action="store_true", help="gather layer by layer after all: slower, less memory")
     add("--release_inference_cache", action="store_true", help="give cached memory back after each generation phase")
     add(
@@ -415,12 +429,27 @@ def _check_generation(args) -> None:
             "--hybrid_engine_backend deepspeed: DeepSpeed's generation kernels need CUDA, and this machine computes "
             f"on {get_accelerator().device_name()}; use auto"
         )
+    _check_rollout_log_probs(args)
     if args.inference_tp_size > 1 and args.hybrid_engine_backend != "vllm":
         raise UserError(
             "--inference_tp_size above 1 needs --hybrid_engine_backend vllm: elsewhere each rank generates with the "
             "whole gathered model"
         )
     _check_vllm(args)
+
+
+def _check_rollout_log_probs(args) -> None:
+    """The flags that use the sampler's log-probs against the backend that would have to note them."""
+    if args.rollout_log_probs and args.rollout_is_clip is not None:
+        raise UserError(
+            "--rollout_is_clip weighs by a scoring pass, which --rollout_log_probs leaves out: leave one of them out"
+        )
+    for flag, value in (("--rollout_log_probs", args.rollout_log_probs), ("--rollout_is_clip", args.rollout_is_clip)):
+        if value and (not args.enable_hybrid_engine or args.hybrid_engine_backend in ("transformers", "deepspeed")):
+            raise UserError(
+                f"{flag} needs the log-probs of the sampler, which generate() does not note: add "
+                "--enable_hybrid_engine with --hybrid_engine_backend own or vllm, or leave it out"
+            )
 
 
 def _check_vllm(args) -> None:

@@ -161,6 +161,10 @@ class HybridEngine:
                 model, prompts, mask, decoding, _sum_over_ranks if ranks_wait else None, rewrite_logits, self._compiled
             )
 
+    def records_log_probs(self, decoding: Decoding) -> bool:
+        """Whether rollouts come with the log-probs of their tokens."""
+        return self.backend == "own" or (self.backend == "vllm" and self._vllm.records_log_probs(decoding))
+
     # ------------------------------------------------------------ the check at the start
 
     def _choose_backend(self, wanted: str) -> str:

@@ -29,6 +29,14 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
+    """The element-wise maximum over all ranks, as a new tensor of the same shape."""
+    largest = values.detach().clone()
+    if get_world_size() > 1:
+        ds_dist.all_reduce(largest, op=ds_dist.ReduceOp.MAX)
+    return largest
+
+
 def get_all_reduce_mean(tensor):
     """The mean over ranks. For a mean over rows or tokens, sum the sums and the counts instead."""
     return all_reduce_sum(tensor) / get_world_size()

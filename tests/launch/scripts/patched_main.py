@@ -44,19 +44,19 @@ calls = []
 @patch(3, Trainer, "_generate_sequence")
 def empty_answers(generate, trainer, prompts, *others):
     """Rank 1 answers every prompt with EOS alone."""
-    sequences = generate(trainer, prompts, *others)
+    rollout = generate(trainer, prompts, *others)
     if RANK == 1:
-        sequences[:, prompts.shape[1] :] = trainer.tokenizer.pad_token_id
-        sequences[:, prompts.shape[1]] = trainer.tokenizer.eos_token_id
-    return sequences
+        rollout.sequences[:, prompts.shape[1] :] = trainer.tokenizer.pad_token_id
+        rollout.sequences[:, prompts.shape[1]] = trainer.tokenizer.eos_token_id
+    return rollout
 
 
 @patch(3, Trainer, "_generate_sequence")
 def kept_sequences(generate, *inputs):
     """Each rank writes the rollouts of its last step to the folder SEQUENCES."""
-    sequences = generate(*inputs)
-    torch.save(sequences, Path(os.environ["SEQUENCES"]) / f"rank{RANK}")
-    return sequences
+    rollout = generate(*inputs)
+    torch.save(rollout.sequences, Path(os.environ["SEQUENCES"]) / f"rank{RANK}")
+    return rollout
 
 
 @patch(3, Trainer, "train_rlhf")
