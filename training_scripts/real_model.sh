@@ -52,7 +52,7 @@ step() { # step NUMBER FLAGS...
     launch "$1" "$output/step$1" --overwrite_output_dir "${@:2}"
 }
 
-common=(--data_path "$data" --data_split "$split" --data_output_path "$output/data" --dtype bf16 --seed "$seed"
+common=(--data_path "$data" --data_split "$split" --data_output_path "$output/data" --seed "$seed"
     --console brief)
 
 echo "=== base: SmolLM2-135M-Instruct ==="

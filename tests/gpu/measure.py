@@ -249,13 +249,14 @@ def scoring() -> None:
         return loss
 
     def with_chunks(size: int) -> float:
-        losses.CHUNK_BYTES = size
+        setattr(losses, setting, size)
         return seconds_of(step, repeats=3, warmup=1)
 
-    own, figures = losses.CHUNK_BYTES, {}
+    setting = "GPU_CHUNK_BYTES" if ON_GPU else "CHUNK_BYTES"
+    own, figures = getattr(losses, setting), {}
     for exponent in (14, 20) if TINY else (26, 27, 28, 29, 30, 31):
         figures[f"2^{exponent} s"] = with_chunks(2**exponent)
-    losses.CHUNK_BYTES = own
+    setattr(losses, setting, own)
     figures |= {"as it is s": seconds_of(step, repeats=3, warmup=1), "loss": step().item()}
     with torch.no_grad():
         first = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}

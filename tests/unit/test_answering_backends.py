@@ -116,6 +116,15 @@ def test_the_engine_takes_the_weights_and_the_model_keeps_their_shapes_alone(pla
         generate_answers(served, [[320]], 1, max_new_tokens=2)
 
 
+def test_weights_on_their_way_to_the_engine_stay_in_host_memory(folder, monkeypatch):
+    """A device has no room for them beside the engine's own; meta stands for one here."""
+    monkeypatch.setattr(saved_model, "choose_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(saved_model, "inference_dtype", lambda device: {"meta": torch.bfloat16}[device.type])
+    served = load_language_model(folder, flags(), vllm=VllmUse())
+    weight = served.engine.model.lm_head.weight
+    assert weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.any()
+
+
 def test_the_cache_has_a_limit_and_a_row_that_it_bounds_is_told(folder, monkeypatch, capsys):
     monkeypatch.setattr(saved_model, "CPU_CACHE_GIB", 0.0001)
     monkeypatch.setattr(StandIn, "max_length", 96)

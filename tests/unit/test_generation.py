@@ -25,6 +25,7 @@ from utils.generation.sampling import (
     sample_answers,
 )
 from utils.model.inputs import cache_argument
+from utils.module import fused_linear
 from utils.module.fused_linear import can_pack, find_shared_inputs, fused_linears
 from utils.module.lora import convert_linear_layer_to_lora, lora_layers
 
@@ -350,7 +351,8 @@ def test_the_preallocated_cache_holds_what_transformers_own_holds():
 # ---------------------------------------------------------------- fused linear layers
 
 
-def test_layers_that_read_one_tensor_are_found_and_run_as_one_product():
+def test_layers_that_read_one_tensor_are_found_and_run_as_one_product(monkeypatch):
+    monkeypatch.setattr(fused_linear, "can_pack", lambda _: False)
     model = _model("llama")
     groups = find_shared_inputs(model)
     assert [[name.rpartition(".")[2] for name in group] for group in groups[:4]] == [
@@ -394,6 +396,30 @@ def test_siblings_with_inputs_of_their_own_are_never_fused():
             return self.q(x + 1), self.k(x), self.v(x)
 
     assert find_shared_inputs(Cross()) == [["q"], ["k"], ["v"]]  # k has a bias, v has none
+
+
+def test_packing_is_measured_once_and_its_gain_decides(monkeypatch, capsys):
+    model, gains = _model("llama"), iter([3.0, 0.9, 1.0])
+    monkeypatch.setattr(fused_linear, "_packing_gain", lambda dtype: next(gains))
+    for fused in (True, False):
+        engine = HybridEngine(_Engine(model))
+        assert ("own, weights fused and packed" in capsys.readouterr().out) == fused
+        with engine.generation():
+            assert any("forward" in module.__dict__ for module in model.modules()) == fused
+    monkeypatch.undo()
+    assert fused_linear._packing_gain(torch.float32) > 0
+    assert fused_linear._packing_gain.cache_info().currsize
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt2"])
+def test_packed_products_in_fp32_differ_from_plain_ones_by_rounding_only(family):
+    model = _model(family)
+    prompts, mask = _prompts()
+    with torch.no_grad():
+        plain = model(prompts, attention_mask=mask).logits
+        with fused_linears(model, find_shared_inputs(model)):
+            packed = model(prompts, attention_mask=mask).logits
+    torch.testing.assert_close(packed * mask.unsqueeze(-1), plain * mask.unsqueeze(-1), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(not can_pack(torch.zeros(2, 2, dtype=torch.bfloat16)), reason="oneDNN has no bf16 on this CPU")

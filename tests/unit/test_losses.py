@@ -115,6 +115,24 @@ def test_entropy_and_temperature_are_those_of_the_distribution_over_the_given_vo
     assert not entropies.requires_grad
 
 
+def test_the_backward_pass_recomputes_every_chunk_but_the_last(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 2 * 4 * 7)  # two positions
+    hidden, labels, calls = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 6, 2, 3, 1]), []
+    head = torch.randn(7, 3)
+
+    def to_logits(part):
+        calls.append(len(part))
+        return F.linear(part, head)
+
+    scores = losses.score_in_chunks(hidden, labels, to_logits, 7)
+    assert calls == [2, 2, 1]
+    (gradient,) = torch.autograd.grad(scores.sum(), hidden)
+    assert sorted(calls[3:]) == [2, 2]
+    whole = F.linear(hidden, head).log_softmax(-1).gather(1, labels.unsqueeze(1))
+    torch.testing.assert_close(scores, whole)
+    torch.testing.assert_close(gradient, torch.autograd.grad(whole.sum(), hidden)[0])
+
+
 def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients_of_zero(model):
     ids, mask, labels = _batch()
     loss = causal_lm_loss_sum(LabelLogProbs(model), model_inputs(model, ids, mask), torch.full_like(labels, -100))

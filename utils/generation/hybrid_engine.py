@@ -9,6 +9,7 @@ Answers come from the loop in sampling.py, or by choice from vLLM, which takes a
 once a check at the start has shown that their greedy tokens are those of ``generate()`` on this model.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from utils.generation.sampling import CompiledStep, Decoding, Rollout, generate_
 from utils.generation.vllm_backend import VllmEngine, VllmSettings
 from utils.model.inputs import model_inputs
 from utils.model.saving import published_weights
-from utils.module.fused_linear import find_shared_inputs, fused_linears
+from utils.module.fused_linear import find_shared_inputs, fused_is_faster, fused_linears
 from utils.module.hooks import hooks_set_aside
 from utils.module.lora import lora_folded
 from utils.process.console import print_classic, print_rank_0
@@ -33,6 +34,11 @@ from utils.process.world import get_world_size
 
 def _sum_over_ranks(count: int) -> int:
     return int(all_reduce_sum(torch.tensor(count, device=get_accelerator().current_device_name())))
+
+
+def _all_ranks_fuse(engine) -> bool:
+    """One answer for all ranks, whose processors are measured at the same time."""
+    return all(all_gather_objects(fused_is_faster(engine.module)))
 
 
 def first_difference(rollout: Rollout, plain, logits, eos_token_ids: Sequence[int], tolerance: float) -> str | None:
@@ -104,6 +110,7 @@ class HybridEngine:
         self.gathers = enabled and gather_all and bool(self._sharded) and backend not in ("deepspeed", "vllm")
         self.needs_lockstep = bool(self._sharded) and not self.gathers and backend != "vllm"
         self.gather_time = 0.0
+        self._fuses = enabled and compiled_length is None and backend in ("own", "auto") and _all_ranks_fuse(engine)
         self._groups: list[list[str]] | None = None  # linear layers that can run as one, once they are known
         self._compiled = None if compiled_length is None else CompiledStep(engine.module, compiled_length)
         self._vllm = VllmEngine(engine.module, vllm) if backend == "vllm" else None
@@ -124,8 +131,7 @@ class HybridEngine:
                     stack.enter_context(hooks_set_aside(module))
                 if self.enabled and not self.needs_lockstep and self.backend != "deepspeed":
                     stack.enter_context(lora_folded(module))
-                    # Fused copies take memory that an accelerator rarely has to spare, and were measured on a CPU only.
-                    if self.backend == "own" and self._compiled is None and get_accelerator().device_name() == "cpu":
+                    if self.backend == "own" and self._fuses:
                         if self._groups is None:
                             self._groups = find_shared_inputs(module)
                         stack.enter_context(fused_linears(module, self._groups))
@@ -184,10 +190,8 @@ class HybridEngine:
         if problem is not None:
             print_rank_0(f"generation: by transformers' generate(), because of the own loop: {problem}")
             return "transformers"
-        compiled = "" if self._compiled is None else ", compiled"
-        print_classic(
-            f"generation: {self.backend}{compiled} (its greedy tokens equal those of generate() on a check batch)"
-        )
+        how = ", compiled" if self._compiled is not None else ", weights fused and packed" if self._fuses else ""
+        print_classic(f"generation: {self.backend}{how} (its greedy tokens equal those of generate() on a check batch)")
         return self.backend
 
     def _difference_from_generate(self) -> str | None:
@@ -216,5 +220,7 @@ class HybridEngine:
             self.engine.train(was_training)
         # vLLM's kernels sum in an order of their own.
         roundings = 8 if self._vllm is None else 64
-        tolerance = roundings * torch.finfo(module.dtype).eps * max(1.0, logits.abs().max().item())
+        # A log-prob is rounded at the size of its own and of the sum over the vocabulary, however small the logits are.
+        size = max(math.log(vocabulary), logits.abs().max().item())
+        tolerance = roundings * torch.finfo(module.dtype).eps * max(1.0, size)
         return first_difference(rollout, plain[:, 5:], logits, decoding.eos_token_ids, tolerance)

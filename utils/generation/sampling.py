@@ -88,7 +88,7 @@ def choose(logits: torch.Tensor, decoding: Decoding, uniforms: torch.Tensor) -> 
     if decoding.temperature == 0:
         tokens = logits.argmax(dim=-1)
     else:
-        logits = logits / decoding.temperature
+        logits = logits if decoding.temperature == 1 else logits / decoding.temperature
         tokens = draw(keep_top_p(keep_top_k(logits, decoding.top_k), decoding.top_p), uniforms)
     chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
     return tokens, chosen - logits.logsumexp(dim=-1)

@@ -287,7 +287,7 @@ class VllmEngine:
                 return loaded[-1]
 
             parameters = {name for name, _ in model.named_parameters()}
-            if not self._sleeps:
+            if self._on_cpu:
                 _let_experts_be_packed_again(model)
             model.load_weights = load_and_note
             try:

@@ -18,7 +18,10 @@ from utils.model.inputs import embedding_rows, model_inputs, unwrap
 from utils.module.hooks import forward_replaced, outputs_recorded
 from utils.process.console import print_rank_0
 
-CHUNK_BYTES = 2**27  # of fp32 logits at a time; a backward pass holds about three times that
+# Of fp32 logits at a time; a backward pass holds about three times that. Every chunk adds to the gradient of the whole
+# head; a GPU, faster at products than at that, wants larger ones for a big vocabulary.
+CHUNK_BYTES = 2**27
+GPU_CHUNK_BYTES = 2**28
 
 DIVERGED = 20.0  # nats per token: a guess among a million tokens costs 14
 
@@ -41,18 +44,21 @@ def warn_diverged(loss: float) -> None:
 
 def _score(hidden, labels, to_logits: Logits, temperature: float, with_entropy: bool) -> torch.Tensor:
     """[positions, hidden] and [positions] labels -> [positions, 1 or 2] fp32: log p(label), and the entropy."""
-    logits = to_logits(hidden).float() / temperature
-    log_probs = -F.cross_entropy(logits, labels, reduction="none")
+    logits = to_logits(hidden).float()
+    logits = logits if temperature == 1 else logits / temperature  # a copy of the largest tensor there is
+    all_log_probs = logits.log_softmax(dim=-1)
+    log_probs = -F.nll_loss(all_log_probs, labels, reduction="none")
     if not with_entropy:
         return log_probs.unsqueeze(1)
     with torch.no_grad():
-        all_log_probs = logits.log_softmax(dim=-1)
-        entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
+        entropy = -all_log_probs.exp().mul_(all_log_probs).sum(-1)
     return torch.stack([log_probs, entropy], dim=1)
 
 
 def score_in_chunks(hidden, labels, to_logits: Logits, vocabulary: int, temperature=1.0, with_entropy=False):
     """log p(label), and with ``with_entropy`` the entropy, over chunks that the backward pass recomputes.
+
+    All but the last: its turn in the backward pass comes first, when its recomputed logits would take the same memory.
 
     Args:
         hidden, labels: [positions, width] and [positions]; to_logits: what makes logits of hidden states.
@@ -61,13 +67,14 @@ def score_in_chunks(hidden, labels, to_logits: Logits, vocabulary: int, temperat
     Returns:
         [positions, 1 or 2] fp32.
     """
-    positions = max(1, CHUNK_BYTES // (4 * vocabulary))
+    size = CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
+    positions = max(1, size // (4 * vocabulary))
     parts = []
-    for part, part_labels in zip(hidden.split(positions), labels.split(positions), strict=True):
-        arguments = part, part_labels, to_logits, temperature, with_entropy
-        parts.append(
-            checkpoint(_score, *arguments, use_reentrant=False) if torch.is_grad_enabled() else _score(*arguments)
-        )
+    chunks = list(zip(hidden.split(positions), labels.split(positions), strict=True))
+    for number, chunk in enumerate(chunks, start=1):
+        arguments = *chunk, to_logits, temperature, with_entropy
+        recomputed = torch.is_grad_enabled() and number < len(chunks)
+        parts.append(checkpoint(_score, *arguments, use_reentrant=False) if recomputed else _score(*arguments))
     return torch.cat(parts)
 
 

@@ -5,12 +5,15 @@ in memory. Two things help, and both leave the model's own code alone:
 
 - linear layers of one parent that are given the very same tensor (query, key, value; gate, up) become one product.
   They are found by looking at a forward pass, not by name;
-- on a CPU in 16 bit, oneDNN turns a weight into its own blocked layout in every call. Here that is done once per phase.
+- on a CPU, oneDNN computes fastest with a weight in a blocked layout of its own. Here it gets that once per phase.
 
-The copies cost the memory of the fused or packed weights while the phase lasts.
+The copies cost the memory of the fused or packed weights while the phase lasts. What they gain depends on the
+processor; ``fused_is_faster`` measures it.
 """
 
+import time
 from contextlib import ExitStack, contextmanager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +65,14 @@ def find_shared_inputs(model) -> list[list[str]]:
 
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether oneDNN has a layout of its own for products with this weight."""
-    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.ops.mkldnn._is_mkldnn_fp16_supported
-    return torch.backends.mkldnn.is_available() and supported[weight.dtype == torch.float16]()
+    supported = {
+        torch.float32: lambda: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return supported.get(weight.dtype, lambda: False)()
 
 
 def make_product(weight: torch.Tensor, bias: torch.Tensor | None):
@@ -74,6 +81,40 @@ def make_product(weight: torch.Tensor, bias: torch.Tensor | None):
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def fused_is_faster(module) -> bool:
+    """Whether ``fused_linears`` gains on this machine, in the module's precision; measured once, in about 0.1 s.
+
+    It is a property of the processor and its libraries, so that one product stands for all models: a measurement of
+    small models would change from run to run. False where nothing can be packed: fused copies alone gain too little,
+    and an accelerator rarely has the memory for them.
+    """
+    weight = next(module.parameters())
+    return can_pack(weight) and _packing_gain(weight.dtype) > 1.1
+
+
+@cache
+@torch.no_grad()
+def _packing_gain(dtype: torch.dtype, rows: int = 4, width: int = 1024, outputs: int = 4096) -> float:
+    """Seconds of F.linear over those of the packed product, with as many rows as a small batch has.
+
+    One thread and its own time, which other processes hardly change: the answer must not differ from run to run.
+    """
+    threads, seconds = torch.get_num_threads(), ([], [])
+    torch.set_num_threads(1)
+    try:
+        weight, x = torch.ones(outputs, width, dtype=dtype), torch.ones(rows, width, dtype=dtype)
+        packed = make_product(weight, None)
+        for _ in range(12):
+            for product, taken in zip((lambda x: F.linear(x, weight), packed), seconds, strict=True):
+                start = time.thread_time()
+                product(x)
+                taken.append(time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    plain, packed = (min(taken[2:]) for taken in seconds)
+    return plain / packed
 
 
 class _FusedGroup:
