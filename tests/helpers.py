@@ -24,6 +24,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 STEPS = {
     1: PROJECT / "training/step1_supervised_finetuning/main.py",
     2: PROJECT / "training/step2_reward_model_finetuning/main.py",
+    "dpo": PROJECT / "training/step2_dpo_finetuning/main.py",
     3: PROJECT / "training/step3_rlhf_finetuning/main.py",
 }
 SCRIPTS = PROJECT / "tests/launch/scripts"  # what tests start beside the steps themselves
@@ -273,7 +274,7 @@ def run_in_one_launch(runs, folder: Path, ranks: int = 2, launcher: str = "torch
     return console
 
 
-def load_main(step: int):
+def load_main(step: int | str):
     """The module of a step's main.py, fresh."""
     spec = importlib.util.spec_from_file_location(f"step{step}_main", STEPS[step])
     module = importlib.util.module_from_spec(spec)
@@ -340,19 +341,19 @@ RLHF = (
 )
 
 
-def step_arguments(step: int, models: Path, pairs_folder: Path, cache_folder: Path) -> list[str]:
+def step_arguments(step: int | str, models: Path, pairs_folder: Path, cache_folder: Path) -> list[str]:
     """What every small run of a step is started with; ``models`` is what the fixture small_models makes."""
     data = dict(data_path=pairs_folder, data_output_path=cache_folder)
     data |= dict(deepspeed_config_overrides=models / "buckets.json")
-    if step < 3:
+    if step != 3:
         return flags(SUPERVISED, model_name_or_path=models / "actor", **data)
     paths = dict(actor_model_name_or_path=models / "actor", critic_model_name_or_path=models / "reward")
     return flags(RLHF, **paths, **data)
 
 
-def zero_stage(step: int, stage: int) -> str:
+def zero_stage(step: int | str, stage: int) -> str:
     """The flags for a ZeRO stage, of both engines in step 3."""
-    return f"--zero_stage {stage}" if step < 3 else f"--actor_zero_stage {stage} --critic_zero_stage {stage}"
+    return f"--zero_stage {stage}" if step != 3 else f"--actor_zero_stage {stage} --critic_zero_stage {stage}"
 
 
 def _numbers(folder: Path) -> list[dict]:

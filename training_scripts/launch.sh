@@ -12,7 +12,8 @@
 # DRY_RUN=1    print the command, run nothing
 
 project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-steps=("" step1_supervised_finetuning step2_reward_model_finetuning step3_rlhf_finetuning)
+declare -A steps=([1]=step1_supervised_finetuning [2]=step2_reward_model_finetuning [dpo]=step2_dpo_finetuning [3]=step3_rlhf_finetuning)
+declare -A names=([1]=step1 [2]=step2 [dpo]=dpo [3]=step3) # of the folders that recipes write to
 
 count_ranks() { # 8 for a command that is only printed
     [ -n "${DRY_RUN:-}" ] && echo 8 && return
@@ -77,7 +78,7 @@ launch() { # launch STEP OUTPUT FLAGS...
     [ -n "$port" ] || port="$(free_port)" || exit 1
     # The launcher's own words are about itself; errors of it stay, and all that the ranks say.
     command=("${start[@]}" "${where[@]}" --master_port "$port" --log_level error "${more[@]}"
-        "$project/training/${steps[step]}/main.py" --output_dir "$output" "$@")
+        "$project/training/${steps[$step]}/main.py" --output_dir "$output" "$@")
     if [ -n "${DRY_RUN:-}" ]; then
         printf '%q ' "${command[@]}"
         echo
@@ -119,11 +120,11 @@ recipe() { # recipe STEP MACHINE ARGUMENTS... -- FLAGS...
         for flag in 2:--actor_zero_stage 3:--critic_zero_stage; do
             if [ -n "${arguments[${flag%%:*}]-}" ]; then set -- "$@" "${flag#*:}" "${arguments[${flag%%:*}]}"; fi
         done
-        output="${arguments[4]:-./output/step$step}"
+        output="${arguments[4]:-./output/${names[$step]}}"
     else
         [ ${#arguments[@]} -le 2 ] || _recipe_usage
         if [ -n "${arguments[1]-}" ]; then set -- "$@" --zero_stage "${arguments[1]}"; fi
-        output="${arguments[0]:-./output/step$step}"
+        output="${arguments[0]:-./output/${names[$step]}}"
     fi
     case "$machine" in
     single_gpu) ranks=1 ;;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A few steps of training under every combination of ZeRO stage, offload and LoRA (step 3: and the hybrid engine), then one table.
 #
-#   bash training_scripts/sweep.sh 1 MODEL OUTPUT [FLAGS...]            2 likewise
+#   bash training_scripts/sweep.sh 1 MODEL OUTPUT [FLAGS...]            2 and dpo likewise
 #   bash training_scripts/sweep.sh 3 ACTOR CRITIC OUTPUT [FLAGS...]
 #
 # FLAGS come last and hold for all of them, as in --data_path my/pairs --per_device_train_batch_size 4.
@@ -13,7 +13,7 @@
 number="${1:-}"
 models=1
 [ "$number" = 3 ] && models=2
-if [[ ! "$number" =~ ^[123]$ ]] || [ $# -lt $((2 + models)) ]; then
+if [[ ! "$number" =~ ^([123]|dpo)$ ]] || [ $# -lt $((2 + models)) ]; then
     sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi

@@ -30,11 +30,16 @@ def dry_run(script, *given, **environment):
     )
 
 
+def step_of(folder: Path) -> int | str:
+    """The step of a folder of training or of recipes."""
+    return next(step for step, script in STEPS.items() if script.parent.name == folder.name)
+
+
 def parsed(line: str):
     """The launcher's own arguments, and the namespace of the step that a printed command would start."""
     words = shlex.split(line)
     main = next(i for i, word in enumerate(words) if word.endswith("/main.py"))
-    step = int(Path(words[main]).parent.name[4])
+    step = step_of(Path(words[main]).parent)
     assert Path(words[main]).resolve() == STEPS[step]
     args = arguments.build_parser(step).parse_args(words[main + 1 :])
     args.dtype = args.dtype or "bf16"  # as an accelerator that supports it settles it
@@ -46,12 +51,12 @@ def parsed(line: str):
 def test_a_recipe_s_command_is_one_its_step_understands(script, monkeypatch):
     # The recipe of ZeRO++ is for CUDA alone, which the check rightly asks for.
     monkeypatch.setattr("utils.arguments.rlhf.get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
-    step = int(script.relative_to(PROJECT / "training_scripts").parts[0][4])
+    step = step_of(next(folder for folder in script.parents if folder.parent == PROJECT / "training_scripts"))
     models = ["actor dir", "critic"] if step == 3 else []
     plain = dry_run(script, *models)
     assert plain.returncode == 0, plain.stderr
     launcher, args = parsed(plain.stdout)
-    assert args.output_dir == f"./output/step{step}"
+    assert args.output_dir == f"./output/{arguments.NAMES[step]}"
     if step == 3:
         assert (args.actor_model_name_or_path, args.critic_model_name_or_path) == ("actor dir", "critic")
         given = [*models, "3", "2", "out dir", "--num_train_epochs", "7"]
@@ -212,7 +217,7 @@ def test_e2e_replaces_an_unfinished_step_but_not_its_checkpoints(tmp_path):
     assert [parsed(line)[1].overwrite_output_dir for line in done.stdout.splitlines()] == [True, False, True]
 
 
-@pytest.mark.parametrize("step, combinations", [(1, 14), (2, 14), (3, 28)])
+@pytest.mark.parametrize("step, combinations", [(1, 14), (2, 14), ("dpo", 14), (3, 28)])
 def test_a_sweep_walks_every_combination(step, combinations, tmp_path):
     models = ["actor", "critic"] if step == 3 else ["model"]
     done = dry_run(PROJECT / "training_scripts/sweep.sh", step, *models, tmp_path, "--data_path", "pairs")

@@ -11,7 +11,7 @@ from utils.run.checkpoint_files import newest_checkpoint
 STAGES = range(4)
 EVERY_STAGE = {
     # name: (step, flags)
-    **{f"step {step}, ZeRO-{stage}": (step, zero_stage(step, stage)) for step in (1, 2, 3) for stage in STAGES},
+    **{f"step {step}, ZeRO-{stage}": (step, zero_stage(step, stage)) for step in (1, 2, "dpo", 3) for stage in STAGES},
     **{f"step 3, ZeRO-{s}, hybrid engine": (3, f"{zero_stage(3, s)} --enable_hybrid_engine") for s in STAGES},
 }
 LORA = "--lora_dim 2 --only_optimize_lora --lora_dropout 0.1"
@@ -21,6 +21,8 @@ ON_ONE_RANK = EVERY_STAGE | {
     "sft, QLoRA": (1, f"--quantize nf4 {LORA}"),
     "sft, a soft prompt": (1, "--soft_prompt prompt_tuning --num_virtual_tokens 4"),
     "reward, LoRA alone": (2, LORA),
+    "dpo, LoRA alone, with an SFT term": ("dpo", f"{LORA} --rpo_alpha 0.5"),
+    "dpo, precomputed": ("dpo", "--precompute_ref_log_probs --gradient_accumulation_steps 2"),
     "rlhf, ptx, EMA": (
         3,
         "--actor_zero_stage 1 --critic_zero_stage 1 --enable_ema --unsupervised_dataset_name TEXT "

@@ -21,6 +21,12 @@ SUPERVISED = {
     "1 rank, checkpointing": (1, 4, 2, 0, "--gradient_checkpointing"),
     "2 ranks, checkpointing at stage 3": (2, 2, 2, 3, "--gradient_checkpointing"),
 }
+DPO = {
+    "2 ranks, precomputed at stage 3": (2, 4, 1, 3, "--precompute_ref_log_probs"),
+    "2 ranks, the reference in host memory": (2, 4, 1, 2, "--offload_reference_model"),
+}
+LORA = "--lora_dim 4 --only_optimize_lora --lora_learning_rate 1e-2"
+DPO_LORA = {"1 rank, LoRA alone": (1, 8, 1, 0, LORA), "2 ranks, LoRA alone at stage 3": (2, 4, 1, 3, LORA)}
 RLHF = {  # name: (stage of the actor, of the critic, other flags)
     "stages 0 and 0": (0, 0, ""),
     "stages 3 and 0": (3, 0, ""),
@@ -42,8 +48,10 @@ def runs(tmp_path_factory) -> Path:
     common = "--data_split 1,1,1 --dtype fp32 --max_eval_samples 4"
     places = dict(data_path=folder / "pairs", data_output_path=folder / "cache")
     lists = {1: [], 2: []}
-    for step, start in ((1, base), (2, reward)):
-        for name, (ranks, rows, accumulation, stage, more) in SUPERVISED.items():
+    for step, start in ((1, base), (2, reward), ("dpo", base)):
+        for name, (ranks, rows, accumulation, stage, more) in (
+            SUPERVISED | (DPO | DPO_LORA if step == "dpo" else {})
+        ).items():
             text = f"""
                 {common} --max_seq_len 48 --learning_rate 1e-3 --zero_stage {stage} {more}
                 --per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}
@@ -68,8 +76,10 @@ def _trajectory(folder: Path, names) -> list[list[float]]:
     return [[row[f"train/{name}"] for name in names] for row in read_metrics(folder)]
 
 
-@pytest.mark.parametrize("name", list(SUPERVISED)[1:])
-@pytest.mark.parametrize("step", [1, 2])
+CASES = [(step, name) for step in (1, 2, "dpo") for name in list(SUPERVISED)[1:]] + [("dpo", name) for name in DPO]
+
+
+@pytest.mark.parametrize("step, name", CASES)
 def test_steps_1_and_2_give_one_trajectory_and_one_model(runs, step, name):
     reference, run = runs / str(step) / next(iter(SUPERVISED)), runs / str(step) / name
     wanted, got = (torch.tensor(_trajectory(folder, ["loss", "grad_norm", "lr"])) for folder in (reference, run))
@@ -81,6 +91,12 @@ def test_steps_1_and_2_give_one_trajectory_and_one_model(runs, step, name):
     for key in theirs:
         # Adam's first steps are lr * sign(gradient): where a gradient is nearly zero, rounding decides its sign.
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=5e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_dpo_against_the_policy_without_adapters_gives_one_trajectory_on_two_ranks_at_stage_3(runs):
+    wanted, got = (torch.tensor(_trajectory(runs / "dpo" / name, ["loss", "kl", "grad_norm"])) for name in DPO_LORA)
+    assert wanted[-1, 0] < wanted[0, 0] and abs(wanted[-1, 1]) > 1e-3
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(RLHF)[1:])

@@ -11,6 +11,7 @@ from utils.arguments.config_file import RUN_CONFIG_FILE, given_flags, run_config
 from utils.process.errors import UserError
 
 MODELS = {1: "--model_name_or_path m", 2: "--model_name_or_path m"}
+MODELS["dpo"] = "--model_name_or_path m"
 MODELS[3] = "--actor_model_name_or_path a --critic_model_name_or_path c"
 # Every kind of flag: numbers, choices, enumerations, sizes, lists with and without values, on and off, texts that YAML
 # takes for something else.
@@ -18,6 +19,7 @@ GIVEN = {
     1: "--learning_rate 9.65e-6 --lr_scheduler_type linear --max_shard_size 1.5GB --no-group_by_length --mask_prompt "
     "--data_path a.jsonl local/demo --sft_only_data_path --dataset_split - x --chat_template --run_name 010",
     2: "--rm_margin 1 --offload --chat_template chatml --report_to tensorboard --run_name on --max_shard_size 1234567B",
+    "dpo": "--beta 1e-2 --dpo_loss ipo --rpo_alpha 1 --precompute_ref_log_probs --dropout 0.1 --save_best margin",
     3: "--no-do_sample --no-whiten_advantages --enable_ema --temperature 1e-2 --data_split 1,1,8 --output_dir null "
     "--deepspeed --resume auto --run_name=-x",
 }
@@ -33,7 +35,7 @@ def parse(step, *words):
     return arguments.build_parser(step).parse_args([*words])
 
 
-@pytest.mark.parametrize("step", (1, 2, 3))
+@pytest.mark.parametrize("step", GIVEN)
 def test_the_file_of_a_run_reads_back_to_the_same_arguments(step, tmp_path):
     parser = arguments.build_parser(step)
     args = parser.parse_args([*flags(MODELS[step]), *flags(GIVEN[step]), "--eot_token", "a: #'\n\"ö"])

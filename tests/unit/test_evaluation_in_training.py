@@ -27,6 +27,7 @@ def _models(folder):
         (1, "--zero_stage 0"),
         (1, "--zero_stage 3 --lora_dim 4"),
         (2, "--zero_stage 2"),
+        ("dpo", "--zero_stage 3 --precompute_ref_log_probs"),
         (3, f"{zero_stage(3, 0)} --enable_ema"),
         (3, f"{zero_stage(3, 3)} --enable_hybrid_engine --actor_lora_dim 4"),
     ],

@@ -50,7 +50,7 @@ def line_of(printed: str, check: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2, "dpo", 3])
 def test_a_run_that_would_work_passes_every_check(step, dry_run, model_folder, reward_folder):
     models = ["--model_name_or_path", model_folder]
     if step == 3:
@@ -172,7 +172,7 @@ def wide(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2, "dpo", 3])
 def test_the_planned_command_is_one_the_step_understands_and_fits(step, wide, capsys):
     flags = ["--model", wide, "--step", step, "--gpus", 4, "--gpu_memory", 40, "--host_memory", 400]
     flags += ["--batch_size", 16, "--json"]
@@ -187,7 +187,7 @@ def test_the_planned_command_is_one_the_step_understands_and_fits(step, wide, ca
         args = arguments.build_parser(step).parse_args(words[main + 1 :])
         arguments.check_step(args, step)
         assert words[:3] == ["deepspeed", "--num_gpus", "4"] and args.num_train_epochs == 3
-        if step < 3:
+        if step != 3:
             assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 4 == 16
         else:
             assert args.per_device_generation_batch_size * args.generation_batches * 4 == 16
@@ -202,6 +202,27 @@ def test_the_plan_as_a_table_marks_one_row_and_says_when_nothing_fits(wide, caps
     assert "nothing fits" in capsys.readouterr().out
     with pytest.raises(UserError, match="do not divide"):
         plan.main([*common, "--gpus", "3"])
+
+
+def test_the_reference_of_dpo_counts_where_it_is_a_model_of_its_own(dry_run, model_folder, monkeypatch):
+    monkeypatch.setattr(preflight, "this_machine", lambda: Machine(1, 1, True, 2 * GIB, 2 * GIB, Bytes(host=GIB)))
+    start = ["--model_name_or_path", model_folder, "--max_seq_len", "64"]
+    for more, has in ((), True), (["--precompute_ref_log_probs"], False), (["--reference_free"], False):
+        printed, error = dry_run("dpo", *start, *more)
+        assert error is None, printed
+        assert ("reference 0.0 M, frozen" in line_of(printed, "parameters")) == has
+        assert ("reference: scores the answers" in printed) == has
+
+    config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=100_000)
+    args = arguments.build_parser("dpo").parse_args(["--model_name_or_path", "x", "--max_seq_len", "8"])
+    args.dtype, args.per_device_train_batch_size, args.per_device_eval_batch_size = "fp32", 1, 1
+    machine = Machine(1, 1, True, 0, 10**12, Bytes())
+    needs = [
+        plan.Plan(args, "dpo", {"model": config}, None, machine).estimate_with(settings).host_peak[0]
+        for settings in ({}, {"precompute_ref_log_probs": True})
+    ]
+    weights = 4 * 2 * 64 * 100_000  # embedding and head, in bytes, without the small rest
+    assert needs[0] - needs[1] == pytest.approx(1.3 * weights, rel=0.02), "with the margin of a CPU"
 
 
 def test_a_ranked_list_needs_the_memory_of_all_its_answers(dry_run, model_folder, monkeypatch):

@@ -237,7 +237,7 @@ def test_step_2_saves_a_whole_reward_model_with_its_trained_head(tmp_path, model
         ("--quantize int8 --lora_dim 4 --trust_remote_code", "cannot be folded"),
     ],
 )
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, 2, "dpo"])
 def test_what_qlora_cannot_do_is_refused(tmp_path, model_folder, run_step, monkeypatch, step, more, reason):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))

@@ -60,8 +60,8 @@ def add_dtype_argument(parser) -> None:
     )
 
 
-def add_supervised_arguments(parser, learning_rate: float) -> None:
-    """Model, optimisation, DeepSpeed and LoRA of step 1 and step 2."""
+def add_supervised_arguments(parser, learning_rate: float, dropout: float | None = None) -> None:
+    """Model, optimisation, DeepSpeed and LoRA of the steps that train one model."""
     group = parser.add_argument_group("model and optimisation")
     add = group.add_argument
     add("--model_name_or_path", required=True, help="folder or hub name of the model to start from")
@@ -84,7 +84,7 @@ def add_supervised_arguments(parser, learning_rate: float) -> None:
         action="store_true",
         help="recompute activations in the backward pass: less memory, slower",
     )
-    add("--dropout", type=probability, default=None, help="every dropout probability of the model; None for its own")
+    add("--dropout", type=probability, default=dropout, help="every dropout probability of the model; None for its own")
     group = parser.add_argument_group("precision and memory")
     add = group.add_argument
     add("--offload", action="store_true", help="keep optimizer states (ZeRO-3: parameters too) in host memory")

@@ -10,6 +10,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from utils.arguments.data import check_data, settle_format
 from utils.arguments.kinds import not_negative, positive, size
+from utils.arguments.step_names import NAMES, Step
 from utils.precision import default_dtype, warning_of
 from utils.process.console import print_rank_0
 from utils.process.errors import UserError
@@ -26,7 +27,7 @@ OF_A_NODE = re.compile("rank|path|_dir|resume|deepspeed_config|data_config|rewar
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
-def add_run_arguments(parser, step: int) -> None:
+def add_run_arguments(parser, step: Step) -> None:
     group = parser.add_argument_group("run")
     add = group.add_argument
     add(
@@ -77,7 +78,7 @@ def add_run_arguments(parser, step: int) -> None:
     )
     add("--run_name", default=None, help="of the run in wandb or trackio; None for the last part of --output_dir")
     add("--enable_tensorboard", action="store_true", help="the same as --report_to tensorboard")
-    add("--tensorboard_path", default=f"step{step}_tensorboard", help="folder of the TensorBoard files")
+    add("--tensorboard_path", default=f"{NAMES[step]}_tensorboard", help="folder of the TensorBoard files")
     deepspeed.add_config_arguments(parser)
     add = parser.add_argument_group("checkpoints").add_argument
     add("--checkpoint_steps", type=not_negative, default=0, help="steps between checkpoints of the run; 0 for none")
@@ -106,6 +107,7 @@ MAY_CHANGE_AT_RESUME = {
     *("tensorboard_path", "local_rank", "deepspeed", "deepspeed_config"),
     *("data_output_path", "rebuild_cache", "preprocessing_num_workers", "print_loss", "max_eval_samples"),
     *("per_device_eval_batch_size", "eval_interval", "eval_iters", "compute_fp32_loss", "num_padding_at_beginning"),
+    "offload_reference_model",
     *("print_answers", "print_answers_interval", "sample_interval", "samples_shown"),
     *("enable_test_mode", "test_stop_step", "dry_run"),
     *("console", "eval_prompts", "save_best", "early_stopping_patience", "save_interval", "save_total_limit"),

@@ -7,6 +7,7 @@ from transformers import SchedulerType
 
 from utils.arguments.config_file import ConfigParser
 from utils.arguments.data import add_data_arguments
+from utils.arguments.dpo import add_dpo_arguments, check_dpo
 from utils.arguments.kinds import new_parser, non_negative_float
 from utils.arguments.model import (
     add_num_padding_argument,
@@ -18,7 +19,9 @@ from utils.arguments.model import (
 )
 from utils.arguments.rlhf import add_rlhf_arguments, check_rlhf
 from utils.arguments.run import add_run_arguments, check_output, nothing_saved, settle_common
+from utils.arguments.step_names import DPO, Step
 from utils.arguments.watching import add_watching_arguments, check_watching
+from utils.data.encoding import REWARD, RLHF, SFT
 from utils.process.console import print_rank_0
 from utils.process.files import check_output_dir
 from utils.process.ranks import agree
@@ -28,16 +31,19 @@ PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = {
     1: PROJECT / "training/step1_supervised_finetuning/main.py",
     2: PROJECT / "training/step2_reward_model_finetuning/main.py",
+    DPO: PROJECT / "training/step2_dpo_finetuning/main.py",
     3: PROJECT / "training/step3_rlhf_finetuning/main.py",
 }
 DESCRIPTIONS = {
     1: "Step 1: supervised finetuning of a causal language model on prompts and answers.",
     2: "Step 2: a reward model from pairs of a chosen and a rejected answer.",
+    DPO: "DPO: a language model from pairs of a chosen and a rejected answer, without a reward model.",
     3: "Step 3: PPO with an actor, a reference, a critic and a reward model.",
 }
+TRAIN_PHASES = {1: SFT, 2: REWARD, DPO: REWARD, 3: RLHF}  # whose rows, and whose share of --data_split
 
 
-def build_parser(step: int) -> ConfigParser:
+def build_parser(step: Step) -> ConfigParser:
     """Every flag of a step, to be given on the command line or in a file (--config)."""
     parser = new_parser(DESCRIPTIONS[step], ConfigParser)
     add_data_arguments(parser, step)
@@ -46,6 +52,8 @@ def build_parser(step: int) -> ConfigParser:
         add_soft_prompt_arguments(parser)
     elif step == 2:
         add_supervised_arguments(parser, learning_rate=5e-5)
+    elif step == DPO:
+        add_supervised_arguments(parser, learning_rate=1e-6, dropout=0.0)  # log-probs of equal weights shall be equal
     else:
         add_rlhf_arguments(parser)
     add_run_arguments(parser, step)
@@ -54,6 +62,10 @@ def build_parser(step: int) -> ConfigParser:
         _add_sft_arguments(parser.add_argument_group("step 1"))
     elif step == 2:
         _add_reward_arguments(parser.add_argument_group("step 2"))
+    elif step == DPO:
+        group = parser.add_argument_group("DPO")
+        add_dpo_arguments(group)
+        add_num_padding_argument(group)
     return parser
 
 
@@ -102,7 +114,7 @@ class Settled(argparse.Namespace):
         raise AttributeError(f"arguments are settled once, by settle(): {name} cannot become {value!r}")
 
 
-def settle(args: argparse.Namespace, step: int) -> Settled:
+def settle(args: argparse.Namespace, step: Step) -> Settled:
     """What was given -> what the run uses; every rank must call this, before anything is loaded.
 
     Flags left open take the value that fits the machine and the other flags; combinations that cannot work are refused.
@@ -113,7 +125,7 @@ def settle(args: argparse.Namespace, step: int) -> Settled:
     settling = argparse.Namespace(**vars(args))
     settle_common(settling)
     check_step(settling, step)
-    if step in (2, 3):
+    if step != 1:
         warn_num_padding(settling)
 
     def check_output_folder() -> None:
@@ -127,7 +139,7 @@ def settle(args: argparse.Namespace, step: int) -> Settled:
     return Settled(**vars(settling))
 
 
-def check_step(args: argparse.Namespace, step: int) -> None:
+def check_step(args: argparse.Namespace, step: Step) -> None:
     """The part of ``settle`` that is about a step's flags alone: it writes nothing to a disk and asks no other rank.
 
     Raises:
@@ -141,6 +153,8 @@ def check_step(args: argparse.Namespace, step: int) -> None:
     check_supervised(args)
     if step == 1:
         check_soft_prompt(args)
+    elif step == DPO:
+        check_dpo(args)
 
 
 def warmup_steps(args: argparse.Namespace, total_steps: int) -> int:

@@ -1,14 +1,20 @@
 """Flags of what a person sees and keeps while a run trains: the console, evaluations, the best model."""
 
 from utils.arguments.kinds import not_negative, positive
+from utils.arguments.step_names import DPO, Step
 from utils.process.errors import UserError
 
 # What an evaluation of each step may be judged by; the first is the default. Lower is better of LOWER_IS_BETTER.
-METRICS = {1: ("perplexity", "loss"), 2: ("accuracy", "loss"), 3: ("score", "reward")}
+METRICS = {
+    1: ("perplexity", "loss"),
+    2: ("accuracy", "loss"),
+    DPO: ("accuracy", "loss", "margin"),
+    3: ("score", "reward"),
+}
 LOWER_IS_BETTER = {"perplexity", "loss"}
 
 
-def add_watching_arguments(parser, step: int) -> None:
+def add_watching_arguments(parser, step: Step) -> None:
     add = parser.add_argument_group("console, evaluation and the best model").add_argument
     add(
         "--console",
@@ -17,7 +23,7 @@ def add_watching_arguments(parser, step: int) -> None:
         help="classic: the lines of DeepSpeed-Chat, which programs read; brief: for people, a line for each "
         "--log_interval, what a stage does, and what to do with its result",
     )
-    if step < 3:
+    if step != 3:
         add(
             "--eval_interval",
             type=not_negative,
@@ -70,12 +76,12 @@ def add_watching_arguments(parser, step: int) -> None:
     )
 
 
-def watched_metric(args, step: int) -> str | None:
+def watched_metric(args, step: Step) -> str | None:
     """What the run's evaluations are judged by; None where no flag asks for that."""
     return args.save_best or (METRICS[step][0] if args.early_stopping_patience else None)
 
 
-def check_watching(args, step: int) -> None:
+def check_watching(args, step: Step) -> None:
     """Refuse what would do nothing.
 
     Raises:

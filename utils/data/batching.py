@@ -411,6 +411,47 @@ class DataCollatorRLHF:
         return {"prompt": ids, "prompt_att_mask": mask}
 
 
+class NumberedRows(Dataset):
+    """Rows of step 2 whose answers have numbers, by which something of each can be looked up; see DataCollatorDPO.
+
+    Args:
+        first: the number of the first row's first answer. width: numbers of a row, as many as it may have answers.
+    """
+
+    def __init__(self, dataset, first: int, width: int):
+        self.dataset, self.lengths, self.first, self.width = dataset, dataset.lengths, first, width
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index] | {"first_number": self.first + int(index) * self.width}
+
+
+@dataclass
+class DataCollatorDPO(DataCollatorReward):
+    """Rows of step 2, numbered or not -> the batch of ``DataCollatorReward`` with ``pairs``, and what DPO needs beside.
+
+    ``labels`` [answers, length]: the ids of the answer alone, from where it begins to its end token by its length; -100
+    in the prompt and in pads. ``numbers`` [answers]: of NumberedRows; -1 for fillers, and where rows have none.
+    """
+
+    def __call__(self, rows):
+        check_pad_id(self)
+        filler = {"chosen_ids": [self.pad_token_id], "rejected_ids": [self.pad_token_id]}
+        batch = self._with_ranked(rows, filler)
+        starts, numbers = [], []
+        for row in rows:
+            of_row = row["answer_starts"] if row and ranked_pairs(row) else [1, 1]  # of a filler: after its only token
+            first = row.get("first_number") if row and ranked_pairs(row) else None
+            starts += of_row
+            numbers += [-1 if first is None else first + place for place in range(len(of_row))]
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        is_answer = (torch.arange(ids.shape[1]) >= torch.tensor(starts).unsqueeze(1)) & (mask == 1)
+        labels = ids.masked_fill(~is_answer, IGNORE_INDEX)
+        return batch | {"labels": labels, "numbers": torch.tensor(numbers)}
+
+
 def to_device(batch, device):
     """Move every tensor of a (nested) dict, list or tuple; anything else passes through."""
     if isinstance(batch, torch.Tensor):

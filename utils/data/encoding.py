@@ -270,7 +270,7 @@ class SftRowMaker(RowMaker):
 
 class Pair(NamedTuple):
     rows: list[list[int]]  # of each answer
-    prompt_length: int
+    starts: list[int]  # where each answer begins in its row: the prompt's last token may differ with what follows it
     was_cut: bool
 
 
@@ -279,13 +279,15 @@ class RewardRowMaker(RowMaker):
     nothing but the answer.
 
     ``ranked_ids`` and ``ranks`` are empty for a pair; else the best answer is also the chosen one, the worst the
-    rejected one.
+    rejected one. ``answer_starts``: where the answers begin in their rows, in the order of ``ranked_ids``, or of the
+    chosen and the rejected one.
     """
 
     columns: ClassVar = {
         "chosen_ids": pa.list_(pa.int32()),
         "rejected_ids": pa.list_(pa.int32()),
         "prompt_length": pa.int32(),
+        "answer_starts": pa.list_(pa.int32()),
         "ranked_ids": pa.list_(pa.list_(pa.int32())),
         "ranks": pa.list_(pa.int32()),
     }
@@ -303,18 +305,19 @@ class RewardRowMaker(RowMaker):
         drop = max(self.tokens_to_drop(len(ids), start, leading) for ids, start in zip(rows, starts, strict=True))
         drop = max(0, min(drop, min(starts) - leading))  # what is dropped must lie in the prompt of all
         kept = [cut(ids, self.rules.max_seq_len, leading, drop) for ids in rows]
-        return Pair(kept, min(starts[0] - drop, len(kept[0])), not fits)
+        starts = [min(start - drop, len(ids)) for start, ids in zip(starts, kept, strict=True)]
+        return Pair(kept, starts, not fits)
 
     def row(self, remembered, encoded):
         example, rendered, _ = remembered
-        rows, prompt_length, was_cut = self.pair(example, rendered, encoded)
+        rows, starts, was_cut = self.pair(example, rendered, encoded)
         ranks = list(example.ranks) if isinstance(example, Conversation) else []
         ranked = rows if ranks else []
         if rows[0] == rows[-1] if not ranks else not ranked_pairs({"ranked_ids": ranked, "ranks": ranks}):
             self.counts.identical += 1
             return None
         self.count_cut(was_cut, all(row[-1] in self.end_ids for row in rows))
-        return rows[0], rows[-1], prompt_length, ranked, ranks
+        return rows[0], rows[-1], starts[0], starts, ranked, ranks
 
 
 class PromptRowMaker(RowMaker):

@@ -3,7 +3,7 @@
     configuration -> model (loaded under it: ZeRO-3 partitions weights as they are read) -> LoRA, packed weights,
     checkpointing -> parameter groups -> optimizer -> schedule -> engine
 
-Steps 1 and 2 train one engine and their flags name no role; step 3 trains "actor" and "critic", whose flags do.
+Steps 1 and 2 and DPO train one engine and their flags name no role; step 3 trains "actor" and "critic", whose flags do.
 """
 
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -56,13 +56,13 @@ def train_config(args, role: str = "", **options) -> dict:
 
 
 def frozen_config(args, trained_stage: int, offload: bool = False, dtype: str | None = None) -> dict:
-    """DeepSpeed's configuration of an engine of step 3 that is not trained, beside one that is.
+    """DeepSpeed's configuration of an engine that is not trained, beside one that is.
 
     Without an optimizer only ZeRO-3 shards anything, and only ZeRO-3 can keep weights in host memory.
     """
     stage = 3 if trained_stage == 3 or offload else 0
     config = get_eval_ds_config(offload, dtype or args.dtype, stage)
-    return with_batch_sizes(config, args.per_device_training_batch_size)
+    return with_batch_sizes(config, 1)  # DeepSpeed asks for one; without an optimizer it means nothing
 
 
 def model_options(args, dropout: float | None = None, dtype: str | None = None) -> dict:

@@ -10,7 +10,7 @@
 
 from dataclasses import dataclass, field
 
-from utils.arguments import vllm_settings
+from utils.arguments import DPO, Step, has_reference_engine, vllm_settings
 from utils.ds_utils import TORCH_DTYPES, get_eval_ds_config, get_train_ds_config, merge_config_file
 from utils.model.soft_prompt import make_soft_prompt_model
 from utils.module.quantize import Packing
@@ -86,7 +86,7 @@ def _lora(args, prefix: str = "") -> LoRASpec | None:
     return lora if lora.dim else None
 
 
-def models_of_step(args, step: int, configs: dict, tokenizer=None) -> dict[str, MetaModel]:
+def models_of_step(args, step: Step, configs: dict, tokenizer=None) -> dict[str, MetaModel]:
     """The models of a step, by engine.
 
     Args:
@@ -106,11 +106,17 @@ def models_of_step(args, step: int, configs: dict, tokenizer=None) -> dict[str, 
         specs = _rlhf_specs(args, configs, common)
     else:
         specs = {"model": _supervised_spec(args, step, configs["model"], tokenizer, common)}
+        if step == DPO and has_reference_engine(args):
+            specs["reference"] = _frozen_spec(configs["model"], "causal", args.dtype, common)
     return {name: MetaModel(spec) for name, spec in specs.items()}
 
 
-def _supervised_spec(args, step: int, config, tokenizer, common: dict) -> ModelSpec:
-    kind, options = "causal" if step == 1 else "reward", {"lora": _lora(args), "dropout": args.dropout}
+def _frozen_spec(config, kind: str, dtype: str, common: dict, **options) -> ModelSpec:
+    return ModelSpec(config, kind, dtype, trains=False, dropout=0.0, **options, **common)
+
+
+def _supervised_spec(args, step: Step, config, tokenizer, common: dict) -> ModelSpec:
+    kind, options = "reward" if step == 2 else "causal", {"lora": _lora(args), "dropout": args.dropout}
     if args.quantize is not None:
         compute_dtype = TORCH_DTYPES[args.quantize_compute_dtype]
         options["packing"] = Packing(args.quantize, args.quantize_double, compute_dtype)
@@ -124,20 +130,19 @@ def _rlhf_specs(args, configs: dict, common: dict) -> dict[str, ModelSpec]:
         dropout = getattr(args, f"{name}_dropout") or 0.0
         return ModelSpec(configs[name], kind, args.dtype, lora=_lora(args, f"{name}_"), dropout=dropout, **common)
 
-    frozen = common | {"trains": False, "dropout": 0.0}
     specs = {"actor": trained("actor", "causal")}
     if args.separate_ref:
-        specs["reference"] = ModelSpec(configs["actor"], "causal", args.dtype, **frozen)
+        specs["reference"] = _frozen_spec(configs["actor"], "causal", args.dtype, common)
     if args.enable_ema:
-        specs["EMA"] = ModelSpec(configs["actor"], "causal", "fp32", lora=_lora(args, "actor_"), **frozen)
+        specs["EMA"] = _frozen_spec(configs["actor"], "causal", "fp32", common, lora=_lora(args, "actor_"))
     if args.advantage_estimator == "gae":
         specs["critic"] = trained("critic", "reward")
     if args.reward_model_weight:
-        specs["reward"] = ModelSpec(configs["critic"], "reward", args.dtype, **frozen)
+        specs["reward"] = _frozen_spec(configs["critic"], "reward", args.dtype, common)
     return specs
 
 
-def engines_of_step(args, step: int, models: dict[str, MetaModel], machine: Machine) -> dict[str, EngineMemory]:
+def engines_of_step(args, step: Step, models: dict[str, MetaModel], machine: Machine) -> dict[str, EngineMemory]:
     """The engines of a step by name, with what they keep all the time; arguments as for ``estimate``."""
     accumulation = args.gradient_accumulation_steps
     if step == 3 and args.unsupervised_dataset_name:
@@ -154,12 +159,12 @@ def engines_of_step(args, step: int, models: dict[str, MetaModel], machine: Mach
         config = get_eval_ds_config(offload, dtype, 3 if of_trained == 3 or offload else 0)
         return frozen_engine(name, models[name], config, machine)
 
-    if step < 3:
-        return {"model": trained("model", args.zero_stage)}
+    stage = args.zero_stage if step != 3 else args.actor_zero_stage  # of the policy
     makers = {
-        "actor": lambda: trained("actor", args.actor_zero_stage),
-        "reference": lambda: frozen("reference", args.actor_zero_stage, args.offload_reference_model, args.dtype),
-        "EMA": lambda: frozen("EMA", args.actor_zero_stage, False, "fp32"),
+        "model": lambda: trained("model", stage),
+        "actor": lambda: trained("actor", stage),
+        "reference": lambda: frozen("reference", stage, args.offload_reference_model, args.dtype),
+        "EMA": lambda: frozen("EMA", stage, False, "fp32"),
         "critic": lambda: trained("critic", args.critic_zero_stage),
         "reward": lambda: frozen("reward", args.critic_zero_stage, args.offload_reward_model, args.dtype),
     }
@@ -177,7 +182,7 @@ def states_alone(engines: dict[str, EngineMemory], machine: Machine) -> Estimate
     return Estimate(machine, list(engines.values()), [Phase("weights and states alone", Bytes())])
 
 
-def estimate(args, step: int, models: dict[str, MetaModel], machine: Machine, both_ways: bool = False) -> Estimate:
+def estimate(args, step: Step, models: dict[str, MetaModel], machine: Machine, both_ways: bool = False) -> Estimate:
     """The memory of a step.
 
     Args:
@@ -191,7 +196,7 @@ def estimate(args, step: int, models: dict[str, MetaModel], machine: Machine, bo
     if step == 3:
         _add_rlhf(result, engines, args, both_ways)
     else:
-        _add_supervised(result, engines["model"], args, step, both_ways)
+        _add_supervised(result, engines, args, step, both_ways)
     return result
 
 
@@ -226,7 +231,8 @@ def _training_phases(engine: EngineMemory, name: str, peak: int, others: Bytes) 
     ]
 
 
-def _add_supervised(result: Estimate, engine: EngineMemory, args, step: int, both_ways: bool) -> None:
+def _add_supervised(result: Estimate, engines: dict[str, EngineMemory], args, step: Step, both_ways: bool) -> None:
+    engine = engines["model"]
     # A pair is two sequences, a ranked list as many as it has answers, where preflight has looked.
     length, per_row = args.max_seq_len, 1 if step == 1 else getattr(args, "answers_per_row", 2)
     rows, packed = per_row * args.per_device_train_batch_size, step == 1 and args.packing
@@ -236,9 +242,19 @@ def _add_supervised(result: Estimate, engine: EngineMemory, args, step: int, bot
     scoring = engine.model.scoring(per_row * args.per_device_eval_batch_size, length)
     result.phases += [
         Phase("evaluation", Bytes(scoring.peak + engine.gathered.scoring)),
+        *_reference_phases(engines, max(rows, per_row * args.per_device_eval_batch_size), length),
         *_training_phases(engine, "training", training.peak, Bytes()),
         Phase("optimizer step", engine.step),
     ]
+
+
+def _reference_phases(engines: dict[str, EngineMemory], rows: int, length: int) -> list[Phase]:
+    """Of DPO, where the reference has an engine of its own."""
+    if "reference" not in engines:
+        return []
+    reference = engines["reference"]
+    peak = reference.model.scoring(rows, length).peak + reference.gathered.scoring
+    return [Phase("reference: scores the answers", Bytes(peak))]
 
 
 def _add_rlhf(result: Estimate, engines: dict[str, EngineMemory], args, both_ways: bool) -> None:

@@ -26,7 +26,9 @@ from utils.precision import default_dtype
 from utils.process.errors import UserError
 
 # Settings that change the models themselves, not only how they are trained.
-OF_MODELS = {"dtype", "lora_dim", "actor_lora_dim", "critic_lora_dim", "only_optimize_lora"}
+OF_MODELS = {
+    *("dtype", "lora_dim", "actor_lora_dim", "critic_lora_dim", "only_optimize_lora", "precompute_ref_log_probs"),
+}
 
 Settings = dict[str, object]  # flag -> value
 
@@ -48,7 +50,7 @@ class Plan:
     """
 
     args: argparse.Namespace
-    step: int
+    step: arguments.Step
     configs: dict
     tokenizer: object
     machine: Machine
@@ -73,9 +75,9 @@ class Plan:
         return estimate(args, self.step, models, self.machine) if alone.fits else alone
 
 
-def _batches(args, step: int) -> Iterator[Settings]:
+def _batches(args, step: arguments.Step) -> Iterator[Settings]:
     """Ever smaller micro-batches with the same rows per optimizer step."""
-    if step < 3:
+    if step != 3:
         micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         while micro % 2 == 0:
             micro, accumulation = micro // 2, 2 * accumulation
@@ -97,14 +99,14 @@ def _batches(args, step: int) -> Iterator[Settings]:
         }
 
 
-def _prefixes(args, step: int) -> tuple[str, ...]:
+def _prefixes(args, step: arguments.Step) -> tuple[str, ...]:
     """What the flags of the models that train begin with."""
-    if step < 3:
+    if step != 3:
         return ("",)
     return ("actor_", "critic_") if args.advantage_estimator == "gae" else ("actor_",)
 
 
-def smaller_settings(args, step: int, machine: Machine) -> list[list[Settings]]:
+def smaller_settings(args, step: arguments.Step, machine: Machine) -> list[list[Settings]]:
     """What makes a run smaller: groups of settings of growing effect, what costs the run least first."""
     prefixes = _prefixes(args, step)
     stages = [getattr(args, f"{prefix}zero_stage") for prefix in prefixes]
@@ -118,6 +120,8 @@ def smaller_settings(args, step: int, machine: Machine) -> list[list[Settings]]:
             [{f"{prefix}zero_stage": stage for prefix in prefixes} for stage in (2, 3) if stage > min(stages)]
         )
     groups.append(list(_batches(args, step)))
+    if step == arguments.DPO and arguments.has_reference_engine(args) and not args.separate_ref:
+        groups.append([{"precompute_ref_log_probs": True}])
     if not machine.on_cpu:
         if step == 3:
             groups.append([{"offload_reference_model": True, "offload_reward_model": True}])
@@ -125,7 +129,7 @@ def smaller_settings(args, step: int, machine: Machine) -> list[list[Settings]]:
         groups.append([{"offload": True} | managed])
     if not trains_lora:
         groups.append([{f"{prefix}lora_dim": 16 for prefix in prefixes} | {"only_optimize_lora": True}])
-    length = "max_seq_len" if step < 3 else "max_answer_seq_len"
+    length = "max_seq_len" if step != 3 else "max_answer_seq_len"
     groups.append([{length: getattr(args, length) // 2}, {length: getattr(args, length) // 4}])
     return groups
 
@@ -191,7 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, help="folder or hub name; its configuration is read, its weights are not")
     add("--critic", default=None, help="step 3: the reward model; None for one of the model's size")
-    add("--step", type=int, choices=[1, 2, 3], default=1, help="the step to plan")
+    add("--step", type=arguments.step_of, choices=list(arguments.SCRIPTS), default=1, help="the step to plan")
     add("--gpus", type=int, default=1, help="devices in all")
     add("--gpus_per_node", type=int, default=8, help="devices of one machine, which share its host memory")
     add("--gpu_memory", type=float, default=80, help="GiB of one device")
@@ -206,8 +210,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def base_command(options, rest: list[str]) -> list[str]:
     """The step's flags that hold for all candidates."""
-    words = ["--dtype", options.dtype, "--output_dir", f"output/step{options.step}"]
-    if options.step < 3:
+    words = ["--dtype", options.dtype, "--output_dir", f"output/{arguments.NAMES[options.step]}"]
+    if options.step != 3:
         words += ["--model_name_or_path", options.model, "--max_seq_len", str(options.max_seq_len)]
         words += ["--lora_dim", str(options.lora_dim)] if options.lora_dim else []
     else:
@@ -220,14 +224,16 @@ def base_command(options, rest: list[str]) -> list[str]:
     return words + (["--only_optimize_lora"] if options.lora_dim else []) + rest
 
 
-def _settings(args, step: int, stage: int, offload: bool, checkpointing: bool, micro: int, rounds: int) -> Settings:
+def _settings(
+    args, step: arguments.Step, stage: int, offload: bool, checkpointing: bool, micro: int, rounds: int
+) -> Settings:
     prefixes = _prefixes(args, step)
     settings: Settings = {f"{prefix}zero_stage": stage for prefix in prefixes}
     if checkpointing:
         settings |= {f"{prefix}gradient_checkpointing": True for prefix in prefixes}
     if offload:
         settings["offload"] = True
-    if step < 3:
+    if step != 3:
         settings |= {"per_device_train_batch_size": micro, "per_device_eval_batch_size": micro}
     else:
         settings |= {"per_device_generation_batch_size": micro, "generation_batches": rounds}
@@ -284,7 +290,7 @@ def main(given=None) -> int:
     args = arguments.build_parser(options.step).parse_args(words)
     actor = load_config(options.model, args.trust_remote_code)
     critic = actor if options.critic is None else load_config(options.critic, args.trust_remote_code)
-    configs = {"model": actor} if options.step < 3 else {"actor": actor, "critic": critic}
+    configs = {"model": actor} if options.step != 3 else {"actor": actor, "critic": critic}
     tokenizer = None
     if options.step == 1 and args.soft_prompt is not None:  # its vectors start from embeddings of tokens
         tokenizer = load_hf_tokenizer(options.model, trust_remote_code=args.trust_remote_code)
@@ -321,7 +327,8 @@ def main(given=None) -> int:
 def table(options, found: list[Candidate], rows: list[dict]) -> str:
     host = "not looked at" if options.host_memory is None else f"{options.host_memory:g} GiB of host memory"
     lines = [
-        f"step {options.step}, {options.model}: {options.gpus} devices of {options.gpu_memory:g} GiB, {host}",
+        f"{arguments.TITLES[options.step]}, {options.model}: {options.gpus} devices of {options.gpu_memory:g} GiB, "
+        f"{host}",
         "",
         "   ZeRO  offload  checkpointing  micro-batch  accumulation  device GiB  host GiB per machine",
     ]

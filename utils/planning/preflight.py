@@ -20,6 +20,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from utils import arguments
+from utils.data.encoding import REWARD
 from utils.data.preparation import datasets_of_step
 from utils.data.unsupervised import get_unsupervised_data
 from utils.engine.build import load_tokenizer
@@ -74,13 +75,13 @@ class Checks:
         return self.find(name, lambda: (check(), True)) is not None
 
 
-def preflight(args, step: int) -> None:
+def preflight(args, step: arguments.Step) -> None:
     """Check a run of a step and print what it would need; every rank must call this.
 
     Raises:
         UserError: it would not run.
     """
-    print_rank_0(f"dry run of step {step}: {get_world_size()} rank(s), nothing is trained or saved")
+    print_rank_0(f"dry run of {arguments.TITLES[step]}: {get_world_size()} rank(s), nothing is trained or saved")
     checks = Checks()
     settled = checks.find("flags", lambda: _flags(args, step), show=True)
     args = args if settled is None else settled
@@ -118,15 +119,15 @@ def preflight(args, step: int) -> None:
     print_rank_0(f"{checks.count} checks, no problem: the run can start")
 
 
-def _paths(args, step: int) -> dict[str, str]:
+def _paths(args, step: arguments.Step) -> dict[str, str]:
     """The models of a step by the flag that names them, shortened."""
-    if step < 3:
+    if step != 3:
         return {"model": args.model_name_or_path}
     paths = {"actor": args.actor_model_name_or_path, "critic": args.critic_model_name_or_path}
     return {name: path for name, path in paths.items() if path is not None}
 
 
-def _flags(args, step: int) -> tuple[str, arguments.Settled]:
+def _flags(args, step: arguments.Step) -> tuple[str, arguments.Settled]:
     settled = arguments.settle(args, step)
     return f"they go together; training in {settled.dtype}", settled
 
@@ -136,13 +137,13 @@ def _reward_functions(args) -> tuple[str, list[RewardFunction]]:
     return ", ".join(f"{function.weight:g} x {function.name}" for function in functions), functions
 
 
-def _packages(args, step: int) -> str:
+def _packages(args, step: arguments.Step) -> str:
     wanted = {}  # flag -> (module, package)
     if step == 1 and args.soft_prompt is not None:
         wanted["soft_prompt"] = ("peft", "peft")
-    if step < 3 and args.paged_optimizer:
+    if step != 3 and args.paged_optimizer:
         wanted["paged_optimizer"] = ("bitsandbytes", "bitsandbytes")
-    if step < 3 and args.quantize == "nf4":
+    if step != 3 and args.quantize == "nf4":
         wanted["quantize nf4"] = ("bitsandbytes", "bitsandbytes")
     if args.attn_implementation == "flash_attention_2":
         wanted["attn_implementation flash_attention_2"] = ("flash_attn", "flash-attn")
@@ -155,12 +156,12 @@ def _packages(args, step: int) -> str:
     return (found or "none but the usual") + "; DeepSpeed's cpu_adam will be compiled, about a minute" * compiles
 
 
-def _model(args, step: int, name: str, path: str, configs: dict) -> str:
+def _model(args, step: arguments.Step, name: str, path: str, configs: dict) -> str:
     """Also puts the configuration into ``configs``, where it is wanted if there is a problem with the weights."""
     configs[name] = config = load_config(path, args.trust_remote_code)
-    causal = name == "actor" or (name == "model" and step == 1)
+    causal = name == "actor" or (name == "model" and step != 2)
     kind = f"{type(config).__name__.removesuffix('Config')}, vocabulary {config.get_text_config().vocab_size:,}"
-    lengths = ("max_seq_len",) if step < 3 else ("max_prompt_seq_len", "max_answer_seq_len")
+    lengths = ("max_seq_len",) if step != 3 else ("max_prompt_seq_len", "max_answer_seq_len")
     lengths = {f"--{flag}": getattr(args, flag) for flag in lengths}
     check_positions(config, path, lengths)
     if name == "critic" and args.normalize_reward:
@@ -181,7 +182,7 @@ def _weights_are_here(path: str) -> bool:
     return any(isinstance(try_to_load_from_cache(path, file), str) for file in WEIGHT_FILES)
 
 
-def _tokenizer(args, step: int, paths: dict) -> tuple[str, PreTrainedTokenizerBase]:
+def _tokenizer(args, step: arguments.Step, paths: dict) -> tuple[str, PreTrainedTokenizerBase]:
     tokenizer = load_tokenizer(args, next(iter(paths.values())))
     if "critic" in paths:
         check_same_tokenizer(
@@ -205,9 +206,9 @@ def _pad(tokenizer) -> str:
     return f"pad {pad!r} ({tokenizer.pad_token_id}) and EOS {eos!r} ({tokenizer.eos_token_id}) differ"
 
 
-def _data(args, step: int, tokenizer, functions: list[RewardFunction]) -> tuple[str, tuple]:
-    limit = args.max_seq_len if step < 3 else args.max_prompt_seq_len
-    train, evaluation = datasets_of_step(args, tokenizer, step, limit, keep_columns=columns_wanted(functions))
+def _data(args, step: arguments.Step, tokenizer, functions: list[RewardFunction]) -> tuple[str, tuple]:
+    limit, phase = args.max_seq_len if step != 3 else args.max_prompt_seq_len, arguments.TRAIN_PHASES[step]
+    train, evaluation = datasets_of_step(args, tokenizer, phase, limit, keep_columns=columns_wanted(functions))
     check_columns(functions, train.columns)
     rows = "prompts" if step == 3 else "rows"
     text = f"{len(train):,} {rows} to train, {len(evaluation):,} to evaluate, the longest {max(train.lengths):,} tokens"
@@ -216,9 +217,9 @@ def _data(args, step: int, tokenizer, functions: list[RewardFunction]) -> tuple[
     return text, (train, evaluation)
 
 
-def _batches(args, step: int, datasets) -> str:
+def _batches(args, step: arguments.Step, datasets) -> str:
     ranks = get_world_size()
-    if step < 3:
+    if step != 3:
         micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         rows = micro * ranks * accumulation
         text = f"{micro} per device x {ranks} rank(s) x {accumulation} accumulated = {rows} per optimizer step"
@@ -240,11 +241,11 @@ def _warmup(args, total_steps: int) -> str:
     return "" if note is None else f". {note}"
 
 
-def _parameters(args, step: int, configs: dict, tokenizer) -> tuple[str, dict[str, MetaModel]]:
+def _parameters(args, step: arguments.Step, configs: dict, tokenizer) -> tuple[str, dict[str, MetaModel]]:
     models = models_of_step(args, step, configs, tokenizer)
     if step == 1 and args.packing:
         refuse_state(models["model"].model)
-    if step < 3 and args.quantize is not None:
+    if step != 3 and args.quantize is not None:
         check_packing_share(models["model"].model)
     parts = []
     for name, model in models.items():
@@ -288,17 +289,17 @@ def _disk(args, paths: dict[str, str], models: dict[str, MetaModel]) -> str:
     return "; ".join(texts)
 
 
-def _longest(args, step: int, datasets):
-    """The arguments with the lengths, and in step 2 the answers, that the rows really have, where they are known."""
+def _longest(args, step: arguments.Step, datasets):
+    """The arguments with the lengths, and of pairs the answers, that the rows really have, where they are known."""
     if datasets is None or (step == 1 and args.packing):
         return args
     known = {}
-    if step == 2:
+    if arguments.TRAIN_PHASES[step] == REWARD:
         known["answers_per_row"] = max(dataset.answers_per_row for dataset in datasets)
     if args.pad_to_max_length:
         return argparse.Namespace(**vars(args) | known)
     longest = max(max(dataset.lengths) for dataset in datasets)
-    limit = "max_seq_len" if step < 3 else "max_prompt_seq_len"
+    limit = "max_seq_len" if step != 3 else "max_prompt_seq_len"
     padded = min(vars(args)[limit], -(-int(longest) // 8) * 8)
     return argparse.Namespace(**vars(args) | known | {limit: padded})
 

@@ -6,12 +6,22 @@ import shlex
 from pathlib import Path
 
 from utils import perf
-from utils.arguments.steps import PROJECT
+from utils.arguments import DPO, PROJECT, TITLES, Step
 from utils.model.losses import warn_diverged
 from utils.process.console import print_brief, print_classic
 
-EVALUATION = {1: "***** Evaluating perplexity, Epoch", 2: "***** Evaluating reward, Epoch"}
-SAVING = {1: "saving the final model ...", 2: "saving model ..."}
+EVALUATION = {
+    1: "***** Evaluating perplexity, Epoch",
+    2: "***** Evaluating reward, Epoch",
+    DPO: "***** Evaluating rewards, Epoch",
+}
+EVALUATED = {
+    1: "ppl: {perplexity}, loss: {loss}",
+    2: "chosen_last_scores (higher is better) : {chosen_score}, "
+    "rejected_last_scores (lower is better) : {rejected_score}, acc (higher is better) : {accuracy}",
+    DPO: "chosen: {rewards/chosen}, rejected: {rewards/rejected}, loss: {loss}",
+}
+SAVING = {1: "saving the final model ...", 2: "saving model ...", DPO: "saving the final model ..."}
 
 
 def rounded(value: float | None) -> str:
@@ -52,23 +62,24 @@ class TimeLeft:
 
 
 class SupervisedConsole:
-    """The lines of a run of step 1 or 2; every rank makes the calls, rank 0 prints.
+    """The lines of a run that trains one model; every rank makes the calls, rank 0 prints.
 
     Args:
         total_steps: optimizer steps of the whole run.
     """
 
-    def __init__(self, args, step: int, total_steps: int):
+    def __init__(self, args, step: Step, total_steps: int):
         self.args, self._step, self._total, self._left = args, step, total_steps, TimeLeft()
 
     def begin(self, rows: int) -> None:
         args, model = self.args, self.args.model_name_or_path
         what = {
-            1: f"step 1, supervised finetuning: {model} learns from {rows:,} rows with good answers",
-            2: f"step 2, reward model: {model} learns from {rows:,} rows which of several answers people prefer",
+            1: f"supervised finetuning: {model} learns from {rows:,} rows with good answers",
+            2: f"reward model: {model} learns from {rows:,} rows which of several answers people prefer",
+            DPO: f"{model} learns from {rows:,} rows to give the answers that people prefer",
         }
         epochs = f"{args.num_train_epochs} epoch{'s' if args.num_train_epochs > 1 else ''}"
-        print_brief(f"{what[self._step]}, in {self._total:,} steps ({epochs})")
+        print_brief(f"{TITLES[self._step]}, {what[self._step]}, in {self._total:,} steps ({epochs})")
         print_classic("***** Running training *****")
 
     def epoch(self, epoch: int, micro_batches: int) -> None:
@@ -93,6 +104,7 @@ class SupervisedConsole:
         print_classic(f"Step: {steps}/{self._total}, Loss: {figures['loss']:.6g}, Learning Rate: {figures['lr']:.6g}")
         parts = [f"step {steps}/{self._total}", f"loss {rounded(figures['loss'])}"]
         parts += [f"accuracy {figures['accuracy']:.2f}"] if "accuracy" in figures else []
+        parts += [f"kl {rounded(figures['kl'])}"] if "kl" in figures else []
         parts += [f"lr {figures['lr']:.1e}", f"{throughput['tokens_per_second']:,.0f} tokens/s"]
         parts += [f"left {self._left.text(self._total - steps)}"]
         parts += [f"skipped {figures['skipped_steps']}"] if figures["skipped_steps"] else []
@@ -104,18 +116,14 @@ class SupervisedConsole:
 
     def evaluated(self, steps: int, epoch: int, figures: dict) -> None:
         when = f"evaluation after step {steps}" if steps else "evaluation before training"
+        print_classic(EVALUATED[self._step].format_map(figures))
         if self._step == 1:
-            print_classic(f"ppl: {figures['perplexity']}, loss: {figures['loss']}")
             print_brief(f"{when}: perplexity {rounded(figures['perplexity'])}, loss {rounded(figures['loss'])}")
             warn_diverged(figures["loss"])
             return
-        print_classic(
-            f"chosen_last_scores (higher is better) : {figures['chosen_score']}, "
-            f"rejected_last_scores (lower is better) : {figures['rejected_score']}, "
-            f"acc (higher is better) : {figures['accuracy']}"
-        )
         right = f"{100 * figures['accuracy']:.1f} % of {figures['pairs']:,.0f} pairs right"
-        print_brief(f"{when}: {right}, loss {rounded(figures['loss'])}")
+        margin = f", margin {rounded(figures['margin'])}" if "margin" in figures else ""
+        print_brief(f"{when}: {right}{margin}, loss {rounded(figures['loss'])}")
 
     def saving(self) -> None:
         print_classic(SAVING[self._step])
@@ -125,8 +133,9 @@ class SupervisedConsole:
         if self.args.output_dir is None:
             return
         folder = short_path(self.args.output_dir)
-        if self._step == 1:
-            print_brief(f"the model is in {folder}; steps 2 and 3 start from that folder. To talk to it:")
+        if self._step != 2:
+            then = "; steps 2 and 3 start from that folder" if self._step == 1 else ""
+            print_brief(f"the model is in {folder}{then}. To talk to it:")
             print_brief(command("inference/chatbot.py", "--path", folder))
         else:
             print_brief(f"the reward model is in {folder}; step 3 takes it as --critic_model_name_or_path. To try it:")

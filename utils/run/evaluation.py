@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from utils.arguments import Step
 from utils.arguments.watching import LOWER_IS_BETTER, watched_metric
 from utils.process.console import print_rank_0
 from utils.process.errors import UserError
@@ -29,7 +30,7 @@ class Evaluations:
     """Evaluates a model when that is due, and acts on what comes out; every rank makes all its calls alike.
 
     Args:
-        args: of the run. step: 1, 2 or 3.
+        args: of the run.
         measure: the figures of the model as it is, from so many batches of each rank (0: all); the same on every rank.
         console: is told before an evaluation, evaluating(steps, epoch), and after it, evaluated(steps, epoch, figures).
         writer: of the metrics.
@@ -45,7 +46,7 @@ class Evaluations:
     def __init__(
         self,
         args,
-        step: int,
+        step: Step,
         measure: Callable[[int], Figures],
         console,
         writer,
@@ -57,7 +58,7 @@ class Evaluations:
         self._limit = 0 if self._limit >= batches else self._limit
         self._saves_with_figures = step == 2  # a reward model holds the scale of its scores
         self._metric = watched_metric(args, step)
-        self._evaluates = step < 3 or args.eval_interval > 0
+        self._evaluates = step != 3 or args.eval_interval > 0
         self._best: float | None = None
         self._best_step, self._waited, self._steps, self._whole = 0, 0, -1, False
         self.figures: Figures = {}
@@ -110,8 +111,8 @@ class Evaluations:
             agree(lambda: self._remove_old(steps) if is_rank_0() else None)
 
     def after_epoch(self, steps: int, epoch: int) -> None:
-        """After a whole epoch of step 1 or 2. The last one is compared on as many batches as the others; at_end follows
-        it."""
+        """After a whole epoch of a step that trains one model. The last one is compared on as many batches as the
+        others; at_end follows it."""
         if self._steps != steps and (epoch < self.args.num_train_epochs or self._metric):
             self._evaluate(steps, epoch, self._limit)
             self._compare()

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from utils.arguments import DPO, TITLES, Step
 from utils.data.prompt_format import BARE, CHAT_TEMPLATE, end_of_turn_id, format_answer, format_prompt, remembered
 from utils.data.sources import sources_of_step
 from utils.data.special_tokens import unmarked
@@ -48,6 +49,13 @@ KINDS = {
         ("eval/accuracy", "eval/chosen_score", "eval/rejected_score", "eval/score_mean", "eval/score_std", "eval/loss"),
         scores=True,
     ),
+    "dpo": Kind(
+        "Language model after DPO",
+        "dpo",
+        "It was trained on pairs of a chosen and a rejected answer to give the first kind rather than the second, and "
+        "to stay near the model it began from (DPO).",
+        ("eval/accuracy", "eval/margin", "eval/rewards/chosen", "eval/rewards/rejected", "eval/kl", "eval/loss"),
+    ),
     "actor": Kind(
         "Language model after RLHF (actor)",
         "ppo",
@@ -70,7 +78,7 @@ KINDS = {
         scores=True,
     ),
 }
-OF_STEP = {1: "sft", 2: "reward"}
+OF_STEP = {1: "sft", 2: "reward", DPO: "dpo"}
 QUESTION, ANSWER = "What is the capital of Italy?", "Rome."
 
 
@@ -119,14 +127,14 @@ class RunCard:
         rows: what became of the rows of each dataset.
     """
 
-    step: int
+    step: Step
     output_dir: str | None
     flags: dict
     datasets: Sequence[str]
     rows: Sequence[str]
 
     @classmethod
-    def of(cls, step: int, args, flags: dict, dataset) -> "RunCard":
+    def of(cls, step: Step, args, flags: dict, dataset) -> "RunCard":
         """Of a run with these settled arguments, as soon as its training rows are there."""
         paths = [source.path for source in sources_of_step(args)]
         return cls(step, args.output_dir, flags, paths, dataset.counts)
@@ -151,7 +159,7 @@ class RunCard:
             "## Data",
             "\n".join(f"- {rows or path}" for path, rows in zip(self.datasets, self.rows, strict=True)),
             "## Flags",
-            f"Those that differ from the defaults of step {self.step}:",
+            f"Those that differ from the defaults of {TITLES[self.step]}:",
             _indented(yaml.safe_dump(self.flags, sort_keys=False, allow_unicode=True, width=1000)),
             "## Versions",
             ", ".join(f"{package} {version}" for package, version in versions().items()),

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# DPO: meta-llama/Llama-3.1-8B, one node.
+#   bash run_8b.sh [OUTPUT [ZERO_STAGE [FLAGS...]]]
+# shellcheck source=training_scripts/launch.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../../../launch.sh"
+recipe dpo single_node "$@" -- \
+    --data_path Dahoas/full-hh-rlhf --data_split 2,4,4 --model_name_or_path meta-llama/Llama-3.1-8B \
+    --zero_stage 3 --max_seq_len 1024 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 \
+    --gradient_accumulation_steps 2 --beta 0.1 --learning_rate 5e-7 --warmup_ratio 0.1 --num_train_epochs 1 \
+    --gradient_checkpointing --precompute_ref_log_probs
