@@ -27,7 +27,11 @@ from training.step3_rlhf_finetuning.ppo_math import answer_mask, gather_log_prob
 from utils.data.batching import pad_rows
 from utils.demo.judge import judge, judge_rates
 from utils.demo.world import held_out_prompts
-from utils.model.inputs import model_inputs
+from utils.generation.sampling import Decoding
+from utils.generation.saved_model import INSTEAD, VLLM, add_backend_argument
+from utils.generation.vllm_backend import VllmEngine, VllmSettings, check_vllm
+from utils.model.inputs import embedding_rows, model_inputs
+from utils.model.saving import published_weights
 from utils.model.tokenizer import end_token_ids, load_hf_tokenizer
 from utils.process.console import progress
 from utils.process.errors import run_script
@@ -39,12 +43,23 @@ RATES = ("manner", "right", "ended")
 
 
 @torch.no_grad()
-def sample_answers(model, tokenizer, prompts, max_new_tokens, batch_size, end_ids: list[int]):
-    """One sampled answer per prompt: [(prompt ids, mask, full sequences)] per batch."""
+def sample_answers(
+    model, tokenizer, prompts, max_new_tokens, batch_size, end_ids: list[int], engine: VllmEngine | None = None
+):
+    """One sampled answer per prompt: [(prompt ids, mask, full sequences)] per batch.
+
+    Args:
+        engine: has taken the weights of the model and answers in its place.
+    """
+    pad = tokenizer.pad_token_id
+    decoding = Decoding(max_new_tokens, tuple(end_ids), pad_token_id=pad, vocabulary=embedding_rows(model))
     batches = []
     for start in range(0, len(prompts), batch_size):
         rows = tokenizer(prompts[start : start + batch_size])["input_ids"]
-        ids, mask = pad_rows(rows, tokenizer.pad_token_id, side="left")
+        ids, mask = pad_rows(rows, pad, side="left")
+        if engine is not None:
+            batches.append((ids, mask, engine.generate(ids, mask, decoding).sequences))
+            continue
         sequences = model.generate(
             ids,
             attention_mask=mask,
@@ -53,7 +68,7 @@ def sample_answers(model, tokenizer, prompts, max_new_tokens, batch_size, end_id
             top_p=1.0,
             top_k=0,
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad,
             eos_token_id=end_ids,
         )
         batches.append((ids, mask, sequences))
@@ -126,6 +141,7 @@ def parse_args() -> argparse.Namespace:
         "--max_new_tokens", type=int, default=40, help="tokens of an answer; one without an end by then has not ended"
     )
     parser.add_argument("--batch_size", type=int, default=100, help="prompts answered at a time")
+    add_backend_argument(parser)
     parser.add_argument("--seed", type=int, default=1234, help="of the sampled answers")
     parser.add_argument("--seconds", type=float, default=None, help="what the run took, for the summary")
     return parser.parse_args()
@@ -142,12 +158,17 @@ def judge_models(output: Path, args) -> dict[str, dict]:
     tokenizer = load_hf_tokenizer(folders["SFT"])
     prompts = held_out_prompts(args.prompts) * args.answers_per_prompt
     reference = AutoModelForCausalLM.from_pretrained(folders["SFT"], dtype=torch.float32).eval()
-    models, right = {}, {}
+    longest = max(map(len, tokenizer(prompts)["input_ids"])) + args.max_new_tokens
+    settings = VllmSettings(longest, args.batch_size, sleeps=False, asked_by=VLLM, otherwise=INSTEAD)
+    engine, models, right = None, {}, {}
     for name, folder in progress(folders.items(), "judging", len(folders)):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         set_random_seed(args.seed)
         end_ids = end_token_ids(model, tokenizer)
-        batches = sample_answers(model, tokenizer, prompts, args.max_new_tokens, args.batch_size, end_ids)
+        if args.backend == "vllm":  # one engine for all models, which are of one kind
+            engine = engine or VllmEngine(model, settings)
+            engine.take_weights(published_weights(model))
+        batches = sample_answers(model, tokenizer, prompts, args.max_new_tokens, args.batch_size, end_ids, engine)
         models[name], right[name] = judge_answers(tokenizer, prompts, batches, end_ids)
         models[name]["kl"] = kl_per_answer(model, reference, batches, end_ids)
     for name in models:  # each prompt counts once, whatever the number of answers to it
@@ -171,6 +192,8 @@ def print_summary(summary: dict) -> None:
 
 def main() -> None:
     args = parse_args()
+    if args.backend == "vllm":
+        check_vllm(VLLM)
     torch.set_num_threads(1)  # products this small are slower on several threads
     transformers.utils.logging.disable_progress_bar()
     output = Path(args.output_dir)

@@ -29,9 +29,12 @@ from utils.generation.asking import Prompt
 from utils.generation.decoding import contrastive_ids, diverse_beam_ids
 from utils.generation.saved_model import (
     LanguageModel,
+    VllmUse,
+    add_backend_argument,
     add_base_model_argument,
     add_load_in_4bit_argument,
     add_loading_arguments,
+    check_backend,
     check_model_folder,
     choosing_settings,
     generate_answers,
@@ -54,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_base_model_argument(parser)
     add_loading_arguments(parser)
     add_load_in_4bit_argument(parser)
+    add_backend_argument(parser)
     return parser
 
 
@@ -118,7 +122,12 @@ def add_own_arguments(group) -> None:
         help="score every answer with functions of prompts, answers and fields of --prompts_file, as step 3's "
         "--reward_function does (default: none)",
     )
-    group.add_argument("--batch_size", type=int, default=8, help="prompts per batch (8)")
+    group.add_argument(
+        "--batch_size",
+        type=int,
+        default=8,
+        help="prompts per batch; --backend vllm answers as many at a time, the next as soon as one is done (8)",
+    )
     group.add_argument(
         "--do_sample",
         action="store_true",
@@ -167,6 +176,9 @@ def check_args(args, parser):
         raise UserError(f"--diversity_penalty {args.diversity_penalty}: must not be negative")
     if args.contrastive_search and not (args.top_k >= 1 and 0 <= args.penalty_alpha <= 1):
         raise UserError("--contrastive_search: --top_k must be at least 1 and --penalty_alpha from 0 to 1")
+    if args.backend == "vllm" and (args.num_beams > 1 or args.contrastive_search):
+        flag = "--num_beams" if args.num_beams > 1 else "--contrastive_search"
+        raise UserError(f"{flag}: --backend vllm answers greedily and by sampling; use --backend transformers")
     if args.output and Path(args.output).suffix not in (".md", ".html"):
         raise UserError(f"--output {args.output}: the name must end in .md or .html")
 
@@ -230,7 +242,8 @@ def write_prompts(lm: LanguageModel, prompts: list[Example], max_new_tokens: int
 
 def answer_all(title: str, path: str, prompts: list[Example], modes: dict[str, dict], args) -> list[dict]:
     """One record for each prompt and mode with this model's answers; the model is loaded here and let go again."""
-    lm = load_language_model(path, args, args.add_eot_token)
+    rows = args.batch_size * max(settings.get("num_return_sequences", 1) for settings in modes.values())
+    lm = load_language_model(path, args, args.add_eot_token, vllm=VllmUse(rows) if args.backend == "vllm" else None)
     print(f"{title} ({path}) is asked in {lm.asked.reason}", file=sys.stderr, flush=True)
     written = write_prompts(lm, prompts, args.max_new_tokens)
     ids = [prompt.ids for prompt in written]
@@ -256,6 +269,7 @@ def answer_all(title: str, path: str, prompts: list[Example], modes: dict[str, d
                     "ended": [answer.ended for answer in answers],
                 }
             )
+    lm.close()
     del lm
     free_memory()
     return records
@@ -296,6 +310,7 @@ def main(argv=None):
     check_columns(functions, [name for name in rows[0] if all(name in row for row in rows)])
     for _, path in models:
         check_model_folder(path, allow_soft_prompt=True)
+    check_backend(args, [path for _, path in models])
     if args.judge_reward_model:
         check_model_folder(args.judge_reward_model)
     for path in (args.output, args.jsonl):

@@ -32,7 +32,14 @@ from inference.conversation import (
 )
 from utils.data.conversation import Conversation, Message, Texts, assistant, system, user
 from utils.data.row_texts import SkipRow
-from utils.generation.saved_model import LanguageModel, check_ids, generate_ids, warn
+from utils.generation.saved_model import (
+    LanguageModel,
+    add_backend_argument,
+    check_backend,
+    check_ids,
+    generate_ids,
+    warn,
+)
 from utils.process.errors import UserError
 from utils.process.files import check_writable, write_text
 from utils.process.launch import run_main
@@ -66,6 +73,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--seed", type=int, default=None, help="makes answers repeatable (default: not)")
     add_conversation_arguments(parser)
+    add_backend_argument(parser)
     args = parser.parse_args(argv)
     if args.task_prompt is not None and INPUT not in args.task_prompt:
         raise UserError(f"--task_prompt {args.task_prompt!r}: {INPUT} is missing, where each input is to stand")
@@ -222,9 +230,10 @@ def main(argv=None):
     is_task = args.task_prompt is not None
     settings = answer_settings(args, temperature=0 if is_task else TEMPERATURE)
     check_model_folders(args.path)
+    check_backend(args, args.path)
     check_writable(args.history)
     histories = read_history(args.history, len(args.path)) if args.history else [[] for _ in args.path]
-    conversations = start_conversations(load_models(args), args)
+    conversations = start_conversations(load_models(args, by_vllm=args.backend == "vllm"), args)
     set_random_seed(args.seed)
     # A pipe may hold bytes that are no text, and a terminal may lack a letter: neither ends the chat.
     for stream in (sys.stdin, sys.stdout):

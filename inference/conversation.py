@@ -17,6 +17,7 @@ from utils.data.prompt_format import BARE, cut_at_next_human, stop_strings
 from utils.data.row_texts import SkipRow
 from utils.generation.saved_model import (
     LanguageModel,
+    VllmUse,
     add_base_model_argument,
     add_load_in_4bit_argument,
     add_loading_arguments,
@@ -74,9 +75,11 @@ def check_model_folders(paths: list[str]) -> None:
         check_model_folder(path, allow_hub_name=False, allow_soft_prompt=True)
 
 
-def load_models(args) -> list[LanguageModel]:
+def load_models(args, by_vllm: bool = False) -> list[LanguageModel]:
     """The models of --path; one that is named twice is loaded once."""
-    loaded = {path: load_language_model(path, args, allow_hub_name=False) for path in dict.fromkeys(args.path)}
+    paths = list(dict.fromkeys(args.path))
+    vllm = VllmUse(rows=1, models=len(paths)) if by_vllm else None
+    loaded = {path: load_language_model(path, args, allow_hub_name=False, vllm=vllm) for path in paths}
     return [loaded[path] for path in args.path]
 
 
@@ -84,7 +87,8 @@ def describe(lm: LanguageModel, settings: dict) -> str:
     """Where a model is, how it answers and in which prompt format it is asked, in one line."""
     dtype = "4 bits" if lm.in_4bit else str(lm.model.dtype).removeprefix("torch.")
     choice = "sampling" if settings["do_sample"] else "greedy"
-    return f"{lm.name} on {lm.model.device} in {dtype}, {choice}, asked in {lm.asked.reason}."
+    where = f"on {lm.model.device}" if lm.engine is None else "by vLLM"
+    return f"{lm.name} {where} in {dtype}, {choice}, asked in {lm.asked.reason}."
 
 
 def asks_alone(lm: LanguageModel) -> bool:

@@ -34,6 +34,7 @@ SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_atte
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere")
 FAMILIES = {
     **{name: dict(SMALL, model_type=name) for name in LLAMA_LIKE},
+    "llama for vllm": dict(SMALL, model_type="llama", head_dim=32),  # its kernels for CPUs want heads of 32, 64 ...
     "qwen3": dict(SMALL, model_type="qwen3", head_dim=8),
     "gemma": dict(SMALL, model_type="gemma", head_dim=8),
     # Caps and factors that small random logits feel.

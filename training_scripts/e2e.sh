@@ -25,7 +25,10 @@ step() { # step NUMBER FOLDER FLAGS...
         return
     fi
     echo "=== step $1 ($SECONDS s so far) ===" >&2
-    launch "$1" "$output/$2" --overwrite_output_dir "${@:3}"
+    # Checkpoints there are not removed for who forgets --resume auto: the step refuses, and says so.
+    local again=(--overwrite_output_dir)
+    [ -e "$output/$2/checkpoints/latest" ] && again=()
+    launch "$1" "$output/$2" "${again[@]}" "${@:3}"
     if [ -z "${DRY_RUN:-}" ]; then touch "$output/$2/done"; fi
 }
 

@@ -75,7 +75,8 @@ launch() { # launch STEP OUTPUT FLAGS...
     fi
     [[ " ${more[*]-} " =~ " --node_rank " ]] && port="${port:-29517}" # the same on all nodes
     [ -n "$port" ] || port="$(free_port)" || exit 1
-    command=("${start[@]}" "${where[@]}" --master_port "$port" "${more[@]}"
+    # The launcher's own words are about itself; errors of it stay, and all that the ranks say.
+    command=("${start[@]}" "${where[@]}" --master_port "$port" --log_level error "${more[@]}"
         "$project/training/${steps[step]}/main.py" --output_dir "$output" "$@")
     if [ -n "${DRY_RUN:-}" ]; then
         printf '%q ' "${command[@]}"
@@ -90,7 +91,7 @@ launch() { # launch STEP OUTPUT FLAGS...
     (trap '' INT && exec "${command[@]}") 2>&1 |
         {
             trap '' INT
-            grep --line-buffered -v -e '\[INFO\]' -e '\[WARNING\]' || [ $? = 1 ]
+            grep --line-buffered -v 'Setting accelerator to CPU. If you have GPU' || [ $? = 1 ] # said before any level is set
         } |
         (trap '' INT && exec tee "$output/$log")
 }

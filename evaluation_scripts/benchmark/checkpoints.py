@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from evaluation_scripts.benchmark.memory import SIZES, make_models
 from utils.arguments import SCRIPTS
+from utils.precision import default_dtype
 from utils.run.checkpoint_files import FINISHED_FILE, newest_checkpoint
 from utils.run.metrics_file import read_rows
 
@@ -35,7 +36,7 @@ def parse_args():
     add("--repeats", type=int, default=2, help="runs of each kind (default 2)")
     add("--ranks", type=int, default=2, help="processes (default 2)")
     add("--zero_stage", type=int, choices=range(4), default=2, help="(default 2)")
-    add("--dtype", choices=["bf16", "fp32"], default="bf16", help="(default bf16)")
+    add("--dtype", choices=["bf16", "fp32", "fp16"], default=default_dtype().dtype, help="(default: the machine's)")
     add("--rows", type=int, default=4, help="per device and step (default 4)")
     add("--length", type=int, default=128, help="tokens of a row (default 128)")
     return parser.parse_args()

@@ -70,7 +70,8 @@ def test_environment_overrides_reach_the_launcher():
     recipe = PROJECT / "training_scripts/step1_supervised_finetuning/opt/multi_node/run_66b.sh"
     environment = {"HOSTFILE": "/my hosts", "MASTER_PORT": "1234", "LAUNCHER_ARGS": "--no_ssh --node_rank 1"}
     words, _ = parsed(dry_run(recipe, VIRTUAL_ENV="", **environment).stdout)
-    assert words == ["deepspeed", "--hostfile", "/my hosts", "--master_port", "1234", "--no_ssh", "--node_rank", "1"]
+    own = "--hostfile|/my hosts|--master_port|1234|--log_level|error"
+    assert words == ["deepspeed", *own.split("|"), "--no_ssh", "--node_rank", "1"]
     words, _ = parsed(dry_run(recipe, VIRTUAL_ENV="/my env", **environment).stdout)
     assert words[3:5] == ["--venv_script", "/my env/bin/activate"]
     node = PROJECT / "training_scripts/step1_supervised_finetuning/opt/single_node/run_1.3b.sh"
@@ -97,7 +98,7 @@ def test_the_gpus_that_the_user_chose_are_taken(chosen, ranks):
         return
     words, _ = parsed(done.stdout)
     prefix = "" if chosen == "" else "env -u CUDA_VISIBLE_DEVICES "
-    assert " ".join(words) == f"{prefix}deepspeed {wanted} --master_port 29517"
+    assert " ".join(words) == f"{prefix}deepspeed {wanted} --master_port 29517 --log_level error"
 
 
 def test_a_port_that_is_taken_is_passed_over():
@@ -190,6 +191,25 @@ def test_e2e_chains_the_steps_and_skips_what_is_done(tmp_path):
     done = dry_run(script, tmp_path)
     assert len(done.stdout.splitlines()) == 2 and "not run again" in done.stderr
     assert dry_run(script).returncode == 2
+
+
+def test_what_ranks_say_is_shown_whatever_it_looks_like(tmp_path):
+    """A launcher in place of deepspeed's: of its lines the one goes that DeepSpeed prints before it knows a level."""
+    said = ["[WARNING] of a rank", "[INFO] too", "sample: [WARNING] text"]
+    spoken = [*said, "[x] [WARNING] Setting accelerator to CPU. If you have GPU or other accelerator, we were unable"]
+    (tmp_path / "deepspeed").write_text("#!/bin/bash\n" + "".join(f"echo '{line}'\n" for line in spoken))
+    (tmp_path / "deepspeed").chmod(0o755)
+    command = f". {PROJECT / 'training_scripts/launch.sh'}; launch 1 {tmp_path / 'out'} --flag"
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RANKS": "1", "MASTER_PORT": "29600"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == said == (tmp_path / "out/training.log").read_text().splitlines()
+
+
+def test_e2e_replaces_an_unfinished_step_but_not_its_checkpoints(tmp_path):
+    (tmp_path / "reward/checkpoints").mkdir(parents=True)
+    (tmp_path / "reward/checkpoints/latest").touch()
+    done = dry_run(PROJECT / "training_scripts/e2e.sh", tmp_path)
+    assert [parsed(line)[1].overwrite_output_dir for line in done.stdout.splitlines()] == [True, False, True]
 
 
 @pytest.mark.parametrize("step, combinations", [(1, 14), (2, 14), (3, 28)])

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers import PROJECT
@@ -18,7 +19,7 @@ echo "export PATH='$3/bin':\\$PATH" >"$3/bin/activate"
 """
 FAKE_PIP = """#!/bin/bash
 if [ "$1" = -c ]; then exit 1; fi
-echo "$@" >>{log}
+echo "$@ version-check-off=$PIP_DISABLE_PIP_VERSION_CHECK" >>{log}
 while [ -e {slow} ]; do sleep 0.1; done
 """
 
@@ -31,13 +32,13 @@ def set_up(tmp_path):
     python.write_text(FAKE_PYTHON.format(python=sys.executable, fake=fake))
     python.chmod(0o755)
 
-    def start():
-        environment = os.environ | {"VENV": str(tmp_path / "venv"), "PYTHON": str(python)}
+    def start(**more):
+        environment = os.environ | {"VENV": str(tmp_path / "venv"), "PYTHON": str(python)} | more
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return subprocess.Popen(["bash", str(SCRIPT)], env=environment, start_new_session=True, **pipes)
 
-    def run():
-        run = start()
+    def run(**more):
+        run = start(**more)
         console = run.communicate(timeout=60)[0]
         return run.returncode, console
 
@@ -59,6 +60,24 @@ def test_a_second_run_finds_all_done(set_up):
     code, console = set_up()
     assert code == 0 and "creating" in console and "done" in console, console
     assert set_up() == (0, "")
+
+
+def test_without_a_compiler_it_says_what_will_not_work_and_goes_on(set_up, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in Path("/usr/bin").iterdir():
+        if not tool.name.endswith(("c++", "g++")):
+            (tools / tool.name).symlink_to(tool)
+    code, console = set_up(PATH=str(tools))
+    assert code == 0 and "done" in console, console
+    assert console.count("there is no C++ compiler, without which --offload and --compile_generation do not work") == 1
+    assert "c++" not in console.lower().replace("no c++ compiler", "") and set_up(PATH=str(tools)) == (0, "")
+
+
+def test_pip_does_not_speak_of_newer_versions_of_itself(set_up, tmp_path):
+    set_up()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines and all(line.endswith("version-check-off=1") for line in lines)
 
 
 def test_what_a_killed_set_up_left_is_made_anew(set_up):

@@ -165,6 +165,30 @@ def test_what_nccl_says_is_told_in_words(message, meaning):
     assert meaning in meaning_of(torch.distributed.DistBackendError(message))
 
 
+@pytest.mark.parametrize(
+    "message, meaning",
+    [
+        (
+            "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be",
+            "was built for) (CUDA error: no kernel image is available for execution on the device)",
+        ),
+        (
+            "Unexpected error from cudaGetDeviceCount(). Error 35: CUDA driver version is insufficient for the runtime",
+            "a newer driver",
+        ),
+        ("CUDA error: uncorrectable ECC error encountered", "take another one"),
+        ("NCCL error in: NCCLUtils.cpp:88, unhandled cuda error (run with NCCL_DEBUG=INFO for details)", "NCCL_DEBUG"),
+    ],
+)
+def test_what_cuda_says_of_the_machine_is_told_in_words(message, meaning):
+    assert meaning in meaning_of(RuntimeError(message))
+
+
+def test_what_may_be_a_fault_of_the_code_keeps_its_traceback():
+    for message in ("CUDA error: device-side assert triggered", "no kernel image", "mat1 and mat2 shapes"):
+        assert meaning_of(RuntimeError(message)) is None
+
+
 def test_a_full_gpu_is_told_with_what_helps():
     error = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB."

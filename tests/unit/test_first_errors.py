@@ -1,5 +1,6 @@
 """What can be seen without work is said at once, in one line: flags, models, GPUs, threads, divergence."""
 
+import json
 import math
 import os
 import subprocess
@@ -13,7 +14,7 @@ from helpers import PROJECT, flags, read_metrics, surroundings
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from utils import arguments
-from utils.model import loading
+from utils.model import loading, model_utils
 from utils.model.losses import perplexity_of, warn_diverged
 from utils.process import hub, launch, operators
 from utils.process.errors import SharedError, UserError
@@ -117,6 +118,36 @@ def test_a_hub_that_never_answers_costs_seconds(tmp_path):
     assert time.monotonic() - begin < 20 and hub.HUB_SECONDS <= 10
 
 
+# ---------------------------------------------------------------- data before weights
+
+BAD_DATA = {  # flags -> message
+    "--data_path {tmp}/nowhere": r"unknown dataset '.*nowhere'",
+    "--prompt_column question": r"--prompt_column: .*question",
+    "--data_path {tmp}/rows.jsonl": r"(?s)rows\.jsonl.*field 'prompt' is null",
+}
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Whoever asks for a model's weights, on the disk or on the hub, fails the test."""
+    monkeypatch.setattr(model_utils, "find_checkpoint", lambda name: pytest.fail(f"{name}: weights are asked for"))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("text", BAD_DATA)
+def test_data_that_cannot_be_used_are_seen_before_weights(text, step, run_step, start, tmp_path, no_weights):
+    rows = [{"prompt": None, "chosen": "a", "rejected": "b"}] * 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=BAD_DATA[text]):
+        run_step(step, [*start(step), *text.format(tmp=tmp_path).split()])
+
+
+def test_a_column_that_a_reward_function_wants_is_missed_before_weights(run_step, start, tmp_path, no_weights):
+    (tmp_path / "reward.py").write_text("def reward(answers, solution):\n    return [0.0 for _ in answers]\n")
+    with pytest.raises(UserError, match="solution"):
+        run_step(3, [*start(3), "--reward_function", f"{tmp_path / 'reward.py'}:reward"])
+
+
 # ---------------------------------------------------------------- machine
 
 
@@ -203,10 +234,16 @@ def test_offloading_without_a_compiler_is_refused_where_it_would_compile(tmp_pat
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(operators.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="--offload compiles DeepSpeed's cpu_adam: install a C"):
-        operators.check_compiler("--offload", "cpu_adam")
+        operators.check_compiler("--offload", "DeepSpeed's cpu_adam", "cpu_adam")
     (tmp_path / "cpu_adam").mkdir()
     (tmp_path / "cpu_adam/cpu_adam.so").touch()
-    operators.check_compiler("--offload", "cpu_adam")
+    operators.check_compiler("--offload", "DeepSpeed's cpu_adam", "cpu_adam")
+
+
+def test_compiling_generation_without_a_compiler_is_refused(run_step, start, monkeypatch):
+    monkeypatch.setattr(operators.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="--compile_generation compiles the step that makes one token: install a C"):
+        run_step(3, [*start(3), "--enable_hybrid_engine", "--compile_generation"])
 
 
 # ---------------------------------------------------------------- learning rates and divergence

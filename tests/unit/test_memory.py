@@ -8,9 +8,11 @@ from transformers import AutoConfig, LlamaConfig
 
 from utils.ds_utils import get_eval_ds_config, get_train_ds_config
 from utils.module.quantize import Packing, packed_size
+from utils.planning import meta_model
 from utils.planning.engine_memory import GIB, Bytes, Machine, frozen_engine, trained_engine
 from utils.planning.estimate import CPU_MARGIN, Estimate, Phase
 from utils.planning.meta_model import LiveBytes, LoRASpec, MetaModel, ModelSpec
+from utils.process.errors import UserError
 
 HIDDEN, INNER, LAYERS, VOCABULARY = 32, 48, 2, 320
 # Llama, two heads for four queries: q and o [32, 32], k and v [16, 32], gate, up and down [48, 32], two norms.
@@ -119,6 +121,28 @@ def test_frozen_engines_hold_weights_alone():
     assert frozen_engine("ref", model, get_eval_ds_config(False, "bf16", 3), machine(2)).states == Bytes(WEIGHTS)
     on_host = frozen_engine("ref", model, get_eval_ds_config(True, "bf16", 3), machine(2))
     assert on_host.states == Bytes(host=WEIGHTS) and on_host.gathered.scoring == 2 * WEIGHTS
+
+
+def test_a_packed_pass_is_counted_in_the_dearest_way_that_the_family_takes(monkeypatch):
+    """By positions a mask of booleans becomes one of numbers in each layer, where one mask for all is made once."""
+    rows, length = 4, 64
+    model = meta_llama()
+    by_way = {}
+    for way in ("positions", "one mask"):
+        monkeypatch.setattr(meta_model, "packing_ways", lambda model, way=way: [way])
+        by_way[way] = meta_llama().training(rows, length, False, packed=True)
+    monkeypatch.undo()
+    mask = rows * length * length
+    assert by_way["positions"].kept - by_way["one mask"].kept == LAYERS * 2 * mask - 2 * mask
+    assert model.training(rows, length, False, packed=True) == by_way["positions"]
+    bloom = MetaModel(
+        ModelSpec(AutoConfig.for_model("bloom", vocab_size=320, hidden_size=32, n_layer=2, n_head=4), "causal", "bf16")
+    )
+    assert bloom.training(rows, length, False, packed=True).kept > 0  # one of its two ways raises
+    monkeypatch.setattr(meta_model, "packing_ways", lambda model: ["one mask"])
+    bloom._passes.clear()
+    with pytest.raises(UserError, match="BloomForCausalLM takes no packed rows"):
+        bloom.training(rows, length, False, packed=True)
 
 
 def test_live_bytes_follow_what_is_made_and_freed():

@@ -36,7 +36,12 @@ class _Wandb(ModuleType):
 
 def _args(folder, *report_to):
     return SimpleNamespace(
-        output_dir=str(folder), report_to=report_to, run_name=None, tensorboard_path=str(folder / "tb"), secret=object()
+        overwrite_output_dir=False,
+        output_dir=str(folder),
+        report_to=report_to,
+        run_name=None,
+        tensorboard_path=str(folder / "tb"),
+        secret=object(),
     )
 
 

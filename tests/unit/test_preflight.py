@@ -6,7 +6,7 @@ import shlex
 import psutil
 import pytest
 import torch
-from helpers import make_model, make_tokenizer
+from helpers import WITH_EXPERTS, make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from utils import arguments
@@ -70,6 +70,23 @@ def test_a_run_that_would_work_passes_every_check(step, dry_run, model_folder, r
         assert f"\n  {part}" in printed
     if step == 3:
         assert all(part in printed for part in ("KV cache", "folded LoRA", "fused weights", "EMA"))
+
+
+def test_what_lora_leaves_out_of_a_mixture_is_said_by_dry_run_and_plan_as_by_a_run(
+    dry_run, run_step, start, tmp_path, capsys
+):
+    folder = make_model(tmp_path / "mixture", WITH_EXPERTS["mixtral"])
+    flags = ["--model_name_or_path", folder, "--lora_dim", "4", "--max_seq_len", "64"]
+    said = "LoRA covers linear layers; "
+    printed, error = dry_run(1, *flags)
+    assert error is None and said in line_of(printed, "parameters")
+    capsys.readouterr()
+    plan.main(["--model", str(folder), "--lora_dim", "4", "--max_seq_len", "64", "--batch_size", "8"])
+    planned = capsys.readouterr().out
+    assert planned.count(f"model: {said}") == planned.count(said) == 1
+    run_step(1, [*start(1), *flags, "--max_train_samples", "4", "--num_train_epochs", "1"])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if said in line]
+    assert line in printed and line in planned
 
 
 def test_each_problem_has_a_line_with_its_reason(dry_run, model_folder, tmp_path):

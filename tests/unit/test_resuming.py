@@ -35,7 +35,7 @@ def test_a_run_that_is_not_the_same_is_refused_with_flag_and_values(run_step, st
         with pytest.raises(UserError, match=message):
             run_step(1, [*resuming, *flags(more)])
     with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
-        run_step(1, [*arguments, "--overwrite_output_dir"])
+        run_step(1, [*arguments, "--overwrite_output_dir", "--checkpoint_dir", folder])
     with monkeypatch.context() as patch:
         patch.setattr(same_run, "get_world_size", lambda: 2)
         with pytest.raises(UserError, match="written by 1 ranks and this run has 2"):

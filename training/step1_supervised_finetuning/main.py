@@ -25,13 +25,14 @@ from utils.engine.nonfinite import NonFiniteSteps
 from utils.engine.update import Update
 from utils.model import soft_prompt
 from utils.model.inputs import sft_inputs
+from utils.model.loading import load_config
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count, perplexity_of
 from utils.model.model_utils import check_model, create_hf_model
 from utils.model.packing import choose_packing, refuse_state
 from utils.planning.preflight import preflight
 from utils.process.console import now, print_rank_0, progress, set_console
 from utils.process.launch import init_distributed, run_main
-from utils.process.ranks import all_reduce_sum
+from utils.process.ranks import agree, all_reduce_sum
 from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank
 from utils.run import metrics, results
@@ -39,6 +40,15 @@ from utils.run.checkpoint import Checkpoints
 from utils.run.console_lines import SupervisedConsole
 from utils.run.evaluation import Evaluations
 from utils.run.model_card import RunCard
+
+
+def check_inputs(args) -> None:
+    """Whether model and data are there and fit; what takes longest, the model's files, comes last."""
+    agree(lambda: load_config(args.model_name_or_path, args.trust_remote_code))
+    preparation.check_data_of_step(args, encoding.SFT)
+    virtual = {} if args.soft_prompt is None else {"--num_virtual_tokens": args.num_virtual_tokens}
+    lengths = virtual | {"--max_seq_len": args.max_seq_len}
+    check_model(AutoModelForCausalLM, args.model_name_or_path, args.trust_remote_code, lengths=lengths)
 
 
 def load_data(args, tokenizer):
@@ -102,10 +112,8 @@ def main():
     arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 
-    # 2. Tokenizer and data, after a look whether the model's files are all there and fit
-    virtual = {} if args.soft_prompt is None else {"--num_virtual_tokens": args.num_virtual_tokens}
-    lengths = virtual | {"--max_seq_len": args.max_seq_len}
-    check_model(AutoModelForCausalLM, args.model_name_or_path, args.trust_remote_code, lengths=lengths)
+    # 2. Tokenizer and data, after a look whether all is there
+    check_inputs(args)
     tokenizer = build.load_tokenizer(args, args.model_name_or_path)
     if args.soft_prompt is not None:
         soft_prompt.check_soft_prompt_inputs(args, tokenizer)

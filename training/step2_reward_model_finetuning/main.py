@@ -26,18 +26,26 @@ from utils.engine import build
 from utils.engine.averages import MovingAverage
 from utils.engine.nonfinite import NonFiniteSteps
 from utils.engine.update import Update
+from utils.model.loading import load_config
 from utils.model.model_utils import check_model, create_critic_model
 from utils.model.reward_model import pair_accuracy
 from utils.planning.preflight import preflight
 from utils.process.console import print_classic, progress, set_console
 from utils.process.launch import init_distributed, run_main
-from utils.process.ranks import all_reduce_sum
+from utils.process.ranks import agree, all_reduce_sum
 from utils.process.seeds import set_random_seed
 from utils.run import metrics, results
 from utils.run.checkpoint import Checkpoints
 from utils.run.console_lines import SupervisedConsole
 from utils.run.evaluation import Evaluations
 from utils.run.model_card import RunCard
+
+
+def check_inputs(args) -> None:
+    """Whether model and data are there and fit; what takes longest, the model's files, comes last."""
+    agree(lambda: load_config(args.model_name_or_path, args.trust_remote_code))
+    preparation.check_data_of_step(args, encoding.REWARD)
+    check_model(AutoModel, args.model_name_or_path, args.trust_remote_code, lengths={"--max_seq_len": args.max_seq_len})
 
 
 def load_data(args, tokenizer):
@@ -111,8 +119,8 @@ def main():
     arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 
-    # 2. Tokenizer and data, after a look whether the model's files are all there and fit
-    check_model(AutoModel, args.model_name_or_path, args.trust_remote_code, lengths={"--max_seq_len": args.max_seq_len})
+    # 2. Tokenizer and data, after a look whether all is there
+    check_inputs(args)
     tokenizer = build.load_tokenizer(args, args.model_name_or_path)
     train_dataset, sampler, train_loader, eval_loader = load_data(args, tokenizer)
     card = RunCard.of(2, args, arguments.given_flags(parser, given), train_dataset)

@@ -39,6 +39,7 @@ from utils.model.tokenizer import check_same_tokenizer
 from utils.planning.preflight import preflight
 from utils.process.console import print_classic, print_rank_0, progress, set_console
 from utils.process.launch import init_distributed, run_main
+from utils.process.ranks import agree
 from utils.process.seeds import set_random_seed
 from utils.process.world import get_rank, get_world_size
 from utils.run import metrics, results
@@ -47,9 +48,19 @@ from utils.run.evaluation import Evaluations
 from utils.run.model_card import RunCard
 
 
-def check_models(args, tokenizer) -> None:
-    """Whether the files of both models are all there and fit, and both read ids alike; no weight is read."""
+def check_inputs(args, reward_functions):
+    """Whether models and data are there and fit; what takes longest, the models' files, comes last.
+
+    Returns:
+        the tokenizer, which is the same for both models
+
+    Raises:
+        UserError: what is missing, or a reward function asks for a column that the data lack.
+    """
     actor, critic, code = args.actor_model_name_or_path, args.critic_model_name_or_path, args.trust_remote_code
+    agree(lambda: [load_config(model, code) for model in (actor, critic) if model is not None])
+    check_columns(reward_functions, preparation.check_data_of_step(args, encoding.RLHF))
+    tokenizer = build.load_tokenizer(args, actor)
     lengths = {"--max_prompt_seq_len": args.max_prompt_seq_len, "--max_answer_seq_len": args.max_answer_seq_len}
     if critic is not None:
         check_same_tokenizer(tokenizer, actor, critic, arguments.end_token(args), code, args.prompt_format)
@@ -57,20 +68,18 @@ def check_models(args, tokenizer) -> None:
         if args.normalize_reward:
             reward_scale(load_config(critic, code))
     check_model(AutoModelForCausalLM, actor, code, lengths=lengths)
+    return tokenizer
 
 
 def load_prompts(args, tokenizer, batch: arguments.RLHFBatchSizes, reward_functions):
     """(prompts, their sampler, batches of a round of generation, updates in an epoch, prompts to evaluate with).
 
     Raises:
-        UserError: the data cannot be used, or a reward function asks for a column that they lack.
+        UserError: the data cannot be used.
     """
     print_classic(batch.explain())
     limit, wanted = args.max_prompt_seq_len, columns_wanted(reward_functions)
     prompts, held_out = preparation.datasets_of_step(args, tokenizer, encoding.RLHF, limit, keep_columns=wanted)
-    check_columns(reward_functions, prompts.columns)
-    if args.eval_interval:
-        check_columns(reward_functions, held_out.columns)
     sampler = batching.StepBatchSampler(
         prompts.lengths, batch.prompts_per_round, batch.rounds, seed=args.seed, drop_last=True
     )
@@ -155,9 +164,8 @@ def main():
     arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 
-    # 2. Tokenizer and prompts, after a look whether both models' files are all there and fit
-    tokenizer = build.load_tokenizer(args, args.actor_model_name_or_path)
-    check_models(args, tokenizer)
+    # 2. Tokenizer and prompts, after a look whether all is there
+    tokenizer = check_inputs(args, reward_functions)
     prompts, sampler, loader, updates, held_out = load_prompts(args, tokenizer, batch, reward_functions)
     card = RunCard.of(3, args, arguments.given_flags(parser, given), prompts)
     unsupervised = UnsupervisedBatches(args, tokenizer) if args.unsupervised_dataset_name else None

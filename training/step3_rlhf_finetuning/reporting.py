@@ -28,6 +28,9 @@ class StepTimes:
         return self.experience + self.training
 
 
+LARGE_GAP = 0.05  # nats on average between the sampler's log-probs and a scoring pass's
+
+
 class Reporter:
     """The console lines and the metrics row of each step, and what is said at the start and the end.
 
@@ -38,7 +41,7 @@ class Reporter:
     def __init__(self, args, rlhf_engine, trainer, writer, total_steps: int):
         self.args, self.engine, self.trainer, self.writer = args, rlhf_engine, trainer, writer
         self.samples_per_second, self.score = MovingAverage(), ExponentialMovingAverage()
-        self._total, self._left = total_steps, TimeLeft()
+        self._total, self._left, self._gap_told = total_steps, TimeLeft(), False
 
     def state_dict(self) -> dict:
         return {"samples_per_second": self.samples_per_second.state_dict(), "score": self.score.state_dict()}
@@ -89,6 +92,14 @@ class Reporter:
         self._print_last_lines(step, metrics, averaged, rates, times)
         if not losses:
             print_rank_0(f"step {step}: no usable answer in the whole batch, no update")
+        gap = metrics.get("rollout_log_prob_gap", 0.0)
+        if gap > LARGE_GAP and not self._gap_told:
+            self._gap_told = True
+            print_rank_0(
+                f"step {step}: the sampler's log-probs lie {gap:.3f} nats on average from the policy's "
+                "(rollout_log_prob_gap in metrics.jsonl), by so much are updates off-policy: --rollout_is_clip 2 "
+                "weighs tokens by it, --hybrid_engine_backend own samples with the policy's kernels"
+            )
         if self.args.sample_interval and step % self.args.sample_interval == 0:
             samples = sample_rows(experience, self.trainer.tokenizer, self.args.samples_shown)
             print_rank_0(sample_table(samples))

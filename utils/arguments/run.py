@@ -13,7 +13,7 @@ from utils.arguments.kinds import not_negative, positive, size
 from utils.precision import default_dtype, warning_of
 from utils.process.console import print_rank_0
 from utils.process.errors import UserError
-from utils.process.files import METRICS_FILE, check_output_dir, results_in
+from utils.process.files import METRICS_FILE, check_output_dir, model_folders, results_in
 from utils.process.launch import COMM_TIMEOUT
 from utils.process.operators import check_compiler
 from utils.process.ranks import check_same_on_all_nodes
@@ -37,8 +37,8 @@ def add_run_arguments(parser, step: int) -> None:
     add(
         "--overwrite_output_dir",
         action="store_true",
-        help="replace a model or metrics that an earlier run left in --output_dir; off: refuse to, unless --resume is "
-        "given",
+        help="remove what an earlier run left in --output_dir (models, checkpoints, metrics; no other file) when this "
+        "one writes its first row there; off: refuse to write, unless --resume is given",
     )
     add(
         "--max_shard_size",
@@ -129,10 +129,9 @@ def _settle_dtype(args, device_type: str) -> None:
 
 
 STARTS = ("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path")
-PARTS = {1: ("",), 2: ("",), 3: ("actor", "critic", "actor_ema")}  # of --output_dir that a step's models are saved to
 
 
-def check_output(args, step: int) -> None:
+def check_output(args) -> None:
     """Refuse an output folder in which something would be lost; nothing is written.
 
     Raises:
@@ -146,7 +145,7 @@ def check_output(args, step: int) -> None:
         if start is None or not (Path(start) / "config.json").is_file():
             continue
         folder = Path(start).resolve()
-        if output.is_relative_to(folder) or folder in (output / part for part in PARTS[step]):
+        if output.is_relative_to(folder) or folder in model_folders(output):
             raise UserError(
                 f"--output_dir {args.output_dir} would write into {start}, the model of --{name} that the run starts "
                 "from: name another folder"
@@ -189,7 +188,9 @@ def settle_common(args) -> None:
             raise UserError("--attn_implementation flash_attention_2 computes in fp16 or bf16, not in --dtype fp32")
     check_checkpoints(args)
     if args.offload:
-        check_compiler("--offload", "cpu_adam")
+        check_compiler("--offload", "DeepSpeed's cpu_adam", "cpu_adam")
+    if getattr(args, "compile_generation", False):
+        check_compiler("--compile_generation", "the step that makes one token")
     if args.enable_tensorboard and "tensorboard" not in args.report_to:
         args.report_to = ["tensorboard", *args.report_to]
     for name in args.report_to:

@@ -117,7 +117,7 @@ def settle(args: argparse.Namespace, step: int) -> Settled:
         warn_num_padding(settling)
 
     def check_output_folder() -> None:
-        check_output(settling, step)
+        check_output(settling)
         if not settling.dry_run:
             check_output_dir(settling.output_dir)
 

@@ -358,6 +358,36 @@ class PromptRowMaker(RowMaker):
         return (cut(ids, limit, leading, max(0, len(ids) - limit)), *columns)
 
 
+def check_answers(raw_dataset: PromptRawDataset, train_phase: int) -> None:
+    """Raises DataError: the rows of a dataset have no answers for step 1, or no rejected ones for step 2."""
+    for step, has, what in (
+        (SFT, raw_dataset.has_answer, "answers (a column chosen, say)"),
+        (REWARD, raw_dataset.has_rejected, "rejected answers"),
+    ):
+        if train_phase == step and not has:
+            read = raw_dataset.recognised()
+            raise DataError(
+                f"--data_path {raw_dataset.dataset_name}: has no {what}, so step {step} cannot use it (read as {read})"
+            )
+
+
+def check_rows(raw_dataset: PromptRawDataset, train_phase: int) -> None:
+    """Read training rows until a step can use one.
+
+    Raises:
+        DataError: not one of them can be used, with the reasons and their places.
+    """
+    check_answers(raw_dataset, train_phase)
+    rows, need, report = raw_dataset.get_train_data(), NEEDED_TEXTS[train_phase], RowReport(raw_dataset.dataset_name)
+    for position in range(len(rows)):
+        try:
+            if raw_dataset.examples(rows[position], need):
+                return
+        except SkipRow as skipped:
+            report.note(position, str(skipped), rows)
+    report.raise_if_none(rows, need)
+
+
 def make_row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) -> RowMaker:
     """What makes a step's rows of a dataset.
 
@@ -365,16 +395,7 @@ def make_row_maker(raw_dataset: PromptRawDataset, tokenizer, rules: TokenRules) 
         DataError: no answers for step 1 or 2, or no chat template where one is asked for.
     """
     if raw_dataset is not None:
-        for step, has, what in (
-            (SFT, raw_dataset.has_answer, "answers (a column chosen, say)"),
-            (REWARD, raw_dataset.has_rejected, "rejected answers"),
-        ):
-            if rules.train_phase == step and not has:
-                read = raw_dataset.recognised()
-                raise DataError(
-                    f"--data_path {raw_dataset.dataset_name}: has no {what}, so step {step} cannot use it (read as "
-                    f"{read})"
-                )
+        check_answers(raw_dataset, rules.train_phase)
     if rules.prompt_format == prompt_format.CHAT_TEMPLATE and not prompt_format.has_own_template(tokenizer):
         raise DataError("--chat_template: the tokenizer has none of its own; name one, as in --chat_template chatml")
     kind = {SFT: SftRowMaker, REWARD: RewardRowMaker, RLHF: PromptRowMaker}[rules.train_phase]

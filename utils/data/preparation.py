@@ -18,9 +18,9 @@ from torch.utils.data import ConcatDataset
 from utils.data import prompt_format
 from utils.data.batching import IGNORE_INDEX, learned_labels
 from utils.data.cache import PromptDataset, cache_writer, content_key, print_counts
-from utils.data.encoding import NEEDED_TEXTS, SFT, RowEncoder, TokenRules
+from utils.data.encoding import NEEDED_TEXTS, SFT, RowEncoder, TokenRules, check_rows
 from utils.data.own_files import get_raw_dataset
-from utils.data.raw_datasets import find_known_dataset
+from utils.data.raw_datasets import PromptRawDataset, find_known_dataset
 from utils.data.readers import DataError, ListRows, Rows, SubsetRows
 from utils.data.row_texts import RowReport
 from utils.data.sources import DataSource, sources_of_step
@@ -28,7 +28,7 @@ from utils.data.split_index import get_raw_dataset_split_index, get_shuffle_idx,
 from utils.process.console import print_rank_0, progress
 from utils.process.errors import UserError
 from utils.process.files import write_text
-from utils.process.ranks import check_same_on_all_nodes, once_per_node
+from utils.process.ranks import agree, check_same_on_all_nodes, once_per_node
 from utils.process.world import get_local_rank
 
 ROWS_PER_CHUNK = 1000  # rows read, tokenised and written at a time: bounds the memory of preparation
@@ -89,6 +89,46 @@ def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int, keep_c
     prompt_format.remember(tokenizer, style or style_of_rows(train, tokenizer), alone)
     show_rows(train, tokenizer, args.show_rows, getattr(args, "mask_prompt", False))
     return train, evaluation
+
+
+def check_data_of_step(args, train_phase: int) -> list[str]:
+    """Look at a step's data before anything costs time: open all that its flags name, and find a usable row in each.
+
+    Every rank must call this. Nothing is printed or written but what a download leaves in the hub's cache.
+
+    Returns:
+        the columns that all of the data have, as a reward function may ask for them.
+
+    Raises:
+        UserError: no such data, columns that are missing, or a dataset of which no row can be used; on all ranks alike.
+    """
+    columns = []
+
+    def check() -> None:
+        for source in sources_of_step(args):
+            try:
+                raw = _open_raw(source, args.data_output_path, args.seed)
+                columns.append(_columns_of(raw))
+                check_rows(raw, train_phase)
+            except DataError as error:
+                raise UserError(str(error)) from error
+
+    agree(check)
+    return _shared_columns(columns)
+
+
+def _open_raw(source: DataSource, output_path: str | os.PathLike, seed: int) -> PromptRawDataset:
+    choices = dict(split=source.split, config=source.config, shape=source.shape)
+    return get_raw_dataset(source.path, output_path, seed, get_local_rank(), source.columns, **choices)
+
+
+def _columns_of(raw: PromptRawDataset) -> list[str]:
+    """What a reward function may ask for of a row."""
+    return [*raw.raw_datasets[raw.train_split].column_names, "prompt_messages"]
+
+
+def _shared_columns(columns: Sequence[Sequence[str]]) -> list[str]:
+    return [name for name in columns[0] if all(name in others for others in columns)] if columns else []
 
 
 def format_of_run(args, tokenizer) -> str | None:
@@ -226,8 +266,7 @@ def _blend(opened: Sequence["_OpenSource"], split: str, limit: int | None, seed:
             f"no {split} row is left for step {opened[0].request.rules.train_phase}: with these shares (--data_split) "
             f"the datasets give this step nothing: {shares}; see the counts above"
         )
-    columns = [name for name in opened[0].columns() if all(name in one.columns() for one in opened)]
-    return BlendedDataset(parts, seed, columns, counts)
+    return BlendedDataset(parts, seed, _shared_columns([_columns_of(one.raw) for one in opened]), counts)
 
 
 def _print_blend(split: str, opened: Sequence["_OpenSource"], parts: Sequence[PromptDataset], limit) -> list[str]:
@@ -278,16 +317,7 @@ class _OpenSource:
         self.files: dict[str, Path] = {}
         rules = request.rules
         try:
-            self.raw = get_raw_dataset(
-                source.path,
-                request.output_path,
-                request.seed,
-                get_local_rank(),
-                source.columns,
-                split=source.split,
-                config=source.config,
-                shape=source.shape,
-            )
+            self.raw = _open_raw(source, request.output_path, request.seed)
             self.raw.keep_also(rules.keep_columns)
             by_template = rules.prompt_format == prompt_format.CHAT_TEMPLATE
             print_rank_0(f"data: {self.raw.describe()}; read as {self.raw.recognised()}")
@@ -304,10 +334,6 @@ class _OpenSource:
 
     def _rows(self, split: str) -> Rows:
         return self.raw.get_train_data() if split == "train" else self.raw.get_eval_data()
-
-    def columns(self) -> list[str]:
-        """What a reward function may ask for of a row."""
-        return [*self.raw.raw_datasets[self.raw.train_split].column_names, "prompt_messages"]
 
     def rows_of_share(self, split: str) -> int:
         """Rows of this step's share, usable or not; the first rank counts them, so that no other opens the files."""

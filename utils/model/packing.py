@@ -18,6 +18,8 @@ from utils.process.ranks import all_gather_objects
 
 ROW_LENGTHS, WINDOW = (21, 13), 8  # of the check: both rows are longer than the window, which is narrowed to this
 WINDOW_NAMES = ("sliding_window", "attention_chunk_size")
+# What families raise at packed inputs that they do not take.
+REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
 ROUNDING = 4  # differences up to this many times what another order of the same sums makes are rounding
 
 
@@ -93,7 +95,7 @@ class _Check:
         try:
             packed = self._scores(block([self.rows]), way)
             changed = self._scores(block([self.changed_rows]), way)
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        except REFUSALS as error:
             return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         leak = _mean_difference(packed[second_row:], changed[second_row:])
         if not leak <= self.rounding_in_place:

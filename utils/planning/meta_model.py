@@ -23,19 +23,29 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from utils.ds_utils import TORCH_DTYPES
 from utils.generation.sampling import Decoding, choose, make_cache
-from utils.model.inputs import cache_argument, embedding_rows, forward_accepts, model_inputs, packed_inputs
+from utils.model.inputs import (
+    cache_argument,
+    embedding_rows,
+    forward_accepts,
+    model_inputs,
+    packed_inputs,
+    packing_ways,
+)
 from utils.model.losses import score_in_chunks
 from utils.model.model_utils import configure_dropout
+from utils.model.packing import REFUSALS
 from utils.model.reward_model import RewardModel
 from utils.module.fused_linear import find_shared_inputs
 from utils.module.hooks import forward_replaced
 from utils.module.lora import (
     convert_linear_layer_to_lora,
+    describe_left_out,
     lora_layers,
     make_model_gradient_checkpointing_compatible,
     only_optimize_lora_parameters,
 )
 from utils.module.quantize import Packing, packed_size
+from utils.process.errors import UserError
 
 
 class LiveBytes(TorchDispatchMode):
@@ -156,8 +166,8 @@ class ModelSpec:
     wrap: Callable[[nn.Module], nn.Module] | None = None
 
 
-def build_on_meta(spec: ModelSpec) -> nn.Module:
-    """The model as it trains, without numbers.
+def build_on_meta(spec: ModelSpec) -> tuple[nn.Module, str | None]:
+    """The model as it trains, without numbers; and what LoRA leaves out of it, where that is to be said.
 
     Raises:
         UserError: a LoRA scope that matches nothing.
@@ -172,6 +182,7 @@ def build_on_meta(spec: ModelSpec) -> nn.Module:
         # What FlashAttention keeps is what SDPA keeps, but it needs a GPU to be chosen.
         is_flash = spec.attn_implementation == "flash_attention_2"
         options["attn_implementation"] = "sdpa" if is_flash else spec.attn_implementation
+    left_out = None
     auto_class = AutoModelForCausalLM if spec.kind == "causal" else AutoModel
     with torch.device("meta"):
         model = auto_class.from_config(config, **options)
@@ -181,10 +192,11 @@ def build_on_meta(spec: ModelSpec) -> nn.Module:
             model = spec.wrap(model)
         if spec.lora is not None:
             lora = spec.lora
+            left_out = describe_left_out(model, lora.module_name)
             convert_linear_layer_to_lora(model, lora.module_name, lora.dim, lora.scaling, lora.dropout)
             if lora.freezes_rest:
                 only_optimize_lora_parameters(model, ("v_head.weight",) if spec.kind == "reward" else ())
-    return model if spec.trains else model.requires_grad_(False)
+    return (model if spec.trains else model.requires_grad_(False)), left_out
 
 
 @dataclass(frozen=True)
@@ -224,11 +236,12 @@ class MetaModel:
     """A model of a step on the meta device, its sizes, and what its passes take.
 
     Attributes:
-        model: see ``build_on_meta``. adapted: its LoRA layers. sizes: of its weights.
+        model, left_out: see ``build_on_meta``. adapted: its LoRA layers. sizes: of its weights.
     """
 
     def __init__(self, spec: ModelSpec):
-        self.spec, self.model = spec, build_on_meta(spec)
+        self.spec = spec
+        self.model, self.left_out = build_on_meta(spec)
         self.adapted = [layer for _, layer in lora_layers(self.model)]
         self.sizes = self._sizes()
         self._passes: dict[tuple, PassMemory] = {}
@@ -299,8 +312,25 @@ class MetaModel:
         Args:
             keep_gradients: the gradients of weights stay (and count); otherwise they are taken away as they come.
             labels: tokens of a row that are scored, with their entropy; None for all, without.
-            packed: rows hold several segments.
+            packed: rows hold several segments. Which way of keeping them apart is right is found at the start of a run,
+                with numbers; here the dearest counts of those that the model takes.
         """
+        if not packed:
+            return self._training(lambda: self._inputs(rows, length), checkpointing, keep_gradients, labels)
+        passes, refusals = [], []
+        for way in packing_ways(self.model):
+            inputs = functools.partial(self._packed_inputs, rows, length, way)
+            try:
+                passes.append(self._training(inputs, checkpointing, keep_gradients, labels))
+            except REFUSALS as error:
+                refusals.append(f"by {way}, {error}")
+        if not passes:
+            raise UserError(f"--packing: {type(self.model).__name__} takes no packed rows ({'; '.join(refusals)})")
+        return PassMemory(max(one.kept for one in passes), max(one.peak for one in passes))
+
+    def _training(
+        self, inputs: Callable[[], dict], checkpointing: bool, keep_gradients: bool, labels: int | None
+    ) -> PassMemory:
         model = self.model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
         handles = []
@@ -308,7 +338,7 @@ class MetaModel:
             handles = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
         try:
             with self._checkpointing() if checkpointing else nullcontext(), self._counting() as counted:
-                result = self._forward(self._inputs(rows, length, packed), labels)
+                result = self._forward(inputs(), labels)
                 kept = counted.live
                 result.sum().backward()
         finally:
@@ -364,12 +394,14 @@ class MetaModel:
                 if self.adapted:
                     model.disable_input_require_grads()
 
-    def _inputs(self, rows: int, length: int, packed: bool = False) -> dict:
+    def _inputs(self, rows: int, length: int) -> dict:
         ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-        if packed:
-            return packed_inputs(self.model, {"input_ids": ids, "segment_ids": ids, "position_ids": ids})
         bare = self.model.rwtransformer if self.spec.kind == "reward" else self.model
         return model_inputs(bare, ids, torch.ones_like(ids))
+
+    def _packed_inputs(self, rows: int, length: int, way: str) -> dict:
+        ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+        return packed_inputs(self.model, dict.fromkeys(("input_ids", "segment_ids", "position_ids"), ids), way)
 
     def _forward(self, inputs: dict, labels: int | None) -> torch.Tensor:
         if self.spec.kind == "reward":

@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -52,6 +53,7 @@ class Plan:
     tokenizer: object
     machine: Machine
     _models: dict = field(default_factory=dict)  # settings of OF_MODELS -> models
+    notes: dict[str, None] = field(default_factory=dict)  # what LoRA leaves out of the models that were tried, in order
 
     def estimate_with(self, settings: Settings) -> Estimate | None:
         """The estimate with other settings (of the states alone, if they do not fit); None for a combination that the
@@ -66,6 +68,7 @@ class Plan:
         except UserError:
             return None
         models = self._models[key]
+        self.notes |= {f"{name}: {model.left_out}": None for name, model in models.items() if model.left_out}
         alone = states_alone(engines_of_step(args, self.step, models, self.machine), self.machine)
         return estimate(args, self.step, models, self.machine) if alone.fits else alone
 
@@ -296,7 +299,10 @@ def main(given=None) -> int:
     )
     if options.batch_size % options.gpus:
         raise UserError(f"--batch_size {options.batch_size} rows do not divide into --gpus {options.gpus}")
-    found = candidates(Plan(args, options.step, configs, tokenizer, machine), options.batch_size // options.gpus)
+    plan = Plan(args, options.step, configs, tokenizer, machine)
+    found = candidates(plan, options.batch_size // options.gpus)
+    for note in plan.notes:
+        print(note, file=sys.stderr if options.json else None)
     rows = [
         {
             "settings": candidate.settings,

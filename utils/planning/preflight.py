@@ -255,6 +255,8 @@ def _parameters(args, step: int, configs: dict, tokenizer) -> tuple[str, dict[st
         lora = f" (LoRA on {layers} layers)" if layers else ""
         share = 100 * sizes.trained / sizes.total
         parts.append(f"{name} {sizes.trained / 1e6:,.2f} of {sizes.total / 1e6:,.1f} M train, {share:.2f} %{lora}")
+        if model.left_out is not None:
+            parts.append(model.left_out)
     return "; ".join(parts), models
 
 

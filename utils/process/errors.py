@@ -30,6 +30,8 @@ TROUBLE_BETWEEN_RANKS = {
     "CUDA_VISIBLE_DEVICES on every node",
     r"nccl.*(no socket interface|ncclSystemError|unhandled system error)": "NCCL cannot connect the ranks; name the "
     "network interface between the nodes, as in NCCL_SOCKET_IFNAME=eth0; NCCL_DEBUG=INFO says more",
+    r"nccl.*unhandled cuda error": "NCCL could not use a GPU: it is full, taken by another program, or its driver is "
+    "too old for this torch; NCCL_DEBUG=INFO says which call failed",
     r"ncclRemoteError": "the connection to another rank is lost: its process or its node has ended, and its own output "
     "says why",
     r"connectFullMesh": "the ranks cannot reach each other; name the network interface between the nodes, as in "
@@ -47,6 +49,27 @@ def trouble_between_ranks(error: Exception) -> str | None:
         for pattern, meaning in TROUBLE_BETWEEN_RANKS.items():
             if re.search(pattern, str(error), re.IGNORECASE | re.DOTALL):
                 return meaning
+    return None
+
+
+# What CUDA says where torch and the machine do not fit, and what it means. What may be a fault of the code keeps its
+# traceback.
+TROUBLE_WITH_CUDA = {
+    r"no kernel image is available": "this build of torch has no code for this GPU: install one that has "
+    "(torch.cuda.get_arch_list() names what it was built for)",
+    r"driver version is insufficient|driver.*too old": "the GPU's driver is older than this torch needs: install a "
+    "newer driver, or a torch built for an older CUDA",
+    r"uncorrectable ECC|device is lost|fallen off the bus": "the GPU itself failed: nvidia-smi -q and dmesg say more; "
+    "take another one",
+}
+
+
+def trouble_with_cuda(error: Exception) -> str | None:
+    """What an error of CUDA means to the user; None for any other error."""
+    if isinstance(error, RuntimeError) and "cuda" in str(error).lower():
+        for pattern, meaning in TROUBLE_WITH_CUDA.items():
+            if re.search(pattern, str(error), re.IGNORECASE):
+                return f"{meaning} ({str(error).partition(chr(10))[0]})"
     return None
 
 
@@ -82,7 +105,7 @@ def meaning_of(error: Exception) -> str | None:
     if meaning := trouble_between_ranks(error):
         reason = str(error).partition("\n")[0]
         return f"{meaning} ({reason})"
-    return trouble_with_memory(error) or trouble_with_files(error)
+    return trouble_with_memory(error) or trouble_with_cuda(error) or trouble_with_files(error)
 
 
 def run_script(main: Callable[[], None]) -> None:

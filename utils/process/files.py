@@ -5,6 +5,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +15,7 @@ from utils.process.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"  # of a run, in its output folder
 MODEL_FOLDERS = ("", "actor", "critic", "actor_ema")  # where runs leave models in theirs
+BEST_FOLDER, SAVED_FOLDER = "best", re.compile(r"step-(\d{6,})")  # and where they keep others, with the same parts
 
 
 def check_writable(path: str | None):
@@ -42,13 +44,34 @@ def check_output_dir(output_dir: str | None, flag: str = "--output_dir") -> None
         raise UserError(f"{flag} {output_dir}: cannot be written: {getattr(error, 'strerror', error)}") from error
 
 
+def model_folders(output_dir: str | os.PathLike) -> list[Path]:
+    """The folders that runs save models to, as far as they are there; those inside before those around them.
+
+    Folders that are links lead elsewhere and are left out.
+    """
+    output = Path(output_dir)
+    entries = sorted(output.iterdir()) if output.is_dir() else []
+    kept = [entry for entry in entries if entry.name == BEST_FOLDER or SAVED_FOLDER.fullmatch(entry.name)]
+    parts = [part / name for part in (output, *kept) for name in MODEL_FOLDERS]
+    folders = [folder for part in parts for folder in (part / "adapter", part)]
+    inside_first = sorted(folders, key=lambda folder: -len(folder.parts))
+    return [folder for folder in inside_first if folder.is_dir() and not _is_behind_link(folder, output)]
+
+
+def _is_behind_link(folder: Path, output: Path) -> bool:
+    return folder != output and (folder.is_symlink() or _is_behind_link(folder.parent, output))
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder has weights and a configuration that belongs to them."""
+    configured = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    return configured and any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+
+
 def results_in(output_dir: str) -> list[str]:
     """What earlier runs left in an output folder: their models and metrics, for a message."""
-    found = []
-    for folder in (Path(output_dir) / name for name in MODEL_FOLDERS):
-        configured = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
-        if configured and any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")):
-            found.append(f"a model ({folder})")
+    folders = (Path(output_dir) / name for name in MODEL_FOLDERS)
+    found = [f"a model ({folder})" for folder in folders if holds_model(folder)]
     metrics = Path(output_dir) / METRICS_FILE
     if metrics.is_file() and metrics.stat().st_size:
         found.append(f"a run's metrics ({metrics})")

@@ -44,10 +44,16 @@ def is_built(name: str) -> bool:
     return any(_root().glob(f"**/{name}/{name}.so"))
 
 
-def check_compiler(flag: str, name: str) -> None:
-    """UserError if an operator that the flag needs would have to be compiled here, and there is no compiler."""
-    if not is_built(name) and shutil.which("c++") is None and shutil.which("g++") is None:
-        raise UserError(f"{flag} compiles DeepSpeed's {name}: install a C++ compiler (apt-get install g++)")
+def check_compiler(flag: str, what: str, operator: str | None = None) -> None:
+    """UserError if what a flag needs would have to be compiled here, and there is no compiler.
+
+    Args:
+        operator: DeepSpeed's name of what is compiled, which need not be where that was done; None: compiled each time.
+    """
+    if operator is not None and is_built(operator):
+        return
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        raise UserError(f"{flag} compiles {what}: install a C++ compiler (apt-get install g++)")
 
 
 def load_operator(builder_name: str, flag: str = "") -> None:

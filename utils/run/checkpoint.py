@@ -58,6 +58,7 @@ from utils.run.engine_state import (
     save_average,
     save_engine,
 )
+from utils.run.former_run import former_checkpoints
 from utils.run.same_run import differences, flags_of, model_fingerprint, rows_fingerprint
 
 STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -86,12 +87,14 @@ class Checkpoints:
         self.folder = _folder_of(args)
         self.enabled = args.checkpoint_steps > 0 or args.checkpoint_dir is not None
         self._stop_asked, self._steps_saved = None, None
+        # Checkpoints under the output folder go with all else there; those in a folder of their own do not.
+        self._replaces = args.overwrite_output_dir and args.output_dir is not None and args.checkpoint_dir is None
         self._fingerprints = {name: model_fingerprint(getattr(args, name)) for name in models}
         finished = None
 
         def choose_start() -> None:
             nonlocal finished
-            if self.enabled:
+            if self.enabled or (self._replaces and former_checkpoints(self.folder)):
                 self._lock = take_folder(self.folder)  # held until the process ends
             finished = self._read_finished()
             if finished is None:
@@ -135,10 +138,11 @@ class Checkpoints:
                     "run would replace them. Go on from them with --resume auto, or name another folder"
                 )
             return chosen
-        if own is not None:
+        if own is not None and not self._replaces:
             raise UserError(
                 f"--checkpoint_dir {self.folder} holds checkpoints of an earlier run: go on from them with "
-                "--resume auto, delete them, or name another folder"
+                "--resume auto, delete them (--overwrite_output_dir does so where they lie in the output folder), or "
+                "name another folder"
             )
         return None
 
@@ -310,7 +314,8 @@ class Checkpoints:
 
     def last(self) -> str:
         """Where a run that fails now can be taken up, for messages."""
-        newest = newest_checkpoint(self.folder) if self.folder is not None else None
+        is_own = self.resumed_from is not None or self._steps_saved is not None
+        newest = newest_checkpoint(self.folder) if self.folder is not None and is_own else None
         return "there is no checkpoint of this run" if newest is None else f"the last checkpoint is {newest.folder}"
 
     def finish(self) -> None:

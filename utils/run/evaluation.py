@@ -5,7 +5,6 @@ Nothing here leaves a trace in the training: with and without it a run has the s
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +12,12 @@ from pathlib import Path
 from utils.arguments.watching import LOWER_IS_BETTER, watched_metric
 from utils.process.console import print_rank_0
 from utils.process.errors import UserError
-from utils.process.files import write_text
+from utils.process.files import BEST_FOLDER, SAVED_FOLDER, write_text
 from utils.process.ranks import agree
 from utils.process.seeds import random_states_kept
 from utils.process.world import is_rank_0
 
-BEST_FOLDER = "best"
-SAVED_FOLDER = re.compile(r"step-(\d{6,})")
+BEST_RECORD = "best.json"
 Figures = dict[str, float]
 
 
@@ -164,9 +162,9 @@ class Evaluations:
 
         def write_record() -> None:
             try:
-                write_text(folder / "best.json", json.dumps(record, indent=1) + "\n")
+                write_text(folder / BEST_RECORD, json.dumps(record, indent=1) + "\n")
             except OSError as error:
-                raise UserError(f"{folder / 'best.json'} could not be written: {error}") from error
+                raise UserError(f"{folder / BEST_RECORD} could not be written: {error}") from error
 
         agree(write_record if is_rank_0() else lambda: None)
         print_rank_0(f"best so far: {self._metric} {self._best:.6g} at step {self._steps}, saved in {folder}")

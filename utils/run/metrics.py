@@ -8,13 +8,15 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from utils.process.console import is_rank_0
 from utils.process.errors import UserError
 from utils.process.files import flush_to_disk
 from utils.process.ranks import agree
+from utils.run.former_run import remove_former_run
 from utils.run.metrics_file import FILES, METRICS_FILE, SAMPLES_FILE
 
 PROJECT = "three-steps-to-chat"  # among the projects of a tracker, unless WANDB_PROJECT or TRACKIO_PROJECT names one
@@ -77,6 +79,8 @@ class MetricsWriter:
     Args:
         position: what ``position()`` gave when the checkpoint was written from which the run goes on: rows written
             after it are cut off. None for a fresh start.
+        before_first: called once, when the first row is there to be written: a run that fails before it leaves alone
+            what an earlier one wrote.
     """
 
     def __init__(
@@ -84,7 +88,9 @@ class MetricsWriter:
         folder: str | Path | None,
         trackers: Sequence[TensorBoard | Tracker] = (),
         position: dict | None = None,
+        before_first: Callable[[], None] = lambda: None,
     ):
+        self._before_first = before_first
         self._folder, self._trackers, self._resumed, self._file = folder and Path(folder), trackers, position, None
         self._start = time.time() - (position["seconds"] if position else 0)
 
@@ -92,6 +98,7 @@ class MetricsWriter:
         """Only when there is something to write: a start that fails before leaves the files of an earlier run alone."""
         if self._folder is None or self._file is not None:
             return
+        self._before_first()
         self._folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             _cut_back(self._folder / name, *(self._resumed["files"].get(name, (0, 0)) if self._resumed else (0, 0)))
@@ -182,7 +189,10 @@ def make_writer(args, resumed: dict | None = None) -> MetricsWriter | NullWriter
             else Tracker(name, args.run_name or (args.output_dir and Path(args.output_dir).name), settings)
             for name in args.report_to
         ]
-        writer = MetricsWriter(args.output_dir, trackers, resumed and resumed["metrics"])
+        more = {}
+        if args.overwrite_output_dir and resumed is None and args.output_dir is not None:
+            more["before_first"] = partial(remove_former_run, args.output_dir)
+        writer = MetricsWriter(args.output_dir, trackers, resumed and resumed["metrics"], **more)
 
     agree(open_writer if is_rank_0() else lambda: None)
     return writer

@@ -21,6 +21,7 @@ from utils.data.batching import (
 from utils.data.preparation import create_prompt_dataset
 from utils.model.inputs import sft_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum
+from utils.model.packing import choose_packing
 from utils.model.tokenizer import load_hf_tokenizer
 
 BATCH = 8
@@ -62,6 +63,7 @@ def main():
     loaders = make_loaders(settings, tokenizer)
     model = make_model(len(tokenizer), settings.max_seq_len)
     label_log_probs = LabelLogProbs(model)
+    packing = choose_packing(label_log_probs)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     counts = {name: [0, 0.0] for name in loaders}  # way -> [real tokens, seconds]
     for step in range(settings.steps + 1):
@@ -69,7 +71,7 @@ def main():
             data = next(loader)
             start = time.perf_counter()
             labels, tokens, _ = count_batch(data)
-            (causal_lm_loss_sum(label_log_probs, sft_inputs(model, data), data["labels"]) / labels).backward()
+            (causal_lm_loss_sum(label_log_probs, sft_inputs(model, data, packing), data["labels"]) / labels).backward()
             optimizer.step()
             optimizer.zero_grad()
             if step:  # the first one warms up

@@ -1,6 +1,7 @@
 """Two PPO updates with and without the hybrid engine must be bit-equal: torchrun … generation_on_ranks.py FOLDER
 
 For each ZeRO stage, with LoRA and without: greedy answers of all batches, then all weights and optimizer states.
+FOLDER vllm N: by vLLM, of which N ranks form an engine; a process has engines of one size.
 """
 
 import sys
@@ -26,6 +27,7 @@ from utils.process.world import get_rank
 
 PROMPTS = [[[10, 11, 12], [13], [14, 15, 16, 17, 18], [19, 20]], [[30], [31, 32, 33, 34], [35, 36], [37]]]
 PAD = 2  # of make_tokenizer
+KEPT = []  # an engine of vLLM that goes takes the process groups of the others along
 
 
 def tensors_of(value) -> list:
@@ -51,6 +53,7 @@ def train(folder: Path, more: str) -> tuple[list, list]:
     trainer = DeepSpeedPPOTrainer(
         DeepSpeedRLHFEngine(str(folder / "actor"), str(folder / "reward"), tokenizer, args, num_total_iters=10), args
     )
+    KEPT.append(trainer.rlhf_engine.generator._vllm)
     ids, mask = pad_rows(PROMPTS[get_rank()], tokenizer.pad_token_id, side="left")
     answers = []
     for step in range(3):
@@ -67,9 +70,9 @@ def train(folder: Path, more: str) -> tuple[list, list]:
     return answers, state
 
 
-def make_actor(folder: Path) -> None:
+def make_actor(folder: Path, family: str) -> None:
     """A random model whose greedy answers differ, and of which some end early."""
-    make_model(folder, "llama")
+    make_model(folder, family)
     tokenizer, model = load_hf_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder)
     ids, mask = pad_rows(PROMPTS[0], tokenizer.pad_token_id, side="left")
     with torch.no_grad():
@@ -84,10 +87,11 @@ def make_actor(folder: Path) -> None:
 
 
 def main():
-    folder = Path(sys.argv[1])
+    folder, backend = Path(sys.argv[1]), "vllm" if len(sys.argv) > 2 else "own"
+    more_of_backend = f"--hybrid_engine_backend {backend} --inference_tp_size {' '.join(sys.argv[3:]) or 1}"
     init_distributed(SimpleNamespace(local_rank=-1, comm_timeout=60))
     if get_rank() == 0:
-        make_actor(folder / "actor")
+        make_actor(folder / "actor", "llama" if backend == "own" else "llama for vllm")
     dist.barrier()
     make_reward_model(folder / "reward", folder / "actor")
     dist.barrier()
@@ -97,13 +101,14 @@ def main():
             plain = train(folder, more)
             lengths = [int((row != PAD).sum()) for answers in plain[0] for row in answers[:, 8:]]
             assert len(set(lengths)) > 1 or get_rank() > 0, "some rows should end early"
-            for way in ["", "--unpin_actor_parameters"] if stage == 3 else [""]:
-                fast = train(folder, f"{more} --enable_hybrid_engine --hybrid_engine_backend own {way}")
+            for way in ["", "--unpin_actor_parameters"] if stage == 3 and backend == "own" else [""]:
+                fast = train(folder, f"{more} --enable_hybrid_engine {more_of_backend} {way}")
                 for ours, theirs in zip(fast, plain, strict=True):
                     assert len(ours) == len(theirs) > 2
                     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), (more, way)
                 print_rank_0(f"equal: {more} {way}, {len(plain[1])} tensors, lengths {lengths}")
-    check_that_ranks_agree(folder / "actor")
+    if backend == "own":
+        check_that_ranks_agree(folder / "actor")
 
 
 def check_that_ranks_agree(actor: Path) -> None:

@@ -4,7 +4,7 @@
 # shellcheck source=training_scripts/launch.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../../../launch.sh"
 recipe 2 single_gpu "$@" -- \
-    --data_path Dahoas/full-hh-rlhf --data_split 2,4,4 --model_name_or_path Qwen/Qwen3-8B-Base --dtype bf16 \
+    --data_path Dahoas/full-hh-rlhf --data_split 2,4,4 --model_name_or_path Qwen/Qwen3-8B-Base \
     --zero_stage 0 --max_seq_len 1024 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 \
     --gradient_accumulation_steps 16 --learning_rate 1e-4 --num_warmup_steps 50 --num_train_epochs 1 \
     --gradient_checkpointing --lora_dim 64 --lora_scaling 128 --lora_module_name all-linear --only_optimize_lora \
