@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Step 3, measured side by side: ours, and the plain way of doing the same.
+"""Step 3, measured side by side: ours with each backend of generation, and the plain way of doing the same.
 
     python evaluation_scripts/benchmark/rlhf.py --models 30m --zero_stages 3 0
+    python evaluation_scripts/benchmark/rlhf.py --models opt 30m --backends transformers own
     python evaluation_scripts/benchmark/rlhf.py --model SFT_FOLDER --answer_length 256
 
 The plain way: `module.generate` under the same ZeRO stage, prompts padded to the maximum, logits of every position of
 prompt and answer at once in fp32. Models are random but for --model. Answers end where a schedule says, the same for
-both ways: rows of "full" never, rows of "varied" at lengths spread evenly from an eighth of the maximum up to it.
+all ways: rows of "full" never, rows of "varied" at lengths spread evenly from an eighth of the maximum up to it.
 
 Each way runs in processes of its own, so that its peak memory is its own: of the GPU where there is one. Smaller is
 faster: --answer_length 32, --varied_batch 0, --repeats 1. With --latency, one process more: the time per token of a
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from deepspeed.accelerator import get_accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
 
 from training.step3_rlhf_finetuning.experience import MicroBatch
 from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer
@@ -47,12 +48,14 @@ from utils.process.world import get_rank
 from utils.run.results import save_hf_format
 
 MODELS = {
+    "opt": dict(hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024, num_hidden_layers=4, num_attention_heads=4,
+                vocab_size=50272),
     "30m": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=10, num_attention_heads=6,
                 num_key_value_heads=6, vocab_size=32000),
     "135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                  num_key_value_heads=3, vocab_size=49152),
 }  # fmt: skip
-WAYS = ("plain", "ours")
+BACKENDS = ("own", "transformers")  # of the hybrid engine, that can be told where answers end
 EOS, PAD, BOS = 0, 1, 2
 
 
@@ -63,7 +66,8 @@ def build_parser():
         epilog="example: rlhf.py --models 30m --zero_stages 3 --answer_length 32 --skip_step, a minute on two cores",
     )
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=["30m"], help="random llamas of these sizes")
+    add("--models", nargs="+", choices=MODELS, default=["30m"], help="random models: an OPT, llamas of these sizes")
+    add("--backends", nargs="+", choices=BACKENDS, default=["own"], help="who generates, in the ways beside the plain")
     add("--model", metavar="FOLDER", help="an actor of your own in their stead (a random value head on it scores)")
     add("--ranks", type=int, default=torch.cuda.device_count() or 2, help="processes; the default is that of all GPUs")
     add("--zero_stages", type=int, nargs="*", choices=range(4), default=[3, 0], help="of actor and critic")
@@ -107,7 +111,7 @@ def main():
             for stage in args.zero_stages:
                 figures = {
                     way: run_worker(args, args.ranks, worker="case", folder=folder, way=way, stage=stage)
-                    for way in WAYS
+                    for way in ("plain", *args.backends)
                 }
                 print(
                     f"\n{source}, ZeRO-{stage}, {args.ranks} ranks, {args.dtype}, batch {args.batch} per rank, prompts "
@@ -120,10 +124,11 @@ def main():
 
 
 def print_table(figures: dict) -> None:
-    print(f"  {'':44}" + "".join(f"{way:>10}" for way in WAYS) + "     ratio")
+    backends = [way for way in figures if way != "plain"]
+    print(f"  {'':44}{'plain':>10}" + "".join(f"{way:>14}     ratio" for way in backends))
     for name, plain in figures["plain"].items():
-        ours = figures["ours"][name]
-        print(f"  {name:44}{plain:10.2f}{ours:10.2f}{plain / ours:9.2f}x", flush=True)
+        ours = "".join(f"{figures[way][name]:14.2f}{plain / figures[way][name]:9.2f}x" for way in backends)
+        print(f"  {name:44}{plain:10.2f}{ours}", flush=True)
 
 
 def run_worker(args, ranks: int, **changed) -> dict:
@@ -178,11 +183,12 @@ def make_models(args) -> None:
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", bos_token="<s>"
         )
-        config = LlamaConfig(
+        family = OPTConfig if args.models[0] == "opt" else LlamaConfig
+        config = family(
             **shape, max_position_embeddings=4096, tie_word_embeddings=True,
             bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
         )  # fmt: skip
-        actor = LlamaForCausalLM(config)
+        actor = AutoModelForCausalLM.from_config(config)
     actor.save_pretrained(folder / "actor")
     tokenizer.save_pretrained(folder / "actor")
     critic = create_critic_model(folder / "actor", tokenizer)
@@ -272,7 +278,8 @@ def fastest(args, action) -> float:
 
 def measure_case(args) -> None:
     """Seconds of generation and of whole PPO steps, and the peak memory, of one way at one ZeRO stage."""
-    trainer = make_trainer(args, step3_arguments(args, *(["--enable_hybrid_engine"] if args.way == "ours" else [])))
+    hybrid = [] if args.way == "plain" else ["--enable_hybrid_engine", "--hybrid_engine_backend", args.way]
+    trainer = make_trainer(args, step3_arguments(args, *hybrid))
     set_random_seed(1 + get_rank())
     cases = [("full", args.batch)] + [("varied", args.varied_batch)] * (args.varied_batch > 0)
     figures = {}
@@ -306,7 +313,7 @@ def measure_step(args, trainer, ids, mask, rewrite) -> float:
 
 def measure_latency(args) -> None:
     """Time per token of one prompt, and what share of it reading every weight once would take."""
-    args.way, args.batch = "ours", 1
+    args.way, args.batch = "own", 1
     trainer = make_trainer(args, step3_arguments(args, "--enable_hybrid_engine"))
     device = trainer.actor_model.device
     ids, mask = make_prompts(args, 1, False, 0, device)
