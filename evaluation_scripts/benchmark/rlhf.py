@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +56,7 @@ MODELS = {
     "135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                  num_key_value_heads=3, vocab_size=49152),
 }  # fmt: skip
-BACKENDS = ("own", "transformers")  # of the hybrid engine, that can be told where answers end
+BACKENDS = ("own", "transformers", "vllm")  # of the hybrid engine
 EOS, PAD, BOS = 0, 1, 2
 
 
@@ -129,6 +130,9 @@ def print_table(figures: dict) -> None:
     for name, plain in figures["plain"].items():
         ours = "".join(f"{figures[way][name]:14.2f}{plain / figures[way][name]:9.2f}x" for way in backends)
         print(f"  {name:44}{plain:10.2f}{ours}", flush=True)
+    for way in backends:
+        for name in figures[way].keys() - figures["plain"].keys():
+            print(f"  {f'{way}: {name}':44}{figures[way][name]:10.2f}", flush=True)
 
 
 def run_worker(args, ranks: int, **changed) -> dict:
@@ -250,6 +254,30 @@ def ends_at(lengths, trainer):
     return rewrite
 
 
+def vllm_ends_at(lengths, trainer):
+    """``HybridEngine.generate`` with the ends of ``ends_at``, for vLLM, which hands out no logits: by length limits."""
+    generator, eos = trainer.rlhf_engine.generator, trainer.tokenizer.eos_token_id
+    engine, limits = generator._vllm, iter(())
+    sampling_params = type(engine)._sampling_params
+
+    def limited(decoding, seed):
+        decoding = replace(decoding, max_new_tokens=min(next(limits), decoding.max_new_tokens), eos_token_ids=())
+        params = sampling_params(engine, decoding, seed)
+        params.logit_bias = dict.fromkeys(trainer.end_token_ids, -100.0)
+        return params
+
+    def generate(prompts, mask, decoding):
+        nonlocal limits
+        limits, engine._sampling_params = iter(lengths.tolist()), limited
+        rollout = type(generator).generate(generator, prompts, mask, decoding)
+        for row, length in enumerate(lengths.tolist()):
+            if length <= rollout.width:
+                rollout.sequences[row, prompts.shape[1] + length - 1] = eos
+        return rollout
+
+    return generate
+
+
 def schedules(args, rows: int) -> dict:
     spread = torch.linspace(args.answer_length // 8, args.answer_length, rows).long()
     return {
@@ -286,21 +314,24 @@ def measure_case(args) -> None:
     for what, measure in [("generation", measure_generation)] + [("PPO step", measure_step)] * (not args.skip_step):
         for lengths, rows in cases:
             ids, mask = make_prompts(args, rows, args.way == "plain", get_rank(), trainer.actor_model.device)
-            rewrite = ends_at(schedules(args, rows)[lengths], trainer)
-            figures[f"{what}, batch {rows}, {lengths} lengths, s"] = measure(args, trainer, ids, mask, rewrite)
+            ends = schedules(args, rows)[lengths]
+            generator = trainer.rlhf_engine.generator
+            if args.way == "vllm":
+                generator.generate = vllm_ends_at(ends, trainer)
+            else:
+                generator.generate = partial(type(generator).generate, generator, rewrite_logits=ends_at(ends, trainer))
+            figures[f"{what}, batch {rows}, {lengths} lengths, s"] = measure(args, trainer, ids, mask)
+    if args.way == "vllm":
+        figures["weights handed over, s"] = generator.gather_time
     figures["peak memory of rank 0, MB"] = peak_memory() / 2**20
     write_figures(figures)
 
 
-def measure_generation(args, trainer, ids, mask, rewrite) -> float:
-    generator = trainer.rlhf_engine.generator
-    return fastest(args, lambda: generator.generate(ids, mask, trainer.decoding(), rewrite_logits=rewrite))
+def measure_generation(args, trainer, ids, mask) -> float:
+    return fastest(args, lambda: trainer.rlhf_engine.generator.generate(ids, mask, trainer.decoding()))
 
 
-def measure_step(args, trainer, ids, mask, rewrite) -> float:
-    generator = trainer.rlhf_engine.generator
-    generator.generate = partial(type(generator).generate, generator, rewrite_logits=rewrite)
-
+def measure_step(args, trainer, ids, mask) -> float:
     def step():
         experience = trainer.generate_experience(ids, mask)
         trainer.compute_rewards(experience)
