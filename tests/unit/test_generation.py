@@ -249,6 +249,68 @@ def test_finished_rows_leave_the_batch_and_shared_pads_the_cache(llama):
     assert seen == [(5, 0), (5, 9), (5, 10), (3, 11 - 3), (2, 12 - 3)]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_padded_goes_without_a_mask_and_gives_the_same_answers(family):
+    model = _model(family)
+    prompts, mask = _prompts(widths=[4, 4, 4])
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _m, _a, inputs: seen.append(inputs), with_kwargs=True)
+    decoding = _decoding(eos=(), temperature=0.0)
+    answers = sample_answers(model, prompts, mask, decoding).sequences
+    handle.remove()
+    plain = [type(layer) is PreallocatedLayer for layer in seen[0][cache_argument(model)].layers]
+    if all(plain) and "position_ids" in seen[0]:
+        assert all(inputs["attention_mask"] is None for inputs in seen)
+    assert torch.equal(answers, generate_by_transformers(model, prompts, mask, decoding).sequences)
+
+
+def test_a_mask_is_left_out_once_the_padded_rows_have_gone(llama):
+    prompts, mask = _prompts(widths=[6, 3, 6])
+    seen = []
+    handle = llama.register_forward_pre_hook(
+        lambda _m, _a, inputs: seen.append(inputs["attention_mask"] is None), with_kwargs=True
+    )
+    sample_answers(llama, prompts, mask, _decoding(), rewrite_logits=_ends_at([5, 2, 5]))
+    handle.remove()
+    assert seen == [False, False, True, True, True]
+
+
+def test_looking_late_whether_rows_are_left_changes_no_token_and_costs_one_pass(llama):
+    prompts, mask = _prompts()
+    for ends in ([2, 3, 4, 5, 5], [3, 3, 3, 3, 3], [1, 12, 1, 12, 1], [12, 12, 12, 12, 12]):
+        runs, passes = [], []
+        for late in (False, True):
+            count = []
+            handle = llama.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+            torch.manual_seed(2)
+            rewrite = _ends_at(ends)
+            runs.append(sample_answers(llama, prompts, mask, _decoding(), rewrite_logits=rewrite, looks_late=late))
+            handle.remove()
+            passes.append(len(count))
+        assert torch.equal(runs[0].sequences, runs[1].sequences) and runs[0].width == max(ends)
+        torch.testing.assert_close(runs[0].log_probs, runs[1].log_probs, atol=1e-5, rtol=1e-5)
+        assert passes == [max(ends), min(max(ends) + 1, 12)]
+
+
+def test_ranks_that_wait_for_each_other_make_as_many_passes_when_they_look_late(llama):
+    """This rank ends first; the other one's count comes from the sum."""
+    prompts, mask = _prompts()
+    for late, passes in ((False, 7), (True, 8)):
+        others, count = iter([3, 3, 3, 2, 1, 1, 0, 0, 0, 0]), []
+        handle = llama.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        run = sample_answers(
+            llama,
+            prompts,
+            mask,
+            _decoding(),
+            lambda left, others=others: left + next(others),
+            _ends_at([2, 2, 3, 3, 1]),
+            looks_late=late,
+        )
+        handle.remove()
+        assert (len(count), run.width) == (passes, 3)
+
+
 def test_rows_do_not_influence_each_other(llama):
     prompts, mask = _prompts()
     runs = []

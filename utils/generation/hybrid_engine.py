@@ -32,10 +32,6 @@ from utils.process.ranks import all_gather_objects, all_reduce_sum
 from utils.process.world import get_world_size
 
 
-def _sum_over_ranks(count: int) -> int:
-    return int(all_reduce_sum(torch.tensor(count, device=get_accelerator().current_device_name())))
-
-
 def _all_ranks_fuse(engine) -> bool:
     """One answer for all ranks, whose processors are measured at the same time."""
     return all(all_gather_objects(fused_is_faster(engine.module)))
@@ -164,7 +160,7 @@ class HybridEngine:
             if self.backend == "transformers":
                 return generate_by_transformers(model, prompts, mask, decoding, ranks_wait, rewrite_logits)
             return sample_answers(
-                model, prompts, mask, decoding, _sum_over_ranks if ranks_wait else None, rewrite_logits, self._compiled
+                model, prompts, mask, decoding, all_reduce_sum if ranks_wait else None, rewrite_logits, self._compiled
             )
 
     def records_log_probs(self, decoding: Decoding) -> bool:

@@ -212,6 +212,9 @@ class CachedRows:
         self._takes_positions = forward_accepts(model, "position_ids")
         self._options = {cache_argument(model): cache, "use_cache": True}
         self._options |= {"logits_to_keep": 1} if forward_accepts(model, "logits_to_keep") else {}
+        # Positions say all where nothing is padded; a mask of ones costs each pass a look, on a GPU a wait for it.
+        self._may_go_unmasked = compiled is None and self._takes_positions and self._has_plain_layers
+        self._is_padded = not self._may_go_unmasked or bool((mask == 0).any())
         self._is_recurrent = all(type(layer) is LinearAttentionLayer for layer in getattr(cache, "layers", [None]))
 
     @property
@@ -219,12 +222,16 @@ class CachedRows:
         """[b, width]: 0 at the prompts' pads."""
         return self._mask[:, : self.width]
 
+    @property
+    def _has_plain_layers(self) -> bool:
+        return all(type(layer) is PreallocatedLayer for layer in getattr(self.cache, "layers", [None]))
+
     def forward(self, **options):
         """The model's output for the new tokens; of logits perhaps the last alone."""
         if self._takes_positions:
             options["position_ids"] = self.positions
         mask = self.mask if self._compiled is None else self._mask  # causality hides what is yet to come
-        if self._is_recurrent and self.tokens.shape[1] == 1:
+        if not self._is_padded or (self._is_recurrent and self.tokens.shape[1] == 1):
             mask = None  # such a model's mask is that of the new tokens alone (Mamba)
         return self._forward(
             input_ids=self.tokens,
@@ -245,12 +252,13 @@ class CachedRows:
 
     def drop_shared_pads(self) -> None:
         """Take the left pads that all rows share out of the cache, where its layers can do that."""
-        if not all(type(layer) is PreallocatedLayer for layer in self.cache.layers):
+        if not self._has_plain_layers:
             return
         shared = int(self._mask.argmax(dim=1).min())  # a row's first real token
         for layer in self.cache.layers if shared else ():
             layer.drop_columns(shared)
         self._mask, self.width = self._mask[:, shared:], self.width - shared
+        self._is_padded = not self._may_go_unmasked or bool((self._mask == 0).any())
 
 
 # ---------------------------------------------------------------- the loops
@@ -262,9 +270,10 @@ def sample_answers(
     prompts: torch.Tensor,
     mask: torch.Tensor,
     decoding: Decoding,
-    sum_over_ranks: Callable[[int], int] | None = None,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None,
     rewrite_logits: Callable | None = None,
     compiled: CompiledStep | None = None,
+    looks_late: bool | None = None,
 ) -> Rollout:
     """Answer each prompt.
 
@@ -274,9 +283,12 @@ def sample_answers(
     Args:
         prompts, mask: [B, P], left-padded.
         sum_over_ranks: given where a forward pass is a collective (ZeRO-3 weights gathered layer by layer): turns
-            this rank's count of unfinished rows into that of all ranks. A rank that is done goes along until all are.
+            this rank's count of unfinished rows, a tensor, into that of all ranks. A rank that is done goes along
+            until all are.
         rewrite_logits: called as (logits [b, V], rows [b], position in the answer) -> logits [b, V], before choosing.
         compiled: makes the passes after the prompt's.
+        looks_late: whether rows are left is read when the next pass is under way already, so that an accelerator does
+            not stand still for each token; the last pass of all is then for nothing. None: everywhere but on a CPU.
 
     Raises:
         FloatingPointError: when logits were not finite.
@@ -297,6 +309,8 @@ def sample_answers(
     rows = torch.arange(batch, device=device)  # that are still in the batch
     end_tokens = torch.tensor(decoding.eos_token_ids, dtype=prompts.dtype, device=device)
     unfinished = torch.ones(batch, dtype=torch.bool, device=device)  # of these
+    looks_late = device.type != "cpu" if looks_late is None else looks_late
+    left = None  # rows of this rank and of all ranks that were unfinished after the token before
     for step in range(limit):
         logits = cached.forward().logits[:, -1, : decoding.vocabulary]
         if rewrite_logits is not None:
@@ -306,15 +320,19 @@ def sample_answers(
         log_probs[rows, step] = torch.where(unfinished, chosen_log_probs, 0.0)
         lengths[rows] += unfinished
         unfinished = unfinished & ~torch.isin(chosen, end_tokens)
-        left = int(unfinished.sum())
-        if (sum_over_ranks(left) if sum_over_ranks else left) == 0:
+        before, left = left, unfinished.sum()
+        left = torch.stack([left, left if sum_over_ranks is None else sum_over_ranks(left)])
+        known = before if looks_late else left
+        own, all_ranks = (len(rows), 1) if known is None else known.tolist()
+        if all_ranks == 0:
             break
         cached.append(chosen)
-        if compiled is None and left and left <= (1 - LEAVE_SHARE) * len(rows):
+        if compiled is None and own and own <= (1 - LEAVE_SHARE) * len(rows):
             stay = unfinished.nonzero().squeeze(1)
-            rows, unfinished = rows[stay], unfinished[stay]
-            cached.select(stay)
-            cached.drop_shared_pads()
+            if len(stay):  # the others may have ended since
+                rows, unfinished = rows[stay], unfinished[stay]
+                cached.select(stay)
+                cached.drop_shared_pads()
 
     width = int(lengths.max())
     answers, log_probs = answers[:, :width], log_probs[:, :width]
