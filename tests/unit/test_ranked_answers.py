@@ -159,6 +159,7 @@ class Rankings(list):
 
 def test_step_2_trains_on_rankings_alike_at_every_micro_batch(model_folder, run_step, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "datasets_of_step", lambda *_, **__: (Rankings(), Rankings()))
+    monkeypatch.setattr(preparation, "check_data_of_step", lambda *_: [])
     counted = []
     monkeypatch.setattr(batching, "count_pairs", lambda batch: counted.append(count_pairs(batch)) or counted[-1])
     common = f"--model_name_or_path {model_folder} --dtype fp32 --dropout 0 --max_seq_len 16 --learning_rate 1e-3"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation_scripts import prompt_eval, rw_eval
 from inference import chatbot
+from utils.data import preparation
 from utils.generation.saved_model import generate_ids, load_language_model
 from utils.model.inputs import model_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
@@ -179,9 +180,12 @@ def test_the_first_loss_is_that_of_the_text_it_starts_from(model_folder, argumen
         ("--soft_prompt_hidden_size 8", "no network"),
     ],
 )
-def test_what_a_soft_prompt_cannot_do_is_refused_before_any_data_is_read(tmp_path, arguments, run_step, more, reason):
+def test_what_a_soft_prompt_cannot_do_is_refused_before_data_are_prepared(
+    arguments, run_step, monkeypatch, more, reason
+):
+    monkeypatch.setattr(preparation, "datasets_of_step", lambda *_, **__: pytest.fail("data were prepared"))
     with pytest.raises(UserError, match=reason):
-        run_step(1, arguments(f"--soft_prompt prompt_tuning {more}", data_path=tmp_path / "none"))
+        run_step(1, arguments(f"--soft_prompt prompt_tuning {more}"))
 
 
 def test_without_peft_the_message_says_how_to_get_it(tmp_path, arguments, run_step, monkeypatch):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -67,7 +68,8 @@ def score_in_chunks(hidden, labels, to_logits: Logits, vocabulary: int, temperat
     Returns:
         [positions, 1 or 2] fp32.
     """
-    size = CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
+    # By the machine's device, and not by that of the tensors: an estimate of memory passes here on the meta device.
+    size = CHUNK_BYTES if get_accelerator().device_name() == "cpu" else GPU_CHUNK_BYTES
     positions = max(1, size // (4 * vocabulary))
     parts = []
     chunks = list(zip(hidden.split(positions), labels.split(positions), strict=True))
