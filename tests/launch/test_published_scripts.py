@@ -25,7 +25,7 @@ def run_script(step: int, model, data, folder, **values) -> tuple[str, torch.nn.
 
 
 @pytest.mark.parametrize("lora_dim", [0, pytest.param(4, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_a_published_script_trains_evaluates_and_saves_the_same_at_zero_0_and_3(
     step, lora_dim, model_folder, pairs_folder, tmp_path
 ):

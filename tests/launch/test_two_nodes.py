@@ -111,6 +111,7 @@ def prepared(folder: Path) -> set[str]:
     return {file.name for file in folder.glob("tokenised/*")}
 
 
+@pytest.mark.nightly
 def test_ppo_on_two_nodes_is_ppo_on_two_ranks_and_the_first_node_has_the_whole_model(nodes, one_node, shared):
     nodes.start_recipe(PPO, ppo(shared, nodes.local / "out", nodes.local / "cache"))
     assert nodes.wait(PATIENCE) == [0, 0], logs(nodes)
@@ -175,6 +176,7 @@ def test_a_folder_of_checkpoints_that_each_node_has_for_itself_is_refused_at_the
     assert not list(nodes.folder.glob("disk-*/cache/*/*")) and not list(nodes.folder.rglob(".node-*"))
 
 
+@pytest.mark.nightly
 def test_torchrun_on_two_nodes_starts_all_ranks_again_when_a_node_is_gone_and_back(nodes, one_node):
     """Elastic restart; of a rank alone see test_checkpoint.py."""
     first, second = nodes
