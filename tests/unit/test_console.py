@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import flags, read_metrics
 
+from training.step3_rlhf_finetuning import reporting
 from utils.run.console_lines import TimeLeft, duration, rounded
 
 NUMBER = r"-?[\d.]+(e-?\d+)?"
@@ -117,3 +118,10 @@ def test_figures_are_rounded_for_reading():
     for seconds in (1.0, 3.0):
         left.step(seconds)
     assert left.text(40) == "0:01:20"
+
+
+@pytest.mark.parametrize("limit, told", [(-1.0, 1), (1.0, 0)])
+def test_a_sampler_whose_log_probs_lie_far_off_is_told_once(limit, told, run_step, start, monkeypatch, capsys):
+    monkeypatch.setattr(reporting, "LARGE_GAP", limit)
+    run_step(3, [*start(3), "--enable_hybrid_engine"])
+    assert capsys.readouterr().out.count("--rollout_is_clip 2 weighs tokens by it") == told
