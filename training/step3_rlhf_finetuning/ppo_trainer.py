@@ -46,7 +46,9 @@ class DeepSpeedPPOTrainer:
         self.generated_steps = 0
         self.skipped_updates = 0
         self.update = Update(rlhf_engine.trained_engines(), args.align_overflow)
-        self.reward_scale = reward_scale(self.reward_model.module.config) if args.normalize_reward else None
+        self.reward_scale = None
+        if self.reward_model is not None:
+            self.reward_scale = reward_scale(self.reward_model.module.config, args.normalize_reward)
         self._refuse_without_rollout_log_probs()
 
     def state_dict(self) -> dict:
