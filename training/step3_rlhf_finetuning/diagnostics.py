@@ -55,7 +55,7 @@ def findings(first: Answers, now: Answers, args) -> dict[str, str]:
     shares = [answers.eos_rate * (1 - answers.eos_rate) for answers in (first, now)]
     error = _error(shares[0], first.count, shares[1], now.count)
     drop = first.eos_rate - now.eos_rate
-    penalty = args.missing_eos_penalty or 0.0
+    penalty = args.missing_eos_penalty
     if drop > max(EOS_DROP, STANDARD_ERRORS * error):
         found["eos"] = (
             f"{100 * now.eos_rate:.0f} % of the answers end by themselves, {100 * first.eos_rate:.0f} % did at first: "

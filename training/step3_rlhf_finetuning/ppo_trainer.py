@@ -211,9 +211,7 @@ class DeepSpeedPPOTrainer:
                 mean, std = self.reward_scale
                 parts[0] = (parts[0] - mean) / std
         scores = sum(weight * part for weight, part in zip(weights, parts, strict=True))
-        if self.args.missing_eos_penalty is not None:
-            scores = scores - self.args.missing_eos_penalty * (~ended).float()
-        return scores
+        return scores - self.args.missing_eos_penalty * (~ended).float()
 
     def _answer_log_probs(self, label_log_probs: LabelLogProbs, input_ids, attention_mask, width, with_entropy=False):
         """Log-probs [B, A] of the last ``width`` tokens, 0 at pads; and their entropies [B, A], or None."""

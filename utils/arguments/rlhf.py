@@ -137,8 +137,9 @@ def add_rlhf_arguments(parser) -> None:
     add(
         "--missing_eos_penalty",
         type=non_negative_float,
-        default=None,
-        help="taken off the score of an answer without EOS; None for nothing",
+        default=1.0,
+        help="taken off the score of an answer without EOS, in units of the score (with --normalize_reward: its "
+        "standard deviation); 0 for nothing",
     )
     add("--gamma", type=probability, default=1.0, help="discount per token; 1 for none")
     add("--lam", type=probability, default=0.95, help="GAE's lambda: 0 trusts the critic, 1 the rewards")

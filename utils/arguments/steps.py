@@ -49,9 +49,7 @@ def build_parser(step: Step) -> ConfigParser:
     parser = new_parser(DESCRIPTIONS[step], ConfigParser)
     add_data_arguments(parser, step)
     if step == 1:
-        add_supervised_arguments(
-            parser, 2e-5, "for whole models (LoRA: --lora_learning_rate; a model from scratch: 1e-3)"
-        )
+        add_supervised_arguments(parser, 2e-5, "for whole models that are trained already; from scratch 1e-3")
         add_soft_prompt_arguments(parser)
     elif step == 2:
         add_supervised_arguments(parser, 5e-5, "for whole models up to a billion weights, 9e-6 for larger ones")
