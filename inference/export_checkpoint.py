@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from utils.arguments.kinds import size
+from utils.data import prompt_format
 from utils.engine.build import load_tokenizer, model_options
 from utils.model.loading import Checkpoint, find_checkpoint
 from utils.model.model_utils import add_lora_layers, create_critic_model, create_hf_model
@@ -62,6 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="where the model lies that the run started from (for --engine critic: the reward model); None for where "
         "it lay then",
+    )
+    add(
+        "--prompt_format",
+        choices=prompt_format.FORMATS,
+        default=None,
+        help="of the training rows, for checkpoints of earlier versions; None for what the checkpoint notes",
     )
     add("--max_shard_size", type=size, default=MAX_SHARD_SIZE, help=f"largest file of weights ({MAX_SHARD_SIZE})")
     add("--trust_remote_code", action="store_true", help="run code that comes with the model; off: refuse such models")
@@ -194,6 +201,19 @@ class Weights:
                 tensor.data = torch.empty(0, dtype=tensor.dtype)
 
 
+def remember_format(tokenizer, checkpoint: SavedCheckpoint, given: str | None) -> None:
+    """Note the prompt format of the training rows in the tokenizer, as the run does when it has read them."""
+    noted = checkpoint.state.get("prompt_format")
+    style = given or (noted and noted["style"]) or checkpoint.state["flags"].get("prompt_format")
+    if style is None:
+        print(
+            "note: this checkpoint, of an earlier version, does not tell the prompt format of its rows; name it with "
+            "--prompt_format, else chat and evaluation take their default"
+        )
+        return
+    prompt_format.remember(tokenizer, style, bool(noted and noted["single_questions"]))
+
+
 def add_score_scale(config, checkpoint: SavedCheckpoint) -> None:
     """Mean and std of a reward model's scores in its configuration, where the run had measured them at this step."""
     file = checkpoint.folder / rank_file(0)
@@ -222,6 +242,7 @@ def export(options, checkpoint: SavedCheckpoint) -> None:
                 )
         check_start(checkpoint, part.start, path)
         tokenizer = load_tokenizer(args, first if part.name == "critic" else path)
+        remember_format(tokenizer, checkpoint, options.prompt_format)
         if part.name == AVERAGE:
             saved = SavedAverage(checkpoint.folder, part.name, SavedEngine(checkpoint.folder / "actor").shapes)
         else:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PROJECT, flags, make_model, zero_stage
+from helpers import PROJECT, flags, zero_stage
 from safetensors.torch import load_file
 from test_checkpoint import LORA, own_flags
 
-from utils.process.errors import UserError
 from utils.run.checkpoint_files import newest_checkpoint
 
 CASES = {
@@ -58,7 +57,9 @@ def assert_same_files(saved: Path, exported: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_model_of_the_last_checkpoint_is_the_model_of_the_run(run_step, start, small_models, tmp_path, export, case):
+def test_the_model_of_the_last_checkpoint_is_the_model_of_the_run(
+    run_step, start, small_models, tmp_path, export, case
+):
     step, text = CASES[case]
     arguments = [*start(step), *own_flags(text, small_models), *flags("--num_train_epochs 1 --checkpoint_steps 1")]
     run_step(step, [*arguments, "--output_dir", tmp_path / "run"])

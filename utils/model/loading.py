@@ -123,6 +123,7 @@ def load_config(model_name_or_path, trust_remote_code: bool = False):
     """The configuration of a folder or hub name; UserError if there is none, it is broken or it asks for code."""
     name = str(model_name_or_path)
     check_there(name)
+    _refuse_checkpoints(name)
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
         text_config = config.get_text_config()
@@ -141,6 +142,17 @@ def load_config(model_name_or_path, trust_remote_code: bool = False):
         raise UserError(f"config.json of {name!r}: architectures {classes!r} is no list of names")
     _refuse_encoders(config, name)
     return config
+
+
+def _refuse_checkpoints(name: str) -> None:
+    """UserError for a checkpoint of a run, or a folder of them, with the command that makes a model of it."""
+    folder = Path(name)
+    whole = (folder / "state.json").is_file() or any(folder.glob("step-*/state.json"))
+    if whole and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{name!r} is a checkpoint of a run, and no model; this writes its model to a folder: "
+            f"python inference/export_checkpoint.py {name} exported"
+        )
 
 
 def _refuse_encoders(config, name: str) -> None:
