@@ -97,6 +97,7 @@ def check_there(model_name_or_path) -> None:
     """
     name = str(model_name_or_path)
     if Path(name).is_dir():
+        _refuse_checkpoints(name)
         return
     absent = f"no model could be loaded from {name!r}: there is no such folder (looked for {Path(name).absolute()})"
     if Path(name).exists() or not HUB_MODEL.fullmatch(name):
@@ -123,7 +124,6 @@ def load_config(model_name_or_path, trust_remote_code: bool = False):
     """The configuration of a folder or hub name; UserError if there is none, it is broken or it asks for code."""
     name = str(model_name_or_path)
     check_there(name)
-    _refuse_checkpoints(name)
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
         text_config = config.get_text_config()
