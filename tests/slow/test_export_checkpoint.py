@@ -11,6 +11,8 @@ from helpers import PROJECT, flags, killed_after, zero_stage
 from safetensors.torch import load_file
 from test_checkpoint import LORA, own_flags
 
+from utils.model.tokenizer import load_hf_tokenizer
+from utils.process.errors import UserError
 from utils.run.checkpoint_files import newest_checkpoint
 
 CASES = {

@@ -234,9 +234,7 @@ def test_a_run_of_its_own_from_the_weights_of_a_checkpoint(run_step, start, tmp_
     want, got = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
     assert all(torch.equal(want[name], got[name]) for name in want)
     assert min(losses(tmp_path / "second")) == 1
-    with pytest.raises(
-        UserError, match=r"holds a model|holds checkpoints"
-    ):  # another time it would replace its results
+    with pytest.raises(UserError, match=r"holds a model|holds checkpoints"):  # which it would replace
         run_step(1, [*start(1), *other])
-    with pytest.raises(UserError, match="has no place|does not hold"):
+    with pytest.raises(UserError, match=r"has no place|does not hold"):
         run_step(2, [*start(2), *other, "--overwrite_output_dir"])
