@@ -26,7 +26,7 @@ from utils.arguments.model import (
     check_save_lora_adapters,
     working_stage,
 )
-from utils.generation.vllm_backend import COLDEST, VllmSettings, check_vllm
+from utils.generation.vllm_backend import COLDEST, GPU_MEMORY_UTILIZATION, VllmSettings, check_vllm
 from utils.process.errors import UserError
 from utils.process.world import get_world_size
 
@@ -226,8 +226,9 @@ def add_rlhf_arguments(parser) -> None:
     add(
         "--vllm_gpu_memory_utilization",
         type=share,
-        default=0.3,
-        help="share of a GPU's memory that vLLM has for weights and KV cache while it generates; training gets it back",
+        default=None,
+        help="share of a GPU's memory that vLLM has for weights and KV cache while it generates (training gets it "
+        f"back); None: {GPU_MEMORY_UTILIZATION}",
     )
     add(
         "--vllm_kv_cache_gib",
@@ -455,8 +456,9 @@ def _check_rollout_log_probs(args) -> None:
 def _check_vllm(args) -> None:
     """The flags of vLLM against each other, the ranks and what is installed."""
     if args.hybrid_engine_backend != "vllm":
-        if args.vllm_kv_cache_gib is not None:
-            raise UserError("--vllm_kv_cache_gib needs --hybrid_engine_backend vllm")
+        for flag in ("vllm_kv_cache_gib", "vllm_gpu_memory_utilization"):
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} needs --hybrid_engine_backend vllm")
         return
     if args.unpin_actor_parameters:
         raise UserError(
@@ -483,7 +485,7 @@ def vllm_settings(args) -> VllmSettings | None:
         max_rows=args.per_device_generation_batch_size,
         cuts=args.do_sample and (args.top_k > 0 or args.top_p < 1),
         tensor_parallel=args.inference_tp_size,
-        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization or GPU_MEMORY_UTILIZATION,
         kv_cache_gib=args.vllm_kv_cache_gib,
     )
 

@@ -96,6 +96,7 @@ class SavingPlan:
     renamed: dict[str, str]  # weight of the module -> its name in the target
     stored: dict[str, torch.Tensor]  # name in the files -> a meta tensor
     num_parameters: int
+    other_names: dict[str, list[str]]  # weight of the module -> further names in the target that are tied to it
 
     def convert(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Weights of the target, some layers of it, under the names and in the shapes that files have."""
@@ -117,8 +118,12 @@ def plan_saving(module) -> SavingPlan:
         holders.setdefault(id(weight), []).append(name)
     saved = {next((name for name in names if name not in tied), names[-1]) for names in holders.values()}
     renamed = {name: rename(name) for name in weights if name in saved and rename(name) not in ignored}
+    other_names = {
+        name: [rename(other) for other in holders[id(weights[name])] if other != name and rename(other) not in ignored]
+        for name in renamed
+    }
     shape_of = {name: getattr(weights[name], "ds_shape", weights[name].shape) for name in renamed}
-    plan = SavingPlan(target, renamed, {}, 0)
+    plan = SavingPlan(target, renamed, {}, 0, other_names)
     plan.stored = plan.convert(
         {new: torch.empty(shape_of[old], dtype=weights[old].dtype, device="meta") for old, new in renamed.items()}
     )
@@ -133,20 +138,12 @@ def published_weights(module) -> Iterator[tuple[str, torch.Tensor]]:
     A tied weight comes under each of its names, though files hold it once: who copies weights elsewhere need not know
     what is tied. Each tensor is valid until the next one is asked for; every rank must go through all of them.
     """
-    plan, weights = plan_saving(module), _weights(module)
-    ignored = getattr(plan.target, "_keys_to_ignore_on_save", None) or ()
-    _, rename = module.for_saving() if hasattr(module, "for_saving") else (module, lambda name: name)
-    saved_as = {id(weights[name]): name for name in plan.renamed}
-    others = {name: saved_as.get(id(weight)) for name, weight in weights.items() if name not in plan.renamed}
-    other_names = {}
-    for name, saved in others.items():
-        if saved is not None and rename(name) not in ignored:
-            other_names.setdefault(saved, []).append(rename(name))
+    plan = plan_saving(module)
     for layer in gathered_layers(module, plan.renamed, on_all_ranks=True):
         yield from plan.convert({plan.renamed[name]: weight for name, weight in layer.items()}).items()
-        for name in layer.keys() & other_names.keys():
-            for other in other_names[name]:
-                yield from plan.convert({other: layer[name]}).items()
+        for name, weight in layer.items():
+            for other in plan.other_names[name]:
+                yield from plan.convert({other: weight}).items()
 
 
 def _umask() -> int:
