@@ -185,7 +185,10 @@ class SavedEngine:
                 raise ValueError(f"{kind} is {number:g} and {group.scalars[kind]:g} in one group of weights")
 
     def _check(self) -> None:
-        """ValueError unless each weight has all its elements, of every kind."""
+        """ValueError unless each weight has all its elements, of every kind, and its shape in the module too."""
+        for name, shape in self.shapes.items():
+            if self.stage < 3 and (name not in self._module or self._module[name][1] != shape):
+                raise ValueError(f"no weight {name} of {list(shape)}")
         for kind, parts in self._parts.items():
             for name in self.shapes:
                 found = sum(part.numel for part in parts.get(name, ()))
