@@ -56,13 +56,22 @@ def _folds(module, name: str) -> bool:
     return own_name == "weight" and isinstance(module.get_submodule(part), LinearLayer_LoRA)
 
 
+def _gathered_by_zero(weights):
+    sharded = [weight for weight in weights if hasattr(weight, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded))
+
+
 @torch.no_grad()
-def gathered_layers(module, names, on_all_ranks: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+def gathered_layers(module, names, on_all_ranks: bool = False, gather=None) -> Iterator[dict[str, torch.Tensor]]:
     """The named weights in full, LoRA folded in, one layer at a time; every rank must go through all of them.
 
     Rank 0 gets {name: tensor} on whatever device the weight is, valid until the next layer; the others get the same
     ``on_all_ranks``, else {}.
+
+    Args:
+        gather: a context manager of some weights, in which they are whole; None: as ZeRO-3 gathers them.
     """
+    gather = gather or _gathered_by_zero
     weights, layers = _weights(module), {}
     for name in names:
         layers.setdefault(_layer_of(name), []).append(name)
@@ -70,8 +79,7 @@ def gathered_layers(module, names, on_all_ranks: bool = False) -> Iterator[dict[
         parts = dict.fromkeys(module.get_submodule(n.rpartition(".")[0]) for n in members if _folds(module, n))
         involved = [weights[name] for name in members]
         involved += [factor for part in parts for factor in (part.lora_right_weight, part.lora_left_weight)]
-        sharded = [weight for weight in involved if hasattr(weight, "ds_id")]
-        with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        with gather(involved):
             layer = {}
             if on_all_ranks or get_rank() == 0:
                 for name in members:
@@ -202,14 +210,14 @@ def is_sharded(module) -> bool:
     return get_world_size() > 1 and any(hasattr(weight, "ds_id") for weight in module.parameters())
 
 
-def _save(module, folder: Path, max_shard_size, write_rest=lambda target, scratch: None, alone=False) -> None:
+def _save(module, folder: Path, max_shard_size, write_rest=lambda *_: None, alone=False, gather=None) -> None:
     """Weights and, by ``write_rest`` on rank 0, the files that belong to them; every rank must call this.
 
     Args:
         alone: rank 0 waits for no other rank, and need not be called by any; not for sharded weights.
     """
     plan = plan_saving(module)
-    layers = gathered_layers(module, plan.renamed)
+    layers = gathered_layers(module, plan.renamed, gather=gather)
     shards = plan.stored, max_shard_size or MAX_SHARD_SIZE
 
     def write() -> None:
@@ -263,6 +271,7 @@ def save_pretrained_model(
     readme: str | None = None,
     *,
     alone: bool = False,
+    gather=None,
 ) -> None:
     """Write config, generation config, safetensors and the full tokenizer to ``folder``; every rank must call this.
 
@@ -272,6 +281,7 @@ def save_pretrained_model(
         max_shard_size: bytes, or text as in "5GB"; a larger model is written in several files with an index.
         readme: the text of README.md, on rank 0; None for none.
         alone: rank 0 saves and no other rank need call this; of weights that ZeRO-3 has sharded all but these.
+        gather: see ``gathered_layers``.
     """
 
     def write_rest(target, scratch: Path) -> None:
@@ -293,4 +303,4 @@ def save_pretrained_model(
             with atomic_folder(folder, replaces=()) as scratch:
                 write_rest(plan_saving(model).target, scratch)
         return
-    _save(model, folder, max_shard_size or MAX_SHARD_SIZE, write_rest, alone)
+    _save(model, folder, max_shard_size or MAX_SHARD_SIZE, write_rest, alone, gather)
