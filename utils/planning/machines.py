@@ -39,8 +39,10 @@ class Efficiency:
     launch: float
 
 
-# Fitted by evaluation_scripts/benchmark/published_times.py to 6 published times of DeepSpeed-Chat's step 3.
-GPU_EFFICIENCY = Efficiency(compute=0.35, bandwidth=0.5, network=0.4, launch=0.0004)
+# compute and launch: fitted by evaluation_scripts/benchmark/published_times.py to 6 published times of DeepSpeed-Chat's
+# step 3 in 2023. bandwidth and network: estimates, which those times hardly depend on.
+GPU_EFFICIENCY = Efficiency(compute=0.114, bandwidth=0.6, network=0.7, launch=0.00145)
+GRAPH_LAUNCH = 0.0001  # seconds of a layer whose kernels start together, as a CUDA graph (vLLM); an estimate
 CPU_EFFICIENCY = Efficiency(compute=1.0, bandwidth=1.0, network=1.0, launch=0.001)
 
 

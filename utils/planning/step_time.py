@@ -168,7 +168,8 @@ def decode(name: str, shape: Shape, rows: float, prompt: int, answer: int, clust
            tensor_parallel: int = 1, launch: float | None = None) -> list[Piece]:  # fmt: skip
     """``answer`` tokens for each of the rows that a rank has at a time, one after the other.
 
-    A token takes the longest of: reading weights and caches once, its operations, the start of its kernels.
+    A token takes the longer of reading weights and caches once and of its operations; its kernels are so short that
+    the time to start them adds to that.
 
     Args:
         rows: of one rank; of an engine over several ranks each counts its own share.
@@ -177,16 +178,18 @@ def decode(name: str, shape: Shape, rows: float, prompt: int, answer: int, clust
     """
     launch = cluster.efficiency.launch if launch is None else launch
     length = prompt + answer / 2  # on average
-    size = shape.active * shape.itemsize / tensor_parallel + shape.cache(rows, length)
-    step = _slowest(
+    token = _slowest(
         name,
         compute=cluster.computing(rows * (2 * shape.active + 4 * shape.layers * shape.width * length), dtype),
-        memory=cluster.reading(size),
+        memory=cluster.reading(shape.active * shape.itemsize / tensor_parallel + shape.cache(rows, length)),
     )
-    step = replace(step, seconds=step.seconds + shape.layers*launch)
     sent = 2 * shape.layers * rows * tensor_parallel * shape.hidden * shape.itemsize
     shared = 2 * cluster.gathering(sent, 2 * shape.layers, tensor_parallel)  # an all-reduce: both halves
-    return [replace(step, seconds=answer * step.seconds), Piece(name, answer * shared, NETWORK)]
+    return [
+        replace(token, seconds=answer * token.seconds),
+        Piece(name, answer * shape.layers * launch, LAUNCH),
+        Piece(name, answer * shared, NETWORK),
+    ]
 
 
 def train(name: str, shape: Shape, rows: float, length: float, micro: int, sharding: Sharding, cluster: Cluster,
@@ -232,3 +235,123 @@ def optimizer_step(name: str, shape: Shape, sharding: Sharding, cluster: Cluster
 
 def times(count: float, pieces: Iterable[Piece]) -> list[Piece]:
     return [replace(piece, seconds=count * piece.seconds) for piece in pieces]
+
+
+# ---------------------------------------------------------------- steps
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """How step 3 makes answers.
+
+    Attributes:
+        rows: answers at a time on one rank. rounds: of them before an update. prompt, answer: tokens.
+        vllm: an engine of vLLM does it, after the weights are handed over; else a loop over whole weights.
+        gathers: times that ZeRO-3 gathers the weights in a round.
+        tensor_parallel: ranks of an engine. at_once: answers of one rank that its cache holds; None: all.
+        launch: seconds of a layer and token at least; None for the efficiency's.
+        answers_per_prompt: of which vLLM reads each prompt once.
+    """
+
+    rows: int
+    rounds: int
+    prompt: int
+    answer: int
+    vllm: bool = False
+    gathers: int = 1
+    tensor_parallel: int = 1
+    at_once: int | None = None
+    launch: float | None = None
+    answers_per_prompt: int = 1
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What step 3 does with the answers of an update: ``epochs`` times over them in micro-batches of ``rows``, with an
+    optimizer step after every ``accumulation``."""
+
+    rows: int
+    epochs: int = 1
+    accumulation: int = 1
+
+
+def generation(actor: Shape, sharding: Sharding, rollouts: Rollouts, cluster: Cluster, dtype: str) -> list[Piece]:
+    """A round of answers, every one as long as it may be."""
+    pieces = times(rollouts.gathers, gather("generation: weights", actor, sharding, cluster))
+    if rollouts.vllm:
+        copied = cluster.reading(2 * actor.size / rollouts.tensor_parallel)
+        pieces.append(Piece("generation: weights", copied, MEMORY))
+    rows, at_once = rollouts.rows, min(rollouts.rows, rollouts.at_once or rollouts.rows)
+    read = rows / (rollouts.answers_per_prompt if rollouts.vllm else 1)
+    pieces.append(forward("generation: prefill", actor, read, rollouts.prompt, cluster, dtype))
+    lengths = rollouts.prompt, rollouts.answer
+    how = {"tensor_parallel": rollouts.tensor_parallel, "launch": rollouts.launch}
+    # A row begins where another ends, so that the engine is full but for the last ones.
+    return pieces + times(rows / at_once, decode("generation: decode", actor, at_once, *lengths, cluster, dtype, **how))
+
+
+def rlhf_step(
+    shapes: dict[str, Shape],
+    ways: dict[str, Sharding],
+    rollouts: Rollouts,
+    updates: Updates,
+    cluster: Cluster,
+    dtype: str,
+    scored_by: tuple[str, ...] = ("actor", "reference", "critic", "reward"),
+) -> StepTime:
+    """An update of step 3 with its rounds of generation.
+
+    Args:
+        shapes, ways: of the engines that there are: actor, reference, critic, reward, EMA.
+        scored_by: whose passes score the answers; the actor is the reference, too, where that has no engine.
+    """
+    length, rows = rollouts.prompt + rollouts.answer, rollouts.rows
+    pieces, operations = generation(shapes["actor"], ways["actor"], rollouts, cluster, dtype), 0.0
+    for name in scored_by:
+        one = forward("scoring", shapes[name], rows, length, cluster, dtype)
+        pieces += [one, *gather("scoring: ZeRO", shapes[name], ways[name], cluster, one.seconds)]
+        operations += rollouts.rounds * shapes[name].forward(rows, length)
+    pieces = times(rollouts.rounds, pieces)
+    operations += rollouts.rounds * shapes["actor"].forward(rows, length)  # of generation
+    micro = updates.epochs * rows * rollouts.rounds // updates.rows
+    for name in ("actor", "critic"):
+        if name in shapes:
+            shape, how = shapes[name], (ways[name], cluster, dtype, updates.accumulation)
+            pieces += train(name, shape, updates.rows, length, micro, *how)
+            pieces += times(micro / updates.accumulation, optimizer_step(name, shape, ways[name], cluster))
+            operations += micro * (2 + shape.trained_share) * shape.forward(updates.rows, length)
+    if "EMA" in shapes:  # reads the weight, reads and writes the fp32 average
+        share = shapes["actor"].trained / (cluster.ranks if ways["actor"].stage == 3 else 1)
+        pieces.append(Piece("EMA", micro / updates.accumulation * cluster.reading(10 * share), MEMORY))
+    all_rows = rows * rollouts.rounds * cluster.ranks
+    return StepTime(tuple(pieces), operations, all_rows, all_rows * length, cluster.device.peak(dtype))
+
+
+def supervised_step(
+    shape: Shape,
+    way: Sharding,
+    rows: int,
+    length: int,
+    accumulation: int,
+    cluster: Cluster,
+    dtype: str,
+    sequences: int = 1,
+    reference: tuple[Shape, Sharding] | None = None,
+) -> StepTime:
+    """An optimizer step of step 1, 2 or DPO: ``accumulation`` micro-batches of ``rows`` rows on a rank.
+
+    Args:
+        length: tokens of a sequence. sequences: of a row (a pair: 2).
+        reference: of DPO, which scores every sequence once; None: no pass for it.
+    """
+    shown = rows * sequences
+    pieces = train("model", shape, shown, length, accumulation, way, cluster, dtype, accumulation)
+    operations = accumulation * (2 + shape.trained_share) * shape.forward(shown, length)
+    if reference is not None:
+        one = forward("reference", reference[0], shown, length, cluster, dtype)
+        pieces += times(accumulation, [one, *gather("reference: ZeRO", *reference, cluster, one.seconds)])
+        operations += accumulation * reference[0].forward(shown, length)
+    pieces += optimizer_step("model", shape, way, cluster)
+    all_rows = rows * accumulation * cluster.ranks
+    tokens = all_rows * sequences * length
+    return StepTime(tuple(pieces), operations, all_rows, tokens, cluster.device.peak(dtype))
