@@ -7,7 +7,7 @@ rank; a collective is counted by the bytes that pass one rank's link and one nod
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -109,6 +109,27 @@ def cluster_of(device: Accelerator, ranks: int, per_node: int, network: float | 
     network = device.network * per_node if network is None else network
     efficiency = CPU_EFFICIENCY if device.name == CPU else GPU_EFFICIENCY
     return Cluster(device, ranks, per_node, network, efficiency)
+
+
+def efficiency_of(given: list[str], fitted: Efficiency) -> Efficiency:
+    """``fitted`` with the values of words such as compute=0.4.
+
+    Raises:
+        UserError: a word that is none, a name that is unknown, a share above 1.
+    """
+    names, values = [field.name for field in fields(Efficiency)], {}
+    for word in given:
+        name, _, text = word.partition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            raise UserError(f"--efficiency {word}: expected NAME=VALUE, as in compute=0.4") from None
+        if name not in names:
+            raise UserError(f"--efficiency {word}: {name} is none of {', '.join(names)}{nearest(name, names)}")
+        if not 0 < value <= 1:
+            raise UserError(f"--efficiency {word}: {text} is not above 0 and at most 1")
+        values[name] = value
+    return replace(fitted, **values)
 
 
 def _plain(name: str) -> str:
