@@ -6,10 +6,10 @@
     python evaluation_scripts/benchmark/scaling.py --work /tmp/scaling --picture scaling.png
 
 Each value is a run of step 1 in a process of its own, on a CPU with one thread per rank: a few optimizer steps of 4
-rows of 256 tokens through a Llama of 30M parameters in bf16, whatever the axis does not change. Along "rows" it is a dry
-run over so many rows, first without and then with the cache of token ids: start-up, preparation and sampler, no
-training. Along "step" (ZERO:RANKS) stands the planner's estimate beside the measured step, in fp32. Results are kept in
-WORK/scaling.json, so that values can be run in pieces.
+rows of 256 tokens through a Llama of 30M parameters in bf16, whatever the axis does not change. Along "rows" it is a
+dry run over so many rows, first without and then with the cache of token ids: start-up, preparation and sampler, no
+training. Along "step" (ZERO:RANKS) stands the planner's estimate beside the measured step, in fp32. Results are kept
+in WORK/scaling.json, so that values can be run in pieces.
 """
 
 import argparse

@@ -52,9 +52,9 @@ def time_lines(step: StepTime, gpus: int, cluster: Cluster, rows: int | None, pr
         f"  {'whole step':32}{step.seconds:9.3f}{1:7.0%}  {step.limit}",
         "",
         f"{step.tokens_per_second:,.0f} tokens/s, MFU {step.mfu:.1%}; {_total(step, gpus, rows, price)}",
-        f"(an estimate, every row at full length, with {used.compute:.3g} of the operations, {used.bandwidth:.3g} of the "
-        f"memory's and {used.network:.3g} of the links' bytes per second of the data sheet, {used.launch * 1e3:.3g} ms "
-        "per layer)",
+        f"(an estimate, every row at full length, with {used.compute:.3g} of the operations, {used.bandwidth:.3g} of "
+        f"the memory's and {used.network:.3g} of the links' bytes per second of the data sheet, "
+        f"{used.launch * 1e3:.3g} ms per layer)",
     ]
 
 
