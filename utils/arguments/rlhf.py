@@ -371,8 +371,11 @@ class RLHFBatchSizes:
         )
 
 
-def check_rlhf(args) -> None:
+def check_rlhf(args, ranks: int | None = None) -> None:
     """Refuse combinations of step 3 that cannot work; settle the flags that depend on others.
+
+    Args:
+        ranks: of another machine that the run is planned for; None: it is to run here, with what is installed here.
 
     Raises:
         UserError: with the arithmetic or the reason.
@@ -391,6 +394,11 @@ def check_rlhf(args) -> None:
             "--critic_zero_stage 1, 2 or 3"
         )
     _check_generation(args)
+    if ranks is None:
+        _check_machine(args)
+    ranks = get_world_size() if ranks is None else ranks
+    if ranks % args.inference_tp_size:
+        raise UserError(f"--inference_tp_size {args.inference_tp_size} does not divide the {ranks} ranks of this run")
     if args.quantize is not None:
         raise UserError(
             "--quantize is not available in step 3: for generation LoRA is folded into the weights, which packed codes "
@@ -408,7 +416,7 @@ def check_rlhf(args) -> None:
 
 
 def _check_generation(args) -> None:
-    """The flags of the hybrid engine against each other and the machine."""
+    """The flags of the hybrid engine against each other."""
     if args.unpin_actor_parameters and not args.enable_hybrid_engine:
         raise UserError("--unpin_actor_parameters says how --enable_hybrid_engine gathers; it does nothing without it")
     if args.hybrid_engine_backend != "auto" and not args.enable_hybrid_engine:
@@ -425,11 +433,6 @@ def _check_generation(args) -> None:
             "--compile_generation compiles the loop of --enable_hybrid_engine (backend auto or own), "
             "over whole weights (no --unpin_actor_parameters)"
         )
-    if args.hybrid_engine_backend == "deepspeed" and get_accelerator().device_name() != "cuda":
-        raise UserError(
-            "--hybrid_engine_backend deepspeed: DeepSpeed's generation kernels need CUDA, and this machine computes "
-            f"on {get_accelerator().device_name()}; use auto"
-        )
     _check_rollout_log_probs(args)
     if args.inference_tp_size > 1 and args.hybrid_engine_backend != "vllm":
         raise UserError(
@@ -437,6 +440,20 @@ def _check_generation(args) -> None:
             "whole gathered model"
         )
     _check_vllm(args)
+
+
+def _check_machine(args) -> None:
+    """What the flags need of the machine that this process runs on."""
+    on_cuda = get_accelerator().device_name() == "cuda"
+    if args.hybrid_engine_backend == "deepspeed" and not on_cuda:
+        raise UserError(
+            "--hybrid_engine_backend deepspeed: DeepSpeed's generation kernels need CUDA, and this machine computes "
+            f"on {get_accelerator().device_name()}; use auto"
+        )
+    if args.hybrid_engine_backend == "vllm":
+        check_vllm("--hybrid_engine_backend vllm")
+    if args.enable_mixed_precision_lora and not on_cuda:
+        raise UserError("--enable_mixed_precision_lora: ZeRO++'s quantised gathers need CUDA")
 
 
 def _check_rollout_log_probs(args) -> None:
@@ -454,7 +471,7 @@ def _check_rollout_log_probs(args) -> None:
 
 
 def _check_vllm(args) -> None:
-    """The flags of vLLM against each other, the ranks and what is installed."""
+    """The flags of vLLM against each other."""
     if args.hybrid_engine_backend != "vllm":
         for flag in ("vllm_kv_cache_gib", "vllm_gpu_memory_utilization"):
             if getattr(args, flag) is not None:
@@ -469,11 +486,6 @@ def _check_vllm(args) -> None:
         raise UserError(
             f"--temperature {args.temperature}: vLLM samples at {COLDEST} or more; 0 takes the likeliest token"
         )
-    if get_world_size() % args.inference_tp_size:
-        raise UserError(
-            f"--inference_tp_size {args.inference_tp_size} does not divide the {get_world_size()} ranks of this run"
-        )
-    check_vllm("--hybrid_engine_backend vllm")
 
 
 def vllm_settings(args) -> VllmSettings | None:
@@ -498,8 +510,6 @@ def _check_precision(args) -> None:
         raise UserError("--align_overflow: DeepSpeed's ZeRO-3 looks for overflows in fp16 alone, before the step")
     if not args.enable_mixed_precision_lora:
         return
-    if get_accelerator().device_name() != "cuda":
-        raise UserError("--enable_mixed_precision_lora: ZeRO++'s quantised gathers need CUDA")
     if args.actor_zero_stage != 3 or args.actor_lora_dim == 0:
         raise UserError("--enable_mixed_precision_lora needs --actor_zero_stage 3 and --actor_lora_dim above 0")
     if args.enable_ema:
