@@ -150,7 +150,34 @@ def add_rlhf_arguments(parser) -> None:
         default=None,
         help="mean 0, std 1 over all ranks; None for on with gae (published scripts: off), off with rloo and grpo",
     )
+    add(
+        "--scale_group_rewards",
+        action=on_off,
+        default=None,
+        help="grpo: divide by the group's std, so that prompts whose answers hardly differ weigh as much as others; "
+        "--no-scale_group_rewards for Dr. GRPO; None for on with grpo, while gae and rloo have no such division",
+    )
+    add(
+        "--drop_groups_without_spread",
+        action="store_true",
+        help="rloo, grpo: leave prompts out of the update whose answers all got one score (all right, say): they teach "
+        "nothing and thin the mean of the loss; groups_without_spread in the metrics counts them; off: keep them",
+    )
+    add(
+        "--loss_mean",
+        choices=["token", "answer"],
+        default="token",
+        help="losses of a step are means over its answer tokens (DAPO; long answers weigh more), or over its answers, "
+        "of the mean over the tokens of each (GRPO as published; a token of a long answer weighs less)",
+    )
     add("--cliprange", type=above_zero, default=0.2, help="the policy's ratio is clipped to 1 plus or minus this")
+    add(
+        "--cliprange_high",
+        type=above_zero,
+        default=None,
+        help="upper bound of that clip, 1 plus this: 0.28 beside --cliprange 0.2 lets unlikely tokens grow and keeps "
+        "answers varied (DAPO's clip-higher); None for --cliprange",
+    )
     add(
         "--cliprange_value",
         type=above_zero,
@@ -518,6 +545,30 @@ def _check_precision(args) -> None:
         )
 
 
+def _check_losses(args) -> None:
+    """The flags of advantages and of the clip against the estimator and the number of updates."""
+    estimator = args.advantage_estimator
+    if args.scale_group_rewards is not None and estimator != "grpo":
+        raise UserError(
+            f"--scale_group_rewards and its --no- say whether grpo divides by the group's std; {estimator} divides by "
+            "none: leave it out, or take --advantage_estimator grpo"
+        )
+    if estimator == "grpo" and args.scale_group_rewards is None:
+        args.scale_group_rewards = True
+    if args.drop_groups_without_spread and estimator == "gae":
+        raise UserError(
+            "--drop_groups_without_spread: gae compares an answer with what the critic expects, not with the others to "
+            "its prompt, and learns from all of them: leave it out, or take --advantage_estimator rloo or grpo"
+        )
+    one_step = args.ppo_epochs == 1 and RLHFBatchSizes.of(args).steps_per_pass == 1
+    if args.cliprange_high is not None and one_step and not (args.actor_dropout or args.rollout_log_probs):
+        raise UserError(
+            "--cliprange_high: with --ppo_epochs 1 and one optimizer step per update the policy has not moved when the "
+            "loss is taken, its ratio is 1, and nothing is clipped: more passes, or a smaller "
+            "--per_device_training_batch_size; or leave it out"
+        )
+
+
 def _check_rewards(args) -> None:
     """What scores an answer, what an advantage is, and which models that takes; settles the flags that depend on it."""
     estimator, answers = args.advantage_estimator, args.num_generations_per_prompt
@@ -528,6 +579,7 @@ def _check_rewards(args) -> None:
         )
     if args.whiten_advantages is None:
         args.whiten_advantages = estimator == "gae"
+    _check_losses(args)
     if estimator != "gae":
         if answers < 2:
             raise UserError(
