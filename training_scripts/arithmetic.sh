@@ -37,7 +37,7 @@ for seed in ${SEEDS:-1 2 3}; do
     step 1 "$folder/step1" --model_name_or_path "$folder/base" --max_seq_len 72 \
         --per_device_train_batch_size $((16 / ranks)) --max_train_samples "${SFT_ROWS:-4000}" --num_train_epochs 4 \
         --learning_rate 2e-3 --num_warmup_steps 20 --log_interval 100
-    step 3 "$folder/$name" --actor_model_name_or_path "$folder/step1" \
+    step 3 "$folder/$name" --actor_model_name_or_path "$folder/step1" --missing_eos_penalty 0 \
         --reward_function utils/demo/arithmetic.py:exact --reward_model_weight 0 --advantage_estimator grpo \
         --no-scale_group_rewards --drop_groups_without_spread --num_generations_per_prompt 8 \
         --max_prompt_seq_len 40 --max_answer_seq_len 40 --per_device_generation_batch_size $((256 / ranks)) \
