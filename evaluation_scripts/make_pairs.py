@@ -4,7 +4,7 @@
         --judge_reward_model output/reward --output pairs/train.jsonl
     ... --judge_function rewards.py:polite rewards.py:short:0.5 --pairs all --best_of_n best/train.jsonl
 
-Step 2 and DPO read the pairs, step 1 the best answers. What an answer is worth is the weighted sum of all judges' scores.
+Step 2 and DPO read the pairs, step 1 the best answers. An answer is worth the weighted sum of all judges' scores.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def answer_all(prompts: list[Example], args) -> list[dict]:
 
 
 def judge(records: list[dict], prompts: list[Example], rows: list[dict], models, functions, args) -> None:
-    """Give each record "scores", those of each judge, and "worth", their weighted sum; lists with a number per answer."""
+    """Give each record "scores", those of each judge, and "worth", their weighted sum: a number for each answer."""
     for name, folder, _ in models:
         judge_by_reward_model(records, prompts, folder, args, name)
     for function in functions:

@@ -36,8 +36,8 @@ class RewardFunction:
     Attributes:
         name: as metrics call it.
         score: returns n numbers for lists of n values, passed by keyword under the names of its parameters: of TEXTS,
-            texts without special tokens; ENDED, booleans; PROMPT_MESSAGES, the prompt's turns; any column of the data. ``**columns``
-            takes whatever no other parameter does.
+            texts without special tokens; ENDED, booleans; PROMPT_MESSAGES, the prompt's turns; any column of the data.
+            ``**columns`` takes whatever no other parameter does.
 
     Raises:
         UserError: parameters of ``score`` cannot be passed by keyword.
@@ -146,8 +146,8 @@ def check_columns(functions: Sequence[RewardFunction], available: Sequence[str])
     if functions and hidden:
         print_rank_0(
             f"the data's column {', '.join(hidden)} is not what {functions[0].flag} gets under that name: prompts are "
-            "the texts the model was asked, answers and completions what it said, ended whether it came to an end; rename "
-            "the column to use it"
+            "the texts the model was asked, answers and completions what it said, ended whether it came to its end; "
+            "rename the column to use it"
         )
 
 
