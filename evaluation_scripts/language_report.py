@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -102,7 +103,7 @@ def perplexity(lm: LanguageModel, text: str) -> float:
 
 def distinct_2(texts: list[str]) -> float:
     """Different pairs of neighbouring words as a share of all (Li et al., 2016, https://arxiv.org/abs/1510.03055)."""
-    pairs = [pair for text in texts for words in [text.lower().split()] for pair in zip(words, words[1:], strict=False)]
+    pairs = [pair for text in texts for words in [text.lower().split()] for pair in pairwise(words)]
     return len(set(pairs)) / max(1, len(pairs))
 
 

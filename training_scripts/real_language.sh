@@ -13,7 +13,7 @@
 # ANSWER_LEN               tokens of an answer (48)
 # REWARD_LAYERS            first layers of the model that the reward model is made of; 0: all (12)
 # REWARD_EPOCHS            passes of step 2 over the pairs (2)
-# PPO_STEPS, GRPO_STEPS    updates, each on ANSWERS answers (24, 24 and 16)
+# PPO_STEPS, GRPO_STEPS    rounds of answers and updates, of ANSWERS answers each (20, 20 and 16)
 # REWARD_FLAGS, PPO_FLAGS, DPO_FLAGS, GRPO_FLAGS   more flags of a stage, in one string; they win
 # REPORT_SAMPLES           answers of each model to each held-out prompt (4)
 # STAGES                   which to run, in this order (default: "base pairs reward ppo dpo grpo report")
@@ -90,26 +90,33 @@ fi
 
 rlhf=(--data_path "$prompts" --data_split 0,0,1 --actor_model_name_or_path "$output/base" --max_prompt_seq_len 96
     --max_answer_seq_len "$length" --per_device_generation_batch_size $((answers / ranks))
-    --per_device_training_batch_size $((answers / ranks / 2)) --num_train_epochs 10 --warmup_ratio 0.1
-    --enable_hybrid_engine --hybrid_engine_backend own --rollout_log_probs --log_interval 4 --enable_test_mode)
+    --per_device_training_batch_size $((answers / ranks / 2)) --warmup_ratio 0.1 --kl_ctl 0.05
+    --enable_hybrid_engine --hybrid_engine_backend own --rollout_log_probs --log_interval 4)
+
+rounds() { # rounds COUNT PROMPTS: flags for so many rounds of so many prompts, in as few passes over the data as it takes
+    local needed=$(($1 * $2)) passes
+    passes=$(((needed + $(wc -l <"$prompts/train.jsonl") - 1) / $(wc -l <"$prompts/train.jsonl")))
+    echo "--max_train_samples $((needed / passes)) --num_train_epochs $passes"
+}
+
 if stage ppo; then # the judge only watches: its weight is 0
-    flags "${PPO_FLAGS:-}"
+    flags "$(rounds "${PPO_STEPS:-20}" "$answers") ${PPO_FLAGS:-}"
     launch 3 "$output/ppo" "${common[@]}" "${rlhf[@]}" --critic_model_name_or_path "$output/reward" \
-        --actor_learning_rate 2e-5 --critic_learning_rate 5e-5 --kl_ctl 0.05 --normalize_reward --missing_eos_penalty 1 \
-        --reward_function "$judge:0" --test_stop_step "${PPO_STEPS:-24}" ${more[@]+"${more[@]}"}
+        --actor_learning_rate 4e-5 --critic_learning_rate 5e-5 --normalize_reward --missing_eos_penalty 1 \
+        --reward_function "$judge:0" ${more[@]+"${more[@]}"}
 fi
 
 if stage dpo; then
     flags "${DPO_FLAGS:-}"
     launch dpo "$output/dpo" "${common[@]}" "${pairs[@]}" --model_name_or_path "$output/base" \
-        --learning_rate 1e-5 --warmup_ratio 0.1 --log_interval 10 ${more[@]+"${more[@]}"}
+        --learning_rate 2e-5 --warmup_ratio 0.1 --log_interval 10 ${more[@]+"${more[@]}"}
 fi
 
 if stage grpo; then
-    flags "${GRPO_FLAGS:-}"
+    flags "$(rounds "${GRPO_STEPS:-20}" $((answers / 4))) ${GRPO_FLAGS:-}"
     launch 3 "$output/grpo" "${common[@]}" "${rlhf[@]}" --reward_function "$judge" --reward_model_weight 0 \
-        --advantage_estimator grpo --num_generations_per_prompt 4 --actor_learning_rate 2e-5 --kl_ctl 0.05 \
-        --test_stop_step "${GRPO_STEPS:-24}" ${more[@]+"${more[@]}"}
+        --advantage_estimator grpo --num_generations_per_prompt 4 --actor_learning_rate 4e-5 \
+        ${more[@]+"${more[@]}"}
 fi
 
 if stage report; then
