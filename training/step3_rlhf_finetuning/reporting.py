@@ -91,7 +91,7 @@ class Reporter:
         rates = self._learning_rates(losses)
         self._print_last_lines(step, metrics, averaged, rates, times)
         if not losses:
-            print_rank_0(f"step {step}: no usable answer in the whole batch, no update")
+            print_rank_0(f"step {step}: no answer to learn from in the whole batch, no update")
         gap = metrics.get("rollout_log_prob_gap", 0.0)
         if gap > LARGE_GAP and not self._gap_told:
             self._gap_told = True
@@ -101,7 +101,8 @@ class Reporter:
                 "weighs tokens by it, --hybrid_engine_backend own samples with the policy's kernels"
             )
         if self.args.sample_interval and step % self.args.sample_interval == 0:
-            samples = sample_rows(experience, self.trainer.tokenizer, self.args.samples_shown)
+            shown = self.args.samples_shown, self.args.num_generations_per_prompt
+            samples = sample_rows(experience, self.trainer.tokenizer, *shown)
             print_rank_0(sample_table(samples))
             self.writer.write_samples(step, samples)
         print_classic("-" * 85)
@@ -184,8 +185,9 @@ def _brief_figures(metrics: dict) -> str:
     )
 
 
-def sample_rows(experience: Experience, tokenizer, count: int) -> list[dict]:
-    """The first answers of this rank: prompt, answer, score, KL to the reference in nats, tokens, whether it ended."""
+def sample_rows(experience: Experience, tokenizer, count: int, group_size: int = 1) -> list[dict]:
+    """The first answers of this rank: the prompt's number in the step, which its ``group_size`` answers share, prompt,
+    answer, score, KL to the reference in nats, tokens, whether it ended."""
     kl = ((experience.log_probs - experience.ref_log_probs) * experience.answer_mask).sum(1).tolist()
     rows = []
     for i in range(min(count, len(experience))):
@@ -194,6 +196,7 @@ def sample_rows(experience: Experience, tokenizer, count: int) -> list[dict]:
         answer = ids[width:][real[width:]]
         rows.append(
             {
+                "group": i // group_size,
                 "prompt": tokenizer.decode(ids[:width][real[:width]], skip_special_tokens=True),
                 "answer": tokenizer.decode(answer, skip_special_tokens=True),
                 "score": experience.scores[i].item(),
