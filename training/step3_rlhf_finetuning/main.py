@@ -160,9 +160,9 @@ def main():
     if args.dry_run:
         return preflight(args, step=3)
     given, args = args, arguments.settle(args, step=3)
-    batch = arguments.RLHFBatchSizes.of(args)
     reward_functions = load_reward_functions(args.reward_function)
     checkpoints = Checkpoints(args, "actor_model_name_or_path", "critic_model_name_or_path")
+    args, batch = checkpoints.args, arguments.RLHFBatchSizes.of(checkpoints.args)
     arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 

@@ -26,7 +26,7 @@ from utils.arguments.model import (
     check_save_lora_adapters,
     working_stage,
 )
-from utils.generation.vllm_backend import COLDEST, VllmSettings, check_vllm
+from utils.generation.vllm_backend import COLDEST, GPU_MEMORY_UTILIZATION, VllmSettings, check_vllm
 from utils.process.errors import UserError
 from utils.process.world import get_world_size
 
@@ -253,8 +253,9 @@ def add_rlhf_arguments(parser) -> None:
     add(
         "--vllm_gpu_memory_utilization",
         type=share,
-        default=0.3,
-        help="share of a GPU's memory that vLLM has for weights and KV cache while it generates; training gets it back",
+        default=None,
+        help="share of a GPU's memory that vLLM has for weights and KV cache while it generates (training gets it "
+        f"back); None: {GPU_MEMORY_UTILIZATION}",
     )
     add(
         "--vllm_kv_cache_gib",
@@ -397,8 +398,11 @@ class RLHFBatchSizes:
         )
 
 
-def check_rlhf(args) -> None:
+def check_rlhf(args, ranks: int | None = None) -> None:
     """Refuse combinations of step 3 that cannot work; settle the flags that depend on others.
+
+    Args:
+        ranks: of another machine that the run is planned for; None: it is to run here, with what is installed here.
 
     Raises:
         UserError: with the arithmetic or the reason.
@@ -417,6 +421,11 @@ def check_rlhf(args) -> None:
             "--critic_zero_stage 1, 2 or 3"
         )
     _check_generation(args)
+    if ranks is None:
+        _check_machine(args)
+    ranks = get_world_size() if ranks is None else ranks
+    if ranks % args.inference_tp_size:
+        raise UserError(f"--inference_tp_size {args.inference_tp_size} does not divide the {ranks} ranks of this run")
     if args.quantize is not None:
         raise UserError(
             "--quantize is not available in step 3: for generation LoRA is folded into the weights, which packed codes "
@@ -434,7 +443,7 @@ def check_rlhf(args) -> None:
 
 
 def _check_generation(args) -> None:
-    """The flags of the hybrid engine against each other and the machine."""
+    """The flags of the hybrid engine against each other."""
     if args.unpin_actor_parameters and not args.enable_hybrid_engine:
         raise UserError("--unpin_actor_parameters says how --enable_hybrid_engine gathers; it does nothing without it")
     if args.hybrid_engine_backend != "auto" and not args.enable_hybrid_engine:
@@ -451,11 +460,6 @@ def _check_generation(args) -> None:
             "--compile_generation compiles the loop of --enable_hybrid_engine (backend auto or own), "
             "over whole weights (no --unpin_actor_parameters)"
         )
-    if args.hybrid_engine_backend == "deepspeed" and get_accelerator().device_name() != "cuda":
-        raise UserError(
-            "--hybrid_engine_backend deepspeed: DeepSpeed's generation kernels need CUDA, and this machine computes "
-            f"on {get_accelerator().device_name()}; use auto"
-        )
     _check_rollout_log_probs(args)
     if args.inference_tp_size > 1 and args.hybrid_engine_backend != "vllm":
         raise UserError(
@@ -463,6 +467,20 @@ def _check_generation(args) -> None:
             "whole gathered model"
         )
     _check_vllm(args)
+
+
+def _check_machine(args) -> None:
+    """What the flags need of the machine that this process runs on."""
+    on_cuda = get_accelerator().device_name() == "cuda"
+    if args.hybrid_engine_backend == "deepspeed" and not on_cuda:
+        raise UserError(
+            "--hybrid_engine_backend deepspeed: DeepSpeed's generation kernels need CUDA, and this machine computes "
+            f"on {get_accelerator().device_name()}; use auto"
+        )
+    if args.hybrid_engine_backend == "vllm":
+        check_vllm("--hybrid_engine_backend vllm")
+    if args.enable_mixed_precision_lora and not on_cuda:
+        raise UserError("--enable_mixed_precision_lora: ZeRO++'s quantised gathers need CUDA")
 
 
 def _check_rollout_log_probs(args) -> None:
@@ -480,10 +498,11 @@ def _check_rollout_log_probs(args) -> None:
 
 
 def _check_vllm(args) -> None:
-    """The flags of vLLM against each other, the ranks and what is installed."""
+    """The flags of vLLM against each other."""
     if args.hybrid_engine_backend != "vllm":
-        if args.vllm_kv_cache_gib is not None:
-            raise UserError("--vllm_kv_cache_gib needs --hybrid_engine_backend vllm")
+        for flag in ("vllm_kv_cache_gib", "vllm_gpu_memory_utilization"):
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} needs --hybrid_engine_backend vllm")
         return
     if args.unpin_actor_parameters:
         raise UserError(
@@ -494,11 +513,6 @@ def _check_vllm(args) -> None:
         raise UserError(
             f"--temperature {args.temperature}: vLLM samples at {COLDEST} or more; 0 takes the likeliest token"
         )
-    if get_world_size() % args.inference_tp_size:
-        raise UserError(
-            f"--inference_tp_size {args.inference_tp_size} does not divide the {get_world_size()} ranks of this run"
-        )
-    check_vllm("--hybrid_engine_backend vllm")
 
 
 def vllm_settings(args) -> VllmSettings | None:
@@ -510,7 +524,7 @@ def vllm_settings(args) -> VllmSettings | None:
         max_rows=args.per_device_generation_batch_size,
         cuts=args.do_sample and (args.top_k > 0 or args.top_p < 1),
         tensor_parallel=args.inference_tp_size,
-        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization or GPU_MEMORY_UTILIZATION,
         kv_cache_gib=args.vllm_kv_cache_gib,
     )
 
@@ -523,8 +537,6 @@ def _check_precision(args) -> None:
         raise UserError("--align_overflow: DeepSpeed's ZeRO-3 looks for overflows in fp16 alone, before the step")
     if not args.enable_mixed_precision_lora:
         return
-    if get_accelerator().device_name() != "cuda":
-        raise UserError("--enable_mixed_precision_lora: ZeRO++'s quantised gathers need CUDA")
     if args.actor_zero_stage != 3 or args.actor_lora_dim == 0:
         raise UserError("--enable_mixed_precision_lora needs --actor_zero_stage 3 and --actor_lora_dim above 0")
     if args.enable_ema:

@@ -139,8 +139,11 @@ def settle(args: argparse.Namespace, step: Step) -> Settled:
     return Settled(**vars(settling))
 
 
-def check_step(args: argparse.Namespace, step: Step) -> None:
+def check_step(args: argparse.Namespace, step: Step, ranks: int | None = None) -> None:
     """The part of ``settle`` that is about a step's flags alone: it writes nothing to a disk and asks no other rank.
+
+    Args:
+        ranks: of another machine that the run is planned for; None: it is to run on this one.
 
     Raises:
         UserError: a combination that cannot work.
@@ -148,7 +151,7 @@ def check_step(args: argparse.Namespace, step: Step) -> None:
     args.deepspeed_config_overrides = args.deepspeed_config_overrides or args.deepspeed_config
     check_watching(args, step)
     if step == 3:
-        check_rlhf(args)
+        check_rlhf(args, ranks)
         return
     check_supervised(args)
     if step == 1:
