@@ -14,9 +14,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from utils.accelerators import device_peak
 from utils.model.inputs import unwrap
 from utils.module.lora import count_parameters
-from utils.peak_flops import device_peak
 from utils.process.console import print_classic
 from utils.process.world import get_world_size
 

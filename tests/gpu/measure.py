@@ -30,9 +30,9 @@ from transformers import (
 )
 
 import utils.model.losses as losses
+from utils.accelerators import peak_of
 from utils.generation.sampling import CompiledStep, Decoding, generate_by_transformers, sample_answers
 from utils.model.inputs import model_inputs
-from utils.peak_flops import peak_of
 from utils.perf import matmul_parameters
 
 TINY = os.environ.get("TINY") == "1"

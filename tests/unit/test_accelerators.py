@@ -10,7 +10,7 @@ from deepspeed.ops.op_builder.builder import CUDAMismatchException
 from helpers import make_model
 from transformers import AutoModelForCausalLM
 
-from utils import peak_flops, perf
+from utils import accelerators, perf
 from utils.arguments.model import check_grad_accum_dtype
 from utils.data import batching
 from utils.data.batching import DataCollatorSFT, StepBatchSampler, make_loader
@@ -49,17 +49,17 @@ CUDA = SimpleNamespace(device_name=lambda: "cuda")
     ],
 )
 def test_the_peak_of_a_device_is_found_by_its_name(name, dtype, tera):
-    found = peak_flops.peak_of(name, dtype)
+    found = accelerators.peak_of(name, dtype)
     assert found is None if tera is None else math.isclose(found, tera * 1e12)
 
 
 def test_no_peak_is_claimed_where_tf32_may_be_used_or_on_a_cpu(monkeypatch):
-    assert peak_flops.device_peak("bf16") is None
-    monkeypatch.setattr(peak_flops, "get_accelerator", lambda: CUDA)
+    assert accelerators.device_peak("bf16") is None
+    monkeypatch.setattr(accelerators, "get_accelerator", lambda: CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    assert peak_flops.device_peak("fp32") == 67e12
+    assert accelerators.device_peak("fp32") == 67e12
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert peak_flops.device_peak("fp32") is None and peak_flops.device_peak("bf16") == 989e12
+    assert accelerators.device_peak("fp32") is None and accelerators.device_peak("bf16") == 989e12
 
 
 def test_mfu_counts_the_model_once_and_nothing_for_frozen_weights(tmp_path, monkeypatch, capsys):

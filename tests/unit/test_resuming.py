@@ -31,7 +31,7 @@ def test_a_run_that_is_not_the_same_is_refused_with_flag_and_values(run_step, st
     arguments, folder = stopped
     resuming = [*arguments, "--resume", "auto"]
     for more, message in (
-        ("--learning_rate 0.1", r"--learning_rate is 0\.1, and was 0\.001"),
+        ("--learning_rate 0.1", r"--learning_rate is 0\.1, and was 2e-05"),
         ("--seed 5", "--seed is 5, and was 1234"),
         ("--zero_stage 1 --seed 5", "--seed is 5, and was 1234"),
     ):

@@ -182,10 +182,10 @@ def test_groups_of_answers_are_judged_by_a_function_and_the_adapters_learn_from_
     """GRPO with a reward of the user's own: each prompt comes once, and its four answers differ."""
     make_model(tmp_path / "actor", "llama for vllm")
     (tmp_path / "judge.py").write_text(
-        "def distinct(prompts, answers, rows):\n    return [float(len(set(answer))) for answer in answers]\n"
+        "def distinct(prompts, answers):\n    return [float(len(set(answer))) for answer in answers]\n"
     )
-    run = f"{VLLM} --num_generations_per_prompt 4 --advantage_estimator grpo --sample_interval 1 --actor_lora_dim 4"
-    run += " --actor_learning_rate 1e-2 --num_train_epochs 2"
+    run = f"{VLLM} --per_device_generation_batch_size 4 --num_generations_per_prompt 4 --advantage_estimator grpo"
+    run += " --sample_interval 1 --actor_lora_dim 4 --actor_learning_rate 1e-2 --num_train_epochs 2"
     files = dict(reward_function=f"{tmp_path / 'judge.py'}:distinct", output_dir=tmp_path / "run")
     given = [*start(3), *flags(run, actor_model_name_or_path=tmp_path / "actor", **files)]
     code, console = launch(3, given)
@@ -193,7 +193,10 @@ def test_groups_of_answers_are_judged_by_a_function_and_the_adapters_learn_from_
     rows = read_metrics(tmp_path / "run")
     assert len(rows) > 1 and all(row["train/rollout_log_prob_gap"] < 1e-4 for row in rows[1:])
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
-    assert all(sample["score"] == len(set(sample["answer"])) for sample in samples)
+    for row in rows[1:]:
+        assert row["train/score/distinct"] > 1
+        total = row["train/score/distinct"] + row["train/score/reward_model"]
+        assert math.isclose(row["train/score"], total, rel_tol=1e-5)
     assert len({sample["answer"] for sample in samples[:4]}) > 1 and len({s["prompt"] for s in samples[:4]}) == 1
 
 

@@ -124,6 +124,8 @@ def judge(trainer, experience) -> dict[str, float]:
 def update_models(trainer, args, skip, experience, batch, shuffler, unsupervised) -> list[dict]:
     """Optimizer steps of actor and critic from --ppo_epochs passes, the average behind them; the figures of each."""
     losses, engines = [], trainer.rlhf_engine
+    if args.drop_groups_without_spread:
+        experience = experience.of_groups_with_spread()
     for _ in range(args.ppo_epochs):
         for window in micro_batch_windows(experience, batch, shuffler, unsupervised):
             loss = trainer.train_rlhf(window, skip)

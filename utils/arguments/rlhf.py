@@ -96,7 +96,7 @@ def add_rlhf_arguments(parser) -> None:
         default=0.0,
         help="AdamW's decay of the critic's matrices; 0 to turn off",
     )
-    add_schedule_arguments(group, warmup=100)
+    add_schedule_arguments(group)
     add = parser.add_argument_group("PPO").add_argument
     on_off = argparse.BooleanOptionalAction
     add(
@@ -128,12 +128,18 @@ def add_rlhf_arguments(parser) -> None:
     )
     add("--kl_horizon", type=positive, default=10000, help="answers over which the KL weight adapts")
     add("--clip_reward_value", type=above_zero, default=5.0, help="scores are clipped to plus or minus this")
-    add("--normalize_reward", action="store_true", help="scale scores by the mean and std saved with the reward model")
+    add(
+        "--normalize_reward",
+        action=on_off,
+        default=None,
+        help="scale scores by the mean and std saved with the reward model; None: where they are saved",
+    )
     add(
         "--missing_eos_penalty",
         type=non_negative_float,
-        default=None,
-        help="taken off the score of an answer without EOS; None for nothing",
+        default=1.0,
+        help="taken off the score of an answer without EOS, in units of the score (with --normalize_reward: its "
+        "standard deviation); 0 for nothing",
     )
     add("--gamma", type=probability, default=1.0, help="discount per token; 1 for none")
     add("--lam", type=probability, default=0.95, help="GAE's lambda: 0 trusts the critic, 1 the rewards")
@@ -150,7 +156,34 @@ def add_rlhf_arguments(parser) -> None:
         default=None,
         help="mean 0, std 1 over all ranks; None for on with gae (published scripts: off), off with rloo and grpo",
     )
+    add(
+        "--scale_group_rewards",
+        action=on_off,
+        default=None,
+        help="grpo: divide by the group's std, so that prompts whose answers hardly differ weigh as much as others; "
+        "--no-scale_group_rewards for Dr. GRPO; None for on with grpo, while gae and rloo have no such division",
+    )
+    add(
+        "--drop_groups_without_spread",
+        action="store_true",
+        help="rloo, grpo: leave prompts out of the update whose answers all got one score (all right, say): they teach "
+        "nothing and thin the mean of the loss; groups_without_spread in the metrics counts them; off: keep them",
+    )
+    add(
+        "--loss_mean",
+        choices=["token", "answer"],
+        default="token",
+        help="losses of a step are means over its answer tokens (DAPO; long answers weigh more), or over its answers, "
+        "of the mean over the tokens of each (GRPO as published; a token of a long answer weighs less)",
+    )
     add("--cliprange", type=above_zero, default=0.2, help="the policy's ratio is clipped to 1 plus or minus this")
+    add(
+        "--cliprange_high",
+        type=above_zero,
+        default=None,
+        help="upper bound of that clip, 1 plus this: 0.28 beside --cliprange 0.2 lets unlikely tokens grow and keeps "
+        "answers varied (DAPO's clip-higher); None for --cliprange",
+    )
     add(
         "--cliprange_value",
         type=above_zero,
@@ -371,8 +404,11 @@ class RLHFBatchSizes:
         )
 
 
-def check_rlhf(args) -> None:
+def check_rlhf(args, ranks: int | None = None) -> None:
     """Refuse combinations of step 3 that cannot work; settle the flags that depend on others.
+
+    Args:
+        ranks: of another machine that the run is planned for; None: it is to run here, with what is installed here.
 
     Raises:
         UserError: with the arithmetic or the reason.
@@ -391,6 +427,11 @@ def check_rlhf(args) -> None:
             "--critic_zero_stage 1, 2 or 3"
         )
     _check_generation(args)
+    if ranks is None:
+        _check_machine(args)
+    ranks = get_world_size() if ranks is None else ranks
+    if ranks % args.inference_tp_size:
+        raise UserError(f"--inference_tp_size {args.inference_tp_size} does not divide the {ranks} ranks of this run")
     if args.quantize is not None:
         raise UserError(
             "--quantize is not available in step 3: for generation LoRA is folded into the weights, which packed codes "
@@ -408,7 +449,7 @@ def check_rlhf(args) -> None:
 
 
 def _check_generation(args) -> None:
-    """The flags of the hybrid engine against each other and the machine."""
+    """The flags of the hybrid engine against each other."""
     if args.unpin_actor_parameters and not args.enable_hybrid_engine:
         raise UserError("--unpin_actor_parameters says how --enable_hybrid_engine gathers; it does nothing without it")
     if args.hybrid_engine_backend != "auto" and not args.enable_hybrid_engine:
@@ -425,11 +466,6 @@ def _check_generation(args) -> None:
             "--compile_generation compiles the loop of --enable_hybrid_engine (backend auto or own), "
             "over whole weights (no --unpin_actor_parameters)"
         )
-    if args.hybrid_engine_backend == "deepspeed" and get_accelerator().device_name() != "cuda":
-        raise UserError(
-            "--hybrid_engine_backend deepspeed: DeepSpeed's generation kernels need CUDA, and this machine computes "
-            f"on {get_accelerator().device_name()}; use auto"
-        )
     _check_rollout_log_probs(args)
     if args.inference_tp_size > 1 and args.hybrid_engine_backend != "vllm":
         raise UserError(
@@ -437,6 +473,20 @@ def _check_generation(args) -> None:
             "whole gathered model"
         )
     _check_vllm(args)
+
+
+def _check_machine(args) -> None:
+    """What the flags need of the machine that this process runs on."""
+    on_cuda = get_accelerator().device_name() == "cuda"
+    if args.hybrid_engine_backend == "deepspeed" and not on_cuda:
+        raise UserError(
+            "--hybrid_engine_backend deepspeed: DeepSpeed's generation kernels need CUDA, and this machine computes "
+            f"on {get_accelerator().device_name()}; use auto"
+        )
+    if args.hybrid_engine_backend == "vllm":
+        check_vllm("--hybrid_engine_backend vllm")
+    if args.enable_mixed_precision_lora and not on_cuda:
+        raise UserError("--enable_mixed_precision_lora: ZeRO++'s quantised gathers need CUDA")
 
 
 def _check_rollout_log_probs(args) -> None:
@@ -454,7 +504,7 @@ def _check_rollout_log_probs(args) -> None:
 
 
 def _check_vllm(args) -> None:
-    """The flags of vLLM against each other, the ranks and what is installed."""
+    """The flags of vLLM against each other."""
     if args.hybrid_engine_backend != "vllm":
         for flag in ("vllm_kv_cache_gib", "vllm_gpu_memory_utilization"):
             if getattr(args, flag) is not None:
@@ -469,11 +519,6 @@ def _check_vllm(args) -> None:
         raise UserError(
             f"--temperature {args.temperature}: vLLM samples at {COLDEST} or more; 0 takes the likeliest token"
         )
-    if get_world_size() % args.inference_tp_size:
-        raise UserError(
-            f"--inference_tp_size {args.inference_tp_size} does not divide the {get_world_size()} ranks of this run"
-        )
-    check_vllm("--hybrid_engine_backend vllm")
 
 
 def vllm_settings(args) -> VllmSettings | None:
@@ -498,13 +543,35 @@ def _check_precision(args) -> None:
         raise UserError("--align_overflow: DeepSpeed's ZeRO-3 looks for overflows in fp16 alone, before the step")
     if not args.enable_mixed_precision_lora:
         return
-    if get_accelerator().device_name() != "cuda":
-        raise UserError("--enable_mixed_precision_lora: ZeRO++'s quantised gathers need CUDA")
     if args.actor_zero_stage != 3 or args.actor_lora_dim == 0:
         raise UserError("--enable_mixed_precision_lora needs --actor_zero_stage 3 and --actor_lora_dim above 0")
     if args.enable_ema:
         raise UserError(
             "--enable_mixed_precision_lora keeps frozen weights quantised: --enable_ema cannot average them"
+        )
+
+
+def _check_losses(args) -> None:
+    """The flags of advantages and of the clip against the estimator and the number of updates."""
+    estimator = args.advantage_estimator
+    if args.scale_group_rewards is not None and estimator != "grpo":
+        raise UserError(
+            f"--scale_group_rewards and its --no- say whether grpo divides by the group's std; {estimator} divides by "
+            "none: leave it out, or take --advantage_estimator grpo"
+        )
+    if estimator == "grpo" and args.scale_group_rewards is None:
+        args.scale_group_rewards = True
+    if args.drop_groups_without_spread and estimator == "gae":
+        raise UserError(
+            "--drop_groups_without_spread: gae compares an answer with what the critic expects, not with the others to "
+            "its prompt, and learns from all of them: leave it out, or take --advantage_estimator rloo or grpo"
+        )
+    one_step = args.ppo_epochs == 1 and RLHFBatchSizes.of(args).steps_per_pass == 1
+    if args.cliprange_high is not None and one_step and not (args.actor_dropout or args.rollout_log_probs):
+        raise UserError(
+            "--cliprange_high: with --ppo_epochs 1 and one optimizer step per update the policy has not moved when the "
+            "loss is taken, its ratio is 1, and nothing is clipped: more passes, or a smaller "
+            "--per_device_training_batch_size; or leave it out"
         )
 
 
@@ -518,6 +585,7 @@ def _check_rewards(args) -> None:
         )
     if args.whiten_advantages is None:
         args.whiten_advantages = estimator == "gae"
+    _check_losses(args)
     if estimator != "gae":
         if answers < 2:
             raise UserError(

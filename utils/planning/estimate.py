@@ -14,8 +14,9 @@ from utils.arguments import DPO, Step, has_reference_engine, vllm_settings
 from utils.ds_utils import TORCH_DTYPES, get_eval_ds_config, get_train_ds_config, merge_config_file
 from utils.model.soft_prompt import make_soft_prompt_model
 from utils.module.quantize import Packing
-from utils.planning.engine_memory import Bytes, EngineMemory, Machine, frozen_engine, trained_engine
+from utils.planning.engine_memory import GIB, Bytes, EngineMemory, Machine, frozen_engine, trained_engine
 from utils.planning.meta_model import LoRASpec, MetaModel, ModelSpec, PassMemory
+from utils.process.errors import UserError
 
 # Added to the bytes alive of a CPU rank, as a part of them: freed blocks that glibc's heap keeps, holes between blocks,
 # and what operations allocate out of torch's sight. The baseline (libraries) is measured and gets none. In 12 runs of
@@ -286,19 +287,61 @@ def _add_rlhf(result: Estimate, engines: dict[str, EngineMemory], args, both_way
         result.phases.append(Phase(f"{engine.name}: optimizer step", engine.step + left))
 
 
-def _vllm(args, actor: EngineMemory, machine: Machine) -> dict[str, int]:
-    """What an engine of vLLM takes of a rank: on a CPU all the time, on a device while it generates. Bytes by name."""
+@dataclass(frozen=True)
+class VllmCache:
+    """What an engine of vLLM holds on one rank. The ranks of an engine share their caches, each a part of every answer.
+
+    Attributes:
+        weights, cache: bytes. row: bytes of the keys and values of one answer with its prompt, at full length.
+    """
+
+    weights: int
+    cache: int
+    row: int
+
+    @property
+    def at_once(self) -> int:
+        """Answers of a rank that the cache has room for at full length."""
+        return self.cache // max(1, self.row)
+
+
+def vllm_cache(args, actor: MetaModel, device: int | None) -> VllmCache | None:
+    """The memory of vLLM's engine on a rank; None where another backend generates.
+
+    Args:
+        device: bytes of a device; None where the devices are CPUs.
+
+    Raises:
+        UserError: it has no room for a single answer beside the weights.
+    """
     settings = vllm_settings(args)
     if settings is None:
+        return None
+    length, (_, kv_width) = args.max_prompt_seq_len + args.max_answer_seq_len, actor.attention_widths
+    row = 2 * actor.spec.config.get_text_config().num_hidden_layers * kv_width * actor.itemsize * length
+    weights, share = actor.saved_bytes // settings.tensor_parallel, settings.gpu_memory_utilization
+    if settings.kv_cache_gib is not None or device is None:
+        cache = settings.kv_cache_bytes(actor.model.config, actor.itemsize)
+    else:
+        cache = int(share * device) - weights
+    if cache < row:
+        raise UserError(
+            f"--vllm_gpu_memory_utilization {share:g}: beside {weights / GIB:.1f} GiB of weights "
+            f"{max(0, cache) / GIB:.2f} GiB are left for keys and values, and one answer of {length} tokens takes "
+            f"{row / GIB:.2f} GiB; give a larger share or --inference_tp_size"
+        )
+    return VllmCache(weights, cache, row)
+
+
+def _vllm(args, actor: EngineMemory, machine: Machine) -> dict[str, int]:
+    """What an engine of vLLM takes of a rank: on a CPU all the time, on a device while it generates. Bytes by name."""
+    held = vllm_cache(args, actor.model, None if machine.on_cpu else machine.device)
+    if held is None:
         return {}
     if not machine.on_cpu:
-        return {"vLLM's share of the device": int(settings.gpu_memory_utilization * machine.device)}
-    return {
-        "vLLM": VLLM_ITSELF,
-        # A weight is there as it came and as its product wants it while it is packed, and freed memory is kept.
-        "vLLM: weights": 2 * actor.model.saved_bytes // settings.tensor_parallel,
-        "vLLM: KV cache": settings.kv_cache_bytes(actor.model.model.config, actor.model.itemsize),
-    }
+        return {"vLLM: weights": held.weights, "vLLM: KV cache": held.cache}
+    # A weight is there as it came and as its product wants it while it is packed, and freed memory is kept.
+    return {"vLLM": VLLM_ITSELF, "vLLM: weights": 2 * held.weights, "vLLM: KV cache": held.cache}
 
 
 def _generation_copies(args, actor: EngineMemory, machine: Machine) -> dict[str, int]:

@@ -280,6 +280,16 @@ class MetaModel:
         return max(layer.weight.numel() for layer in self.adapted) * item
 
     @property
+    def attention_widths(self) -> tuple[int, int]:
+        """Numbers that a token's queries, and its keys, have in a layer; 0 without attention."""
+        text = self.spec.config.get_text_config()
+        heads = getattr(text, "num_attention_heads", None) or 0
+        if not heads:
+            return 0, 0
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return heads * head_dim, (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+
+    @property
     def folded_bytes(self) -> int:
         """Copies of the matrices that LoRA is folded into."""
         return sum(layer.weight.numel() for layer in self.adapted) * self.itemsize

@@ -20,6 +20,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from utils import arguments
+from utils.accelerators import accelerator_of
 from utils.data.encoding import REWARD
 from utils.data.preparation import datasets_of_step
 from utils.data.unsupervised import get_unsupervised_data
@@ -34,8 +35,11 @@ from utils.model.tokenizer import check_same_tokenizer
 from utils.module.lora import check_packing_share
 from utils.planning.engine_memory import GIB, Bytes, Machine
 from utils.planning.estimate import CPU_MARGIN, Estimate, estimate, models_of_step
+from utils.planning.estimate_time import time_of_step
+from utils.planning.machines import cluster_of, measure_cpu
 from utils.planning.meta_model import MetaModel
 from utils.planning.plan import Plan, suggest
+from utils.planning.step_time import hours
 from utils.process.console import print_rank_0
 from utils.process.errors import UserError
 from utils.process.operators import is_built
@@ -113,6 +117,7 @@ def preflight(args, step: arguments.Step) -> None:
         print_rank_0(memory_table(result))
         print_rank_0("")
         checks.run("memory", lambda: _fits(result, Plan(longest, step, configs, tokenizer, machine)))
+        checks.run("time", lambda: _time(longest, step, models, machine, datasets))
     print_rank_0("")
     if checks.problems:
         raise UserError(f"{checks.problems} of {checks.count} checks found a problem; the run would not work as it is")
@@ -325,6 +330,26 @@ def _host_memory() -> int:
     if limit.exists() and limit.read_text().strip().isdigit():
         free = min(free, int(limit.read_text()))
     return free
+
+
+def _time(args, step: arguments.Step, models: dict[str, MetaModel], machine: Machine, datasets) -> str:
+    """Seconds of a step with rows as long as the longest, and hours of the run, where its rows are known."""
+    if machine.on_cpu:
+        device = measure_cpu(args.dtype)
+    else:
+        name = torch.cuda.get_device_name() if get_accelerator().device_name() == "cuda" else ""
+        device = accelerator_of(name, machine.device / GIB)
+        if device is None or not device.peak(args.dtype):
+            return f"not estimated: utils/accelerators.py has no figures of this device in {args.dtype}"
+    step_time = time_of_step(args, step, models, cluster_of(device, machine.ranks, machine.ranks_per_node))
+    waits = ", ".join(f"{limit} {seconds / step_time.seconds:.0%}" for limit, seconds in step_time.by("limit").items())
+    what = "update" if step == 3 else "optimizer step"
+    text = f"about {step_time.seconds:.3g} s per {what} if all rows were as long as the longest ({waits})"
+    if datasets is None or (step == 1 and args.packing):
+        return f"{text}; an estimate"
+    answers = args.num_generations_per_prompt if step == 3 else 1
+    total = hours(step_time, len(datasets[0]) * answers * args.num_train_epochs)
+    return f"{text}, {total:.3g} hours in all; an estimate"
 
 
 def gib(size: float) -> str:
