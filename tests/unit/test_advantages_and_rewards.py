@@ -434,7 +434,7 @@ def test_step_3_without_critic_or_reward_model(run_step, model_folder, pairs_fol
     text = f"""
         --dtype fp32 --per_device_generation_batch_size 4 --per_device_training_batch_size 4 --max_prompt_seq_len 24
         --max_answer_seq_len 8 {GROUPS} --advantage_estimator rloo --reward_function {rewards}:length
-        --reward_model_weight 0 --sample_interval 1 --enable_test_mode --test_stop_step 2
+        --reward_model_weight 0 --missing_eos_penalty 0 --sample_interval 1 --enable_test_mode --test_stop_step 2
     """
     places = dict(data_path=pairs_folder, data_output_path=cache_folder, output_dir=tmp_path)
     run_step(3, flags(text, actor_model_name_or_path=model_folder, **places))
