@@ -168,14 +168,3 @@ def test_a_checkpoint_given_as_a_model_is_refused_with_the_command(saved):
     for folder in (saved, newest_checkpoint(saved).folder):
         with pytest.raises(UserError, match=f"export_checkpoint.py {folder} exported"):
             load_hf_tokenizer(folder)
-
-
-def test_zero_3_saves_a_model_whose_next_weights_are_under_way(run_step, start, tmp_path, export):
-    """As those of models are whose weights are too large to stay gathered: the last pass fetches ahead."""
-    settings = tmp_path / "settings.json"
-    settings.write_text(
-        '{"zero_optimization": {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000000}}'
-    )
-    more = flags("--zero_stage 3 --num_train_epochs 1 --checkpoint_steps 8", deepspeed_config_overrides=settings)
-    run_step(1, [*start(1), *more, "--output_dir", tmp_path / "run"])
-    assert_same_files(tmp_path / "run", export(tmp_path / "run/checkpoints"))
