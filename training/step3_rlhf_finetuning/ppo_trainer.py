@@ -99,8 +99,8 @@ class DeepSpeedPPOTrainer:
             with self.rlhf_engine.reference_weights():
                 ref_log_probs, _ = self._answer_log_probs(self.ref_label_log_probs, input_ids, attention_mask, width)
             values = self._answer_values(input_ids, attention_mask, width) if self.critic_model is not None else None
-            score_parts = self._score_parts(input_ids, attention_mask, prompts.shape[1], columns)
-        ended = ppo_math.is_end_token(answers, self.end_token_ids).any(dim=1)
+            ended = ppo_math.is_end_token(answers, self.end_token_ids).any(dim=1)
+            score_parts = self._score_parts(input_ids, attention_mask, prompts.shape[1], columns, ended)
         scores = self._final_scores(score_parts, ended)
         self.train()
         # An answer that is nothing but an end token says nothing the reward model was trained to judge.
@@ -179,10 +179,10 @@ class DeepSpeedPPOTrainer:
             function.name for function in self.reward_functions
         ]
 
-    def _score_parts(self, input_ids, attention_mask, prompt_width, columns=None) -> torch.Tensor:
+    def _score_parts(self, input_ids, attention_mask, prompt_width, columns=None, ended=None) -> torch.Tensor:
         """[B, n]: what the reward model, if there is one, and each reward function give to the answers.
 
-        ``columns``: [B] dicts of the data's columns, for reward functions.
+        ``columns``: [B] dicts of the data's columns, ``ended``: [B] bool, for reward functions.
         """
         parts = []
         if self.reward_model is not None:
@@ -197,7 +197,8 @@ class DeepSpeedPPOTrainer:
             )
             scores = []
             # A function that fails on one rank must not leave the others waiting.
-            agree(lambda: scores.extend(function(prompts, answers, columns) for function in self.reward_functions))
+            ended = None if ended is None else ended.tolist()
+            agree(lambda: scores.extend(judge(prompts, answers, columns, ended) for judge in self.reward_functions))
             parts += [torch.tensor(row, dtype=torch.float32, device=input_ids.device) for row in scores]
         return torch.stack(parts, dim=1)
 
