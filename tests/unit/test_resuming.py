@@ -173,7 +173,7 @@ def assert_follows(folder: Path, plain: Path, after: int, tolerance: float = 1e-
 @pytest.mark.parametrize("stages", [(0, 3), (3, 2), (2, 0), (1, 3)])
 def test_another_zero_stage_goes_on_from_the_same_numbers(run_step, start, tmp_path, stages, lora):
     """With groups of their own learning rates and weight decays, as LoRA has them."""
-    common = [*start(1), *flags(f"--dropout 0 --checkpoint_steps 6 {lora}")]
+    common = [*start(1), *flags(f"--dropout 0 --learning_rate 1e-3 --checkpoint_steps 6 {lora}")]
     then, now = ([*common, "--zero_stage", stage] for stage in stages)
     run_step(1, [*then, "--output_dir", tmp_path / "plain", "--keep_checkpoints", 9])
     checkpoint = tmp_path / "plain/checkpoints/step-00000006"
@@ -181,15 +181,16 @@ def test_another_zero_stage_goes_on_from_the_same_numbers(run_step, start, tmp_p
     assert_follows(tmp_path / "other", tmp_path / "plain", after=6)
 
 
-def test_settings_that_are_allowed_to_change_do(run_step, stopped, tmp_path, capsys):
-    arguments, folder = stopped
-    run_step(1, [*arguments, *flags("--resume auto --allow_changed learning_rate --learning_rate 5e-4")])
+def test_settings_that_are_allowed_to_change_do(run_step, start, tmp_path, capsys):
+    rates = "--lr_scheduler_type cosine --num_warmup_steps 0 --learning_rate"
+    arguments = [*start(1), *flags("--checkpoint_steps 4", output_dir=tmp_path)]
+    with killed_after(5):
+        run_step(1, [*arguments, *flags(f"{rates} 1e-3")])
+    run_step(1, [*arguments, *flags(f"{rates} 5e-4 --resume auto --allow_changed learning_rate")])
     told = capsys.readouterr().out
     assert "--allow_changed: --learning_rate is 0.0005, and was 0.001" in told
-    assert (
-        "the learning rate of the next is 0.000426777, and would have been 0.000853553" in told
-    )  # (1 + cos(pi/4)) / 2
-    rate = next(row["train/lr"] for row in read_metrics(folder.parent) if row["step"] == 5)
+    assert "the learning rate of the next is 0.000426777, and would have been 0.000853553" in told
+    rate = next(row["train/lr"] for row in read_metrics(tmp_path) if row["step"] == 5)
     assert rate == pytest.approx(5e-4 * (1 + math.cos(math.pi * 4 / 16)) / 2)
 
 

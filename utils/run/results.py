@@ -27,6 +27,9 @@ def save_hf_format(model, tokenizer, args, sub_folder="", readme: str | None = N
     sequence-classification model with one label.
     """
     folder = Path(args.output_dir) / sub_folder
+    # At ZeRO 3 the last pass may have fetched weights ahead: while they are under way they can be no layer's.
+    if hasattr(model, "empty_partition_cache"):
+        model.empty_partition_cache()
     # Other people's code calls this with a namespace that has output_dir alone; the steps give --max_shard_size.
     save_pretrained_model(unwrap(model), tokenizer, folder, getattr(args, "max_shard_size", None), readme)
 
