@@ -45,11 +45,14 @@ def answered(prompt: Example, answer: str) -> Example:
     return replace(conversation, answers=([assistant(answer)],))
 
 
-def judge_by_reward_model(records: list[dict], prompts: Sequence[Example], path: str, args) -> None:
+def judge_by_reward_model(
+    records: list[dict], prompts: Sequence[Example], path: str, args, name: str = REWARD_MODEL
+) -> None:
     """Score every answer with a reward model, which is loaded here, asked in its own format and let go again.
 
     Args:
         prompts: those of the records, by prompt_number.
+        name: under which the scores go.
     """
     judge = load_judge(path, args)
     print(f"{path} judges in {judge.asked.reason}", file=sys.stderr, flush=True)
@@ -62,7 +65,7 @@ def judge_by_reward_model(records: list[dict], prompts: Sequence[Example], path:
     if len(scored) < len(to_score):
         raise UserError(f"{path} cannot judge all prompts: see above; name another --prompt_format, or other prompts")
     score_of = {pair: score for pair, (score,) in zip(distinct, scores, strict=True)}
-    add_scores(records, REWARD_MODEL, [score_of[pair] for pair in pairs])
+    add_scores(records, name, [score_of[pair] for pair in pairs])
     del judge
     free_memory()
 
@@ -76,7 +79,8 @@ def judge_by_function(records: list[dict], function: RewardFunction, rows: list[
     prompts = [record["formatted_prompt"] for record in records for _ in record["answers"]]
     answers = [answer for record in records for answer in record["answers"]]
     columns = [rows[record["prompt_number"]] for record in records for _ in record["answers"]]
-    add_scores(records, function.name, function(prompts, answers, columns))
+    ended = [end for record in records for end in record["ended"]]
+    add_scores(records, function.name, function(prompts, answers, columns, ended))
 
 
 @dataclass

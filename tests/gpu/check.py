@@ -25,6 +25,7 @@ MEASURE = [sys.executable, str(PROJECT / "tests/gpu/measure.py")]
 STEPS = {
     1: "training/step1_supervised_finetuning/main.py",
     2: "training/step2_reward_model_finetuning/main.py",
+    "dpo": "training/step2_dpo_finetuning/main.py",
     3: "training/step3_rlhf_finetuning/main.py",
 }
 LEAST_SECONDS = 15  # a stage is not begun with less
@@ -363,6 +364,9 @@ def smoke_stages(kit: Kit) -> list[Stage]:
         f"--dtype bf16 --attn_implementation flash_attention_2 {hybrid}",
         missing=kit.lacks("flash_attn"),
     )
+    one, two, _ = kit.three_steps("dpo", kit.launcher("torchrun", len(made)), *2 * ["--dtype bf16 --zero_stage 2"])
+    two = [STEPS["dpo"] if word == STEPS[2] else word for word in two]
+    made.append(Stage("dpo", 180, [one, two], lambda _: figures_of_run(kit.work / "dpo/2")))
     qlora = "--dtype bf16 --quantize nf4 --lora_dim 8 --only_optimize_lora"
     first = kit.three_steps("qlora", kit.launcher("python", 0), qlora, "")[0]
     made.append(
@@ -450,6 +454,8 @@ def bench_stages(kit: Kit) -> list[Stage]:
         of_stage = f"--actor_zero_stage {zero} --critic_zero_stage {zero} {both}"
         stages += [ppo(f"ppo_z{zero}_hybrid", f"{hybrid} {of_stage}"), ppo(f"ppo_z{zero}", of_stage)]
     stages.append(ppo("ppo_z0_compiled", f"{hybrid} --compile_generation {both}", seconds=240))
+    vllm = f"{hybrid} --hybrid_engine_backend vllm {both}"
+    stages.append(ppo("ppo_z0_vllm", vllm, seconds=300, missing=kit.lacks("vllm")))
     for way in ("generate", "own", "compiled"):
         stages.append(
             Stage(f"decode_{way}", 300 if way == "compiled" else 150, [[*MEASURE, "decode", way]], measured, alone=True)
@@ -496,7 +502,7 @@ def bench_sft(kit: Kit, size: dict) -> Callable[..., Stage]:
 def bench_ppo(kit: Kit, size: dict) -> Callable[..., Stage]:
     """Stages of step 3: prompts and answers of up to ``half`` tokens."""
 
-    def stage(name: str, flags: str, seconds: int = 180) -> Stage:
+    def stage(name: str, flags: str, seconds: int = 180, missing: str = "") -> Stage:
         launcher = kit.launcher("python" if kit.gpus < 2 else "deepspeed", 41)
         command = [*launcher, STEPS[3], "--actor_model_name_or_path", kit.work / "actor"]
         command += ["--critic_model_name_or_path", kit.work / "critic", "--data_path", kit.work / "ppo"]
@@ -512,7 +518,7 @@ def bench_ppo(kit: Kit, size: dict) -> Callable[..., Stage]:
             "--dtype bf16 --actor_learning_rate 1e-6 --critic_learning_rate 1e-6 --num_warmup_steps 1 "
             f"--enable_test_mode --test_stop_step 4 {flags}"
         )
-        return _with_estimate(kit, name, command, seconds)
+        return _with_estimate(kit, name, command, seconds, missing)
 
     return stage
 

@@ -51,7 +51,7 @@ if TINY:
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PACKAGES = (
     *("torch", "transformers", "deepspeed", "accelerate", "datasets", "numpy", "safetensors", "triton"),
-    *("bitsandbytes", "flash_attn", "peft"),
+    *("bitsandbytes", "flash_attn", "peft", "vllm"),
 )
 
 

@@ -10,6 +10,9 @@ phase, so that the short ones are met too: preparing data, writing a checkpoint,
 may be left over a few seconds later, and every checkpoint that calls itself whole must be; at the end no half-written
 file may be left, and the saved weights and losses must be those of the undisturbed run, bit for bit. Works in the demo
 world, on a CPU; not part of the CI.
+
+With --change_ranks each start has another number of ranks than the one before, 1 and 2 by turns; without dropout, with
+greedy answers, and with losses that are those of the undisturbed run within 1e-4.
 """
 
 import argparse
@@ -49,6 +52,12 @@ FLAGS = {
     "--per_device_training_batch_size 2 --max_train_samples 96 --enable_ema --enable_hybrid_engine "
     "--actor_zero_stage 2 --critic_zero_stage 2 --num_warmup_steps 0 --print_answers",
 }
+# For --change_ranks: nothing is drawn, and each update of step 3 is one optimizer step over all its answers.
+COMPARABLE = {1: "--dropout 0", 2: "--dropout 0"}
+COMPARABLE[3] = "--actor_dropout 0 --no-do_sample --per_device_training_batch_size 4"
+SAME_ROWS = {1: {1: "--gradient_accumulation_steps 2", 2: ""}}
+SAME_ROWS |= {2: SAME_ROWS[1], 3: {1: "--generation_batches 2 --gradient_accumulation_steps 2", 2: ""}}
+TOLERANCE = 1e-4  # of losses, relative to the largest
 PREPARING, LOADING, SAVING_CHECKPOINT, SAVING_MODEL = "preparing data", "loading", "writing a checkpoint", "saving"
 TRAINING, GENERATING, UPDATING = "training", "generating", "updating"
 PHASES = {  # of a step: how many seconds at most from its first sign to the kill
@@ -65,6 +74,7 @@ def parse_args():
     add("--kills", type=int, default=30, help="of each step (default 30)")
     add("--ranks", type=int, default=2, help="processes of a run (default 2)")
     add("--launcher", choices=["deepspeed", "torchrun", "python"], default="deepspeed", help="(default deepspeed)")
+    add("--change_ranks", action="store_true", help="start with 1 and 2 ranks by turns; off: with --ranks")
     add("--checkpoint_steps", type=int, default=3, help="steps between checkpoints (default 3)")
     add("--seed", type=int, default=0, help="of moments and victims (default 0)")
     add("--folder", type=Path, default=Path("output/soak"), help="for all files, emptied first (default output/soak)")
@@ -75,16 +85,17 @@ def parse_args():
 class Run:
     """A launch of a step, known among all processes by a mark in its environment."""
 
-    def __init__(self, args, step: int, output: Path, *flags):
+    def __init__(self, args, step: int, output: Path, *flags, ranks: int | None = None):
+        ranks = ranks or args.ranks
         self.step, self.output, self.data = step, output, Path(f"{output}_data")
         self.mark, binaries = uuid.uuid4().hex, Path(sys.executable).parent
         command = {
             "python": [sys.executable],
-            "torchrun": [binaries / "torchrun", "--standalone", f"--nproc_per_node={args.ranks}"],
+            "torchrun": [binaries / "torchrun", "--standalone", f"--nproc_per_node={ranks}"],
             "deepspeed": [
                 binaries / "deepspeed",
                 "--num_gpus",
-                args.ranks,
+                ranks,
                 "--master_port",
                 random.randint(20000, 60000),
             ],
@@ -102,6 +113,8 @@ class Run:
         dropout = COMMON if step < 3 else COMMON.replace("--dropout", "--actor_dropout")
         command += [MAINS[step], *dropout.split(), *FLAGS[step].split(), *paths, "--output_dir", output]
         command += ["--data_output_path", self.data, *flags, *args.flags]
+        if args.change_ranks:
+            command += COMPARABLE[step].split() + SAME_ROWS[step][ranks].split()
         environment = os.environ | {"SOAK_MARK": self.mark, "PATH": f"{binaries}:{os.environ['PATH']}"}
         environment.setdefault("OMP_NUM_THREADS", "1")
         self.log = output.with_suffix(".log")
@@ -181,6 +194,19 @@ def losses(folder: Path) -> list:
     ]
 
 
+def differ(plain: list, other: list) -> bool:
+    """Whether losses are further apart than the order of sums explains."""
+    if [row[0] for row in plain] != [row[0] for row in other]:
+        return True
+    columns = zip(zip(*plain, strict=True), zip(*other, strict=True), strict=True)
+    return any(
+        abs(a - b) > TOLERANCE * max(map(abs, filter(None, want)), default=1)
+        for want, got in columns
+        for a, b in zip(want, got, strict=True)
+        if a is not None
+    )
+
+
 def undisturbed(args, step: int, output: Path) -> float:
     start, run = time.monotonic(), Run(args, step, output)
     if run.process.wait() != 0:
@@ -206,9 +232,11 @@ def left_over(*folders: Path) -> list[Path]:
 def soak(args, step: int, generator: random.Random) -> None:
     plain, killed = args.folder / f"step{step}", args.folder / f"step{step}_killed"
     seconds = undisturbed(args, step, plain)
-    kills, ends, victims, phases = 0, 0, Counter(), Counter()
+    kills, ends, victims, phases, starts = 0, 0, Counter(), Counter(), 0
     while kills < args.kills or not ends:
-        start, run = time.monotonic(), Run(args, step, killed, "--checkpoint_steps", args.checkpoint_steps, *RESUME)
+        start, ranks = time.monotonic(), 1 + starts % 2 if args.change_ranks else args.ranks
+        run = Run(args, step, killed, "--checkpoint_steps", args.checkpoint_steps, *RESUME, ranks=ranks)
+        starts += 1
         if kills < args.kills:
             phase, fresh = None, not run.data.exists()
             if generator.random() < 0.6:
@@ -227,7 +255,8 @@ def soak(args, step: int, generator: random.Random) -> None:
         if run.process.returncode != 0:
             raise SystemExit(f"a start after {kills} kills failed:\n{run.log.read_text()[-3000:]}")
         run.wait_for_all()
-        if weights(killed) != weights(plain) or losses(killed) != losses(plain):
+        same = not differ(losses(plain), losses(killed)) if args.change_ranks else losses(killed) == losses(plain)
+        if not same or (not args.change_ranks and weights(killed) != weights(plain)):
             raise SystemExit(f"after {kills} kills the model is another one: {killed}, {plain}")
         if litter := left_over(killed, run.data):
             raise SystemExit(f"after {kills} kills and an end this is left over: {litter}")

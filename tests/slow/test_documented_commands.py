@@ -35,6 +35,7 @@ ELSEWHERE = {
     "bash tests/run.sh": "what runs this",
     "UPDATE_REFERENCE=1 bash tests/run.sh": "would write the reference curves",
     "bash training_scripts/study.sh": "hours; run by hand for the figures",
+    "bash training_scripts/real_language.sh": "needs a model of 135 M parameters from a package; run by hand",
     "bash training_scripts/real_model.sh": "needs a model of 135 M parameters from a package; run by hand",
     "python tests/slow/soak.py": "half an hour, run by hand; test_soak.py is a short one",
     "python evaluation_scripts/benchmark/": "minutes; each is run by hand for the figures",

@@ -29,17 +29,17 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def resume(run_step, start, saved, tmp_path):
-    """resume(damage): take up a damaged copy of a checkpoint of step 3, ZeRO-2 with EMA, made once."""
+    """resume(damage, flags...): take up a damaged copy of a checkpoint of step 3, ZeRO-2 with EMA, made once."""
     arguments = [*start(3), "--actor_zero_stage", 2, "--enable_ema", "--checkpoint_steps", 2]
     if not (saved / "checkpoints").exists():
         with killed_after(2):
             run_step(3, [*arguments, "--output_dir", saved])
     folder = Path(shutil.copytree(saved / "checkpoints" / NAME, tmp_path / "elsewhere" / NAME))
 
-    def run(damage=None):
+    def run(damage=None, *more):
         if damage is not None:
             damage(folder)
-        run_step(3, [*arguments, "--output_dir", tmp_path / "out", "--resume", folder])
+        run_step(3, [*arguments, *more, "--output_dir", tmp_path / "out", "--resume", folder])
 
     return run
 
@@ -207,22 +207,36 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_refused(case, resume, tmp_path, capsys, monkeypatch):
+OF_ENGINES = [case for case in CASES if "weight" in case or "optimizer" in case or "average" in case]
+
+
+@pytest.mark.parametrize(
+    ("case", "more"),
+    [
+        *((case, "") for case in CASES),
+        # Read weight by weight, for another layout.
+        *(pytest.param(case, "--actor_zero_stage 3", marks=pytest.mark.nightly) for case in OF_ENGINES),
+        ("a pickle bomb for the optimizer", "--actor_zero_stage 3"),
+        ("weights of another shape", "--actor_zero_stage 1"),
+        ("an average of another shape", "--actor_zero_stage 3"),
+    ],
+)
+def test_what_is_refused(case, more, resume, tmp_path, capsys, monkeypatch):
     damage, message = CASES[case]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
     with pytest.raises(UserError, match=message) as refusal:
-        resume(damage)
+        resume(damage, *more.split())
     assert "elsewhere" in str(refusal.value)
     assert "Epoch: 0 | Step" not in capsys.readouterr().out
     assert not list(tmp_path.rglob("RAN*"))
     assert (tmp_path / "out/mine.txt").read_text() == "mine" and not list(tmp_path.glob("out/*/*.safetensors"))
 
 
-def test_the_same_copy_without_damage_is_taken_up(resume, capsys):
-    resume()
+@pytest.mark.parametrize("more", ["", "--actor_zero_stage 3"])
+def test_the_same_copy_without_damage_is_taken_up(resume, capsys, more):
+    resume(None, *more.split())
     assert f"{NAME}: 2 steps are done" in capsys.readouterr().out
 
 

@@ -1,10 +1,12 @@
 """Rewards beyond the reward model, advantages without a critic, the reference without a copy, aligned overflow."""
 
 import json
+import math
 import shutil
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import flags, read_metrics
@@ -12,7 +14,10 @@ from test_rlhf import PROMPTS, _experience, _trainer, _window, folders  # noqa: 
 from transformers import AutoModelForSequenceClassification
 
 from training.step3_rlhf_finetuning import ppo_math
+from training.step3_rlhf_finetuning.main import update_models
 from training.step3_rlhf_finetuning.reporting import sample_rows, sample_table
+from utils.arguments import RLHFBatchSizes
+from utils.engine.nonfinite import refuse_nonfinite
 from utils.engine.update import align_overflow
 from utils.model.reward_functions import load_reward_functions
 from utils.process.errors import UserError
@@ -31,6 +36,22 @@ def test_grpo_is_the_reward_less_the_mean_over_the_unbiased_std():
     advantages = ppo_math.group_advantages(torch.tensor(rewards), torch.ones(6, dtype=torch.bool), 3, "grpo")
     std = statistics.stdev(rewards[:3]) + 1e-4
     torch.testing.assert_close(advantages, torch.tensor([-2 / std, -1 / std, 3 / std, 0, 0, 0]))
+
+
+def test_grpo_without_scaling_is_the_reward_less_the_mean_and_whitened_it_is_reinforce_plus_plus_with_a_baseline():
+    rewards, usable = torch.tensor([1.0, 2.0, 6.0, 5.0, 4.5, 5.5]), torch.ones(6, dtype=torch.bool)
+    advantages = ppo_math.group_advantages(rewards, usable, 3, "grpo", scale=False)
+    expected = [-2.0, -1.0, 3.0, 0.0, -0.5, 0.5]
+    torch.testing.assert_close(advantages, torch.tensor(expected))
+    # One token an answer: the mean is 0, the (unbiased) std that of the six.
+    whitened = ppo_math.masked_whiten(advantages.unsqueeze(1), torch.ones(6, 1)).flatten()
+    assert whitened.tolist() == pytest.approx([value / statistics.stdev(expected) for value in expected], rel=1e-5)
+
+
+def test_a_group_has_spread_where_its_usable_answers_differ_in_score():
+    scores = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 9.0, 1.0, 3.0, 7.0, 8.0, 5.0, 6.0, 7.0])
+    usable = torch.tensor([1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0]).bool()
+    assert ppo_math.groups_with_spread(scores, usable, 3).tolist() == [False, True, False, False, False]
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
@@ -90,6 +111,82 @@ def test_updates_without_a_critic_do_not_depend_on_how_the_rows_are_cut(folders,
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-5)
 
 
+def _slow_loss(experience, advantages, loss_mean: str, low: float, high: float, kl_ctl: float) -> float:
+    """Token by token: PPO's clip with two bounds, and k3 of the reference beside it."""
+    per_answer = []
+    for i in range(len(experience)):
+        terms = []
+        for t in range(experience.answer_width):
+            if experience.answer_mask[i, t]:
+                new, old = experience.scored_log_probs[i, t].item(), experience.log_probs[i, t].item()
+                gap, ratio = experience.ref_log_probs[i, t].item() - new, math.exp(new - old)
+                gain = min(ratio * advantages[i], min(max(ratio, 1 - low), 1 + high) * advantages[i])
+                terms.append(-gain + kl_ctl * (math.exp(gap) - gap - 1))
+        per_answer.append(terms)
+    if loss_mean == "token":
+        return statistics.mean(term for terms in per_answer for term in terms)
+    return statistics.mean(statistics.mean(terms) for terms in per_answer if terms)
+
+
+@pytest.mark.parametrize("loss_mean", ["token", "answer"])
+def test_the_loss_equals_a_slow_computation_and_does_not_depend_on_how_rows_are_cut(folders, loss_mean):  # noqa: F811
+    text = "--advantage_estimator grpo --no-scale_group_rewards --kl_ctl 0.5 --cliprange_high 0.4 --ppo_epochs 2"
+    losses, gradients = [], []
+    for size in (4, 1, 3):
+        trainer = _trainer(folders, f"{GROUPS} {text} --loss_mean {loss_mean} --actor_learning_rate 0")
+        experience = _experience(trainer, rows=REPEATED)
+        experience.answer_mask[1, 2:] = 0  # answers of different lengths
+        generator = torch.Generator().manual_seed(0)
+        for name, scale in (("log_probs", 0.5), ("ref_log_probs", 0.3)):  # a policy that has moved
+            noise = torch.randn(experience.answer_mask.shape, generator=generator) * scale
+            setattr(experience, name, getattr(experience, name) + noise)
+        metrics = trainer.train_rlhf(_window(experience, size))
+        losses.append(metrics["actor_loss"])
+        gradients.append(metrics["actor_grad_norm"])
+        scores = experience.scores.tolist()
+        advantages = [score - statistics.mean(scores[i // 2 * 2 : i // 2 * 2 + 2]) for i, score in enumerate(scores)]
+        assert metrics["actor_loss"] == pytest.approx(
+            _slow_loss(experience, advantages, loss_mean, 0.2, 0.4, 0.5), rel=1e-4
+        )
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5) and gradients == pytest.approx(
+        [gradients[0]] * 3, rel=1e-4
+    )
+    assert gradients[0] > 0
+
+
+def test_the_critics_loss_is_a_mean_over_answers_too(folders):  # noqa: F811
+    trainer = _trainer(folders, f"{GROUPS} --loss_mean answer --critic_learning_rate 0")
+    experience = _experience(trainer, rows=REPEATED)
+    experience.answer_mask[1, 2:] = 0
+    error = 0.5 * (experience.values - experience.returns) ** 2 * experience.answer_mask
+    expected = (error.sum(1) / experience.answer_mask.sum(1)).mean().item()
+    assert trainer.train_rlhf(_window(experience, 2))["critic_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_groups_without_spread_are_counted_and_left_out_of_the_update_alone(folders):  # noqa: F811
+    text = f"{GROUPS} --advantage_estimator grpo --kl_ctl 0.5"
+    trainer = _trainer(folders, f"{text} --drop_groups_without_spread")
+    experience = _experience(trainer, rows=REPEATED)
+    experience.scores[:2], experience.scores[2], experience.scores[3] = 1.0, 0.0, 2.0
+    trainer.get_advantages_and_returns(trainer.compute_rewards(experience))
+    metrics = trainer.experience_metrics(experience)
+    assert metrics["groups_without_spread"] == 1
+    assert metrics["score"] == pytest.approx(1.0) and metrics["used_answers"] == 4, "of all answers"
+    left = experience.of_groups_with_spread()
+    assert left.answer_mask[:2].sum() == 0 and torch.equal(left.answer_mask[2:], experience.answer_mask[2:])
+    batch = RLHFBatchSizes.of(trainer.args)
+    found = update_models(trainer, trainer.args, refuse_nonfinite, experience, batch, np.random.default_rng(0), None)
+    alone = _trainer(folders, text).train_rlhf(_window(experience[2:]))
+    assert found[0]["actor_loss"] == pytest.approx(alone["actor_loss"], rel=1e-5)
+    assert found[0]["actor_grad_norm"] == pytest.approx(alone["actor_grad_norm"], rel=1e-5)
+    experience.scores[:] = 1.0
+    trainer.get_advantages_and_returns(trainer.compute_rewards(experience))
+    assert (
+        update_models(trainer, trainer.args, refuse_nonfinite, experience, batch, np.random.default_rng(0), None) == []
+    )
+    assert trainer.skipped_updates == 1
+
+
 # ---------------------------------------------------------------- reward functions
 
 REWARDS = """
@@ -145,7 +242,9 @@ def test_normalize_reward_scales_the_reward_models_score_of_every_answer_and_not
     (reward / "config.json").write_text(json.dumps(config | {"reward_score_mean": mean, "reward_score_std": std}))
     plain = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32).eval()
     # Without a KL penalty and clipping the rewards of an answer are its score, at its last token.
-    trainer = _trainer((actor, reward), "--normalize_reward --kl_ctl 0 --clip_reward_value 1000")
+    more = "--missing_eos_penalty 0 --kl_ctl 0 --clip_reward_value 1000"
+    assert _trainer((actor, reward), f"--no-normalize_reward {more}").reward_scale is None
+    trainer = _trainer((actor, reward), more)  # None takes the scale where it is saved
     for functions in ([], [f"{rewards}:length:2"]):
         trainer.reward_functions = load_reward_functions(functions)
         experience = _experience(trainer)
@@ -240,6 +339,10 @@ def test_a_file_with_two_functions_runs_once_as_a_module_like_any_other(tmp_path
         ("--reward_model_weight 0 --reward_function x.py:f --normalize_reward", "--normalize_reward"),
         (f"{GROUPS} --advantage_estimator grpo --critic_lora_dim 2", "has no critic"),
         ("--only_optimize_lora --actor_lora_dim 2 --offload_reference_model", "add --separate_ref"),
+        ("--no-scale_group_rewards", "gae divides by none"),
+        (f"{GROUPS} --advantage_estimator rloo --scale_group_rewards", "rloo divides by none"),
+        (f"{GROUPS} --drop_groups_without_spread", "gae compares an answer with what the critic expects"),
+        ("--cliprange_high 0.3", "its ratio is 1, and nothing is clipped"),
         ("--align_overflow", "fp32 gradients do not overflow"),
         ("--align_overflow --dtype bf16 --critic_zero_stage 3", "ZeRO-3 looks for overflows in fp16 alone"),
         (f"{GROUPS} --advantage_estimator rloo --offload --critic_zero_stage 2", "trains the actor alone"),
@@ -307,6 +410,24 @@ def test_samples_are_a_table_for_a_person_and_whole_rows_in_a_file(folders):  # 
     lines = sample_table([*rows, long]).splitlines()
     assert len(lines) == 5 and all(len(line) <= 100 for line in lines)
     assert "…ppp" in lines[-1] and "a b a b" in lines[-1]
+
+
+def test_gae_learns_from_several_answers_to_a_prompt_and_samples_say_which(run_step, folders, pairs_folder, tmp_path):  # noqa: F811
+    text = f"""
+        --dtype fp32 --per_device_generation_batch_size 4 --per_device_training_batch_size 2 --max_prompt_seq_len 24
+        --max_answer_seq_len 8 {GROUPS} --sample_interval 1 --enable_test_mode --test_stop_step 2
+    """
+    models = dict(actor_model_name_or_path=folders[0], critic_model_name_or_path=folders[1])
+    places = dict(data_path=pairs_folder, data_output_path=tmp_path / "cache", output_dir=tmp_path / "out")
+    run_step(3, flags(text, **models, **places))
+    rows = read_metrics(tmp_path / "out")
+    assert len(rows) == 2 and all(
+        "train/critic_loss" in row and "train/groups_without_spread" not in row for row in rows
+    )
+    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert [row["group"] for row in samples] == [0, 0, 1, 1] * 2
+    prompts = [row["prompt"] for row in samples]
+    assert prompts[0] == prompts[1] != prompts[2] == prompts[3]
 
 
 def test_step_3_without_critic_or_reward_model(run_step, model_folder, pairs_folder, cache_folder, rewards, tmp_path):

@@ -143,6 +143,32 @@ def test_policy_loss_by_hand_and_no_gradient_where_clipped():
     assert log_probs.grad[0].tolist() == pytest.approx([-1.0, 0.0, -0.5, 1.5])
 
 
+def test_cliprange_high_moves_the_upper_bound_alone():
+    log_probs = torch.tensor([[1.25, 1.5, 0.5, 1.5]]).log().requires_grad_()
+    advantages, mask = torch.tensor([[1.0, 1.0, -1.0, -1.0]]), torch.ones(1, 4)
+    result = ppo_math.policy_loss_sum(log_probs, torch.zeros(1, 4), advantages, mask, 0.2, cliprange_high=0.28)
+    # 1.25 lies within 1.28, 1.5 is clipped to it; 0.5 to 0.8 as ever; a rising ratio of a bad token is never clipped
+    assert result.loss.item() == pytest.approx(-1.25 - 1.28 + 0.8 + 1.5)
+    assert result.clipped.item() == 2
+    result.loss.backward()
+    assert log_probs.grad[0].tolist() == pytest.approx([-1.25, 0.0, 0.0, 1.5])
+
+
+def test_the_mean_of_a_loss_is_over_tokens_or_over_answers_of_the_mean_over_theirs():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
+    values = torch.tensor([[1.0, 2.0, 3.0, 6.0], [10.0, 50.0, 50.0, 50.0], [50.0] * 4])
+    for mean, expected in (("token", (12 + 10) / 5), ("answer", (3 + 10) / 2)):
+        weighted = (ppo_math.loss_weights(mask, mean) * values).sum()
+        assert (weighted / ppo_math.loss_units(mask, mean)).item() == pytest.approx(expected)
+        # Rows of two ranks or micro-batches: sums and counts add up.
+        parts = [mask[:1], mask[1:]], [values[:1], values[1:]]
+        sums = sum((ppo_math.loss_weights(m, mean) * v).sum() for m, v in zip(*parts, strict=True))
+        units = sum(ppo_math.loss_units(m, mean) for m in parts[0])
+        assert (sums / units).item() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="row"):
+        ppo_math.loss_weights(mask, "row")
+
+
 def test_weights_multiply_each_tokens_policy_loss_and_its_gradient():
     log_probs = torch.tensor([[1.0, 1.5, 0.5, 1.5]]).log().requires_grad_()
     advantages, mask = torch.tensor([[1.0, 1.0, 1.0, -1.0]]), torch.tensor([[1, 1, 1, 0]])
@@ -182,6 +208,10 @@ def test_value_loss_by_hand_and_no_gradient_where_clipped():
     assert result.clipped.item() == 2
     result.loss.backward()
     assert values.grad[0].tolist() == pytest.approx([0.0, 0.0, 0.1])
+    weighted = ppo_math.value_loss_sum(
+        values, values.detach(), torch.zeros(1, 3), torch.ones(1, 3), 0.2, torch.tensor([[0.5, 0.0, 2.0]])
+    )
+    assert weighted.loss.item() == pytest.approx(0.5 * (0.5 * 1 + 2 * 0.01))
 
 
 def test_pads_do_not_change_losses():

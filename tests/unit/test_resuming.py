@@ -1,13 +1,16 @@
 """What --resume refuses, passes over and leaves alone, and how a run stops."""
 
 import json
+import math
 import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
-from helpers import assert_same_run, flags, killed_after
+import torch
+from helpers import assert_same_run, flags, killed_after, read_metrics
+from safetensors.torch import load_file
 
 from utils.process.errors import EndOfRun, UserError
 from utils.run import checkpoint, checkpoint_files, same_run
@@ -28,9 +31,9 @@ def test_a_run_that_is_not_the_same_is_refused_with_flag_and_values(run_step, st
     arguments, folder = stopped
     resuming = [*arguments, "--resume", "auto"]
     for more, message in (
-        ("--learning_rate 0.1", r"--learning_rate is 0\.1, and was 0\.001"),
+        ("--learning_rate 0.1", r"--learning_rate is 0\.1, and was 2e-05"),
         ("--seed 5", "--seed is 5, and was 1234"),
-        ("--zero_stage 1", "--zero_stage is 1, and was 0"),
+        ("--zero_stage 1 --seed 5", "--seed is 5, and was 1234"),
     ):
         with pytest.raises(UserError, match=message):
             run_step(1, [*resuming, *flags(more)])
@@ -38,7 +41,8 @@ def test_a_run_that_is_not_the_same_is_refused_with_flag_and_values(run_step, st
         run_step(1, [*arguments, "--overwrite_output_dir", "--checkpoint_dir", folder])
     with monkeypatch.context() as patch:
         patch.setattr(same_run, "get_world_size", lambda: 2)
-        with pytest.raises(UserError, match="written by 1 ranks and this run has 2"):
+        arithmetic = r"2 x 1 on 1 rank\(s\) = 2 rows, which --per_device_train_batch_size 2 on 2 .* does not divide"
+        with pytest.raises(UserError, match=arithmetic + ".*; give --per_device_train_batch_size 1$"):
             run_step(1, resuming)
     state = read_checkpoint(folder / "step-00000004").state
     (folder / "step-00000004/state.json").write_text(json.dumps(state | {"rows": "others"}))
@@ -152,3 +156,85 @@ def test_sigterm_finishes_the_step_saves_and_ends_well(run_step, start, tmp_path
     run_step(1, [*arguments, "--resume", "auto"])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert_same_run(tmp_path / "plain", tmp_path / "resumed")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["train/loss"] for row in read_metrics(folder)}
+
+
+def assert_follows(folder: Path, plain: Path, after: int, tolerance: float = 1e-4) -> None:
+    """The losses of a resumed run from a step on, against those of an undisturbed one."""
+    want, got = losses(plain), losses(folder)
+    assert sorted(got) == [step for step in sorted(want) if step > after]
+    assert max(abs(got[step] - want[step]) / want[step] for step in got) < tolerance
+
+
+@pytest.mark.parametrize("lora", ["", "--lora_dim 2 --weight_decay 5"])
+@pytest.mark.parametrize("stages", [(0, 3), (3, 2), (2, 0), (1, 3)])
+def test_another_zero_stage_goes_on_from_the_same_numbers(run_step, start, tmp_path, stages, lora):
+    """With groups of their own learning rates and weight decays, as LoRA has them."""
+    common = [*start(1), *flags(f"--dropout 0 --checkpoint_steps 6 {lora}")]
+    then, now = ([*common, "--zero_stage", stage] for stage in stages)
+    run_step(1, [*then, "--output_dir", tmp_path / "plain", "--keep_checkpoints", 9])
+    checkpoint = tmp_path / "plain/checkpoints/step-00000006"
+    run_step(1, [*now, "--output_dir", tmp_path / "other", "--resume", checkpoint])
+    assert_follows(tmp_path / "other", tmp_path / "plain", after=6)
+
+
+def test_settings_that_are_allowed_to_change_do(run_step, stopped, tmp_path, capsys):
+    arguments, folder = stopped
+    run_step(1, [*arguments, *flags("--resume auto --allow_changed learning_rate --learning_rate 5e-4")])
+    told = capsys.readouterr().out
+    assert "--allow_changed: --learning_rate is 0.0005, and was 0.001" in told
+    assert (
+        "the learning rate of the next is 0.000426777, and would have been 0.000853553" in told
+    )  # (1 + cos(pi/4)) / 2
+    rate = next(row["train/lr"] for row in read_metrics(folder.parent) if row["step"] == 5)
+    assert rate == pytest.approx(5e-4 * (1 + math.cos(math.pi * 4 / 16)) / 2)
+
+
+def test_a_finished_run_is_made_longer(run_step, start, tmp_path, capsys):
+    arguments = [*start(1), *flags("--checkpoint_steps 4 --num_train_epochs 1", output_dir=tmp_path)]
+    run_step(1, arguments)
+    with pytest.raises(EndOfRun, match="has finished after 8 steps"):
+        run_step(1, [*arguments, *flags("--resume auto --allow_changed learning_rate")])
+    with pytest.raises(UserError, match="--num_train_epochs is 2, and was 1"):
+        run_step(1, [*arguments, *flags("--resume auto --num_train_epochs 2")])
+    run_step(1, [*arguments, *flags("--resume auto --num_train_epochs 2 --allow_changed num_train_epochs")])
+    assert "the run had finished after 1 epochs, and goes on" in capsys.readouterr().out
+    assert list(losses(tmp_path)) == list(range(1, 17))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--resume auto --allow_changed seed", "the model, the rows or their order depend on it"),
+        ("--resume auto --allow_changed learning_rat", "no flag --learning_rat; did you mean learning_rate"),
+        ("--allow_changed learning_rate", "there is no --resume"),
+        ("--resume auto --resume_weights_only", "needs the folder of a checkpoint"),
+    ],
+)
+def test_flags_of_resuming_that_mean_nothing_are_refused(run_step, start, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        run_step(1, [*start(1), *flags(more, output_dir=tmp_path)])
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_run_of_its_own_from_the_weights_of_a_checkpoint(run_step, start, tmp_path, stage, capsys):
+    """Other stage, batch, seed and rate: with a rate of nearly 0 it ends with the weights that it took."""
+    run_step(1, [*start(1), *flags("--zero_stage 1 --checkpoint_steps 8", output_dir=tmp_path / "first")])
+    other = flags(
+        f"--zero_stage {stage} --seed 5 --per_device_train_batch_size 4 --learning_rate 1e-30 --checkpoint_steps 1 "
+        "--resume_weights_only",
+        resume=tmp_path / "first/checkpoints/step-00000016",
+        output_dir=tmp_path / "second",
+    )
+    run_step(1, [*start(1), *other])
+    assert "after 16 steps; all else begins anew" in capsys.readouterr().out
+    want, got = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert min(losses(tmp_path / "second")) == 1
+    with pytest.raises(UserError, match=r"holds a model|holds checkpoints"):  # which it would replace
+        run_step(1, [*start(1), *other])
+    with pytest.raises(UserError, match=r"has no place|does not hold"):
+        run_step(2, [*start(2), *other, "--overwrite_output_dir"])

@@ -59,9 +59,17 @@ def test_a_function_of_trl_gets_the_rest_as_keywords():
     assert got["kwargs"] == {
         "prompts": PROMPTS,
         "answers": ANSWERS,
+        "ended": [True, True],
         "level": [3, None],
         "prompt_messages": [row["prompt_messages"] for row in COLUMNS],
     }
+
+
+def test_a_function_may_ask_whether_answers_ended():
+    function = RewardFunction("f", lambda ended: [float(end) for end in ended])
+    assert function(PROMPTS, ANSWERS, COLUMNS, [True, False]) == [1.0, 0.0]
+    assert function(PROMPTS, ANSWERS) == [1.0, 1.0]
+    assert function.wants() == ()  # no column of the data
 
 
 def test_a_default_stands_where_the_data_have_no_such_column():

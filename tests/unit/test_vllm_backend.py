@@ -175,6 +175,14 @@ def test_flags_that_vllm_cannot_serve_are_refused(monkeypatch, flags, complaint)
         arguments.check_step(parser.parse_args([*given, "--hybrid_engine_backend", "vllm", *flags.split()]), 3)
 
 
+@pytest.mark.parametrize("flag, value", [("--vllm_kv_cache_gib", "1"), ("--vllm_gpu_memory_utilization", "0.5")])
+def test_flags_of_vllm_are_refused_where_another_backend_generates(flag, value):
+    parser = arguments.build_parser(3)
+    given = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "b", flag, value]
+    with pytest.raises(UserError, match=f"{flag} needs --hybrid_engine_backend vllm"):
+        arguments.check_step(parser.parse_args(given), 3)
+
+
 @pytest.mark.parametrize(
     "cuts, temperature, vocabulary, records",
     [

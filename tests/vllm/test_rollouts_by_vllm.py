@@ -1,12 +1,29 @@
 """Rollouts by vLLM: those of generate() on every layout, weights that change, sampling, resuming."""
 
+import contextlib
+import json
 import math
+import os
+import signal
+import subprocess
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PROJECT, assert_same_run, flags, launch, make_model, random_model, read_metrics
+from helpers import (
+    PROJECT,
+    STEPS,
+    assert_same_run,
+    flags,
+    launch,
+    launch_command,
+    make_model,
+    random_model,
+    read_metrics,
+    surroundings,
+)
 
 from utils.generation.hybrid_engine import HybridEngine
 from utils.generation.sampling import Decoding
@@ -14,6 +31,7 @@ from utils.generation.vllm_backend import VllmEngine, VllmSettings
 from utils.model.saving import published_weights
 from utils.module.lora import convert_linear_layer_to_lora, lora_layers
 from utils.process.errors import UserError
+from utils.run.checkpoint_files import newest_checkpoint
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
@@ -158,6 +176,54 @@ def test_a_run_resumes_bit_equal(start, tmp_path):
         assert code == 0, console[-3000:]
     assert_same_run(tmp_path / "plain", tmp_path / "resumed")
     assert all("train/gather_seconds" in row for row in read_metrics(tmp_path / "plain"))
+
+
+def test_groups_of_answers_are_judged_by_a_function_and_the_adapters_learn_from_them(start, tmp_path):
+    """GRPO with a reward of the user's own: each prompt comes once, and its four answers differ."""
+    make_model(tmp_path / "actor", "llama for vllm")
+    (tmp_path / "judge.py").write_text(
+        "def distinct(prompts, answers):\n    return [float(len(set(answer))) for answer in answers]\n"
+    )
+    run = f"{VLLM} --per_device_generation_batch_size 4 --num_generations_per_prompt 4 --advantage_estimator grpo"
+    run += " --sample_interval 1 --actor_lora_dim 4 --actor_learning_rate 1e-2 --num_train_epochs 2"
+    files = dict(reward_function=f"{tmp_path / 'judge.py'}:distinct", output_dir=tmp_path / "run")
+    given = [*start(3), *flags(run, actor_model_name_or_path=tmp_path / "actor", **files)]
+    code, console = launch(3, given)
+    assert code == 0, console[-3000:]
+    rows = read_metrics(tmp_path / "run")
+    assert len(rows) > 1 and all(row["train/rollout_log_prob_gap"] < 1e-4 for row in rows[1:])
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    for row in rows[1:]:
+        assert row["train/score/distinct"] > 1
+        total = row["train/score/distinct"] + row["train/score/reward_model"]
+        assert math.isclose(row["train/score"], total, rel_tol=1e-5)
+    assert len({sample["answer"] for sample in samples[:4]}) > 1 and len({s["prompt"] for s in samples[:4]}) == 1
+
+
+def test_sigterm_stops_two_ranks_and_leaves_no_process(start, tmp_path):
+    make_model(tmp_path / "actor", "llama for vllm")
+    run = flags(f"{VLLM} --num_train_epochs 2000 --checkpoint_steps 1000 --resume auto")
+    files = flags(actor_model_name_or_path=tmp_path / "actor", output_dir=tmp_path / "run")
+    command, metrics = (
+        launch_command(STEPS[3], [*start(3), *run, *files], "torchrun", 2),
+        tmp_path / "run/metrics.jsonl",
+    )
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log, env=surroundings(), start_new_session=True)
+    try:
+        end = time.monotonic() + 240
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+            assert run.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        run.send_signal(signal.SIGTERM)
+        run.wait(60)
+        left = subprocess.run(["ps", "-o", "args=", "--sid", str(run.pid)], capture_output=True, text=True, check=False)
+        assert not left.stdout, left.stdout
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert (tmp_path / "log").read_text().count("stopped by SIGTERM") == 1
+    assert newest_checkpoint(tmp_path / "run/checkpoints") is not None
 
 
 def test_a_family_that_vllm_does_not_have_is_refused_in_one_line(tmp_path):

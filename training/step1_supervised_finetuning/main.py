@@ -107,8 +107,8 @@ def main():
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=1)
-    given, args = args, arguments.settle(args, step=1)
-    checkpoints = Checkpoints(args, "model_name_or_path")
+    given, checkpoints = args, Checkpoints(arguments.settle(args, step=1), "model_name_or_path")
+    args = checkpoints.args
     arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 

@@ -104,8 +104,8 @@ def main():
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, DPO)
-    given, args = args, arguments.settle(args, DPO)
-    checkpoints = Checkpoints(args, "model_name_or_path")
+    given, checkpoints = args, Checkpoints(arguments.settle(args, DPO), "model_name_or_path")
+    args = checkpoints.args
     arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 

@@ -114,8 +114,8 @@ def main():
     device = init_distributed(args)
     if args.dry_run:
         return preflight(args, step=2)
-    given, args = args, arguments.settle(args, step=2)
-    checkpoints = Checkpoints(args, "model_name_or_path")
+    given, checkpoints = args, Checkpoints(arguments.settle(args, step=2), "model_name_or_path")
+    args = checkpoints.args
     arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 

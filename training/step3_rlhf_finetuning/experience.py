@@ -1,7 +1,7 @@
 """What one round of generation leaves behind for training, and its micro-batches."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class Experience:
     rewards: torch.Tensor | None = None  # [B, A] KL penalty and score, filled in by compute_rewards
     advantages: torch.Tensor | None = None  # [B, A]
     returns: torch.Tensor | None = None  # [B, A]
+    has_spread: torch.Tensor | None = None  # [B] bool: the answers to its prompt differ in score; None with gae
 
     @property
     def answer_width(self) -> int:
@@ -52,6 +53,10 @@ class Experience:
         """Rows by slice, list or index tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Experience(**{name: None if value is None else value[rows] for name, value in values.items()})
+
+    def of_groups_with_spread(self) -> "Experience":
+        """The same rows, of which those that ``has_spread`` leaves out weigh nothing."""
+        return replace(self, answer_mask=self.answer_mask * self.has_spread.unsqueeze(1))
 
     @staticmethod
     def concat(parts: list["Experience"], pad_token_id: int) -> "Experience":

@@ -124,6 +124,8 @@ def judge(trainer, experience) -> dict[str, float]:
 def update_models(trainer, args, skip, experience, batch, shuffler, unsupervised) -> list[dict]:
     """Optimizer steps of actor and critic from --ppo_epochs passes, the average behind them; the figures of each."""
     losses, engines = [], trainer.rlhf_engine
+    if args.drop_groups_without_spread:
+        experience = experience.of_groups_with_spread()
     for _ in range(args.ppo_epochs):
         for window in micro_batch_windows(experience, batch, shuffler, unsupervised):
             loss = trainer.train_rlhf(window, skip)
@@ -158,9 +160,9 @@ def main():
     if args.dry_run:
         return preflight(args, step=3)
     given, args = args, arguments.settle(args, step=3)
-    batch = arguments.RLHFBatchSizes.of(args)
     reward_functions = load_reward_functions(args.reward_function)
     checkpoints = Checkpoints(args, "actor_model_name_or_path", "critic_model_name_or_path")
+    args, batch = checkpoints.args, arguments.RLHFBatchSizes.of(checkpoints.args)
     arguments.write_run_config(parser, given, resumed=checkpoints.resumed is not None)
     set_random_seed(args.seed)
 

@@ -6,6 +6,8 @@ real answer tokens, the first end token (EOS) included, and 0 after it. All in f
 Sources: PPO, Schulman et al. 2017, https://arxiv.org/abs/1707.06347. GAE, Schulman et al. 2015, https://arxiv.org/abs/1506.02438.
 RLHF, Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, and Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
 RLOO, Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740. GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300.
+Dr. GRPO, Liu et al. 2025, https://arxiv.org/abs/2503.20783. DAPO, Yu et al. 2025, https://arxiv.org/abs/2503.14476.
+REINFORCE++, Hu et al. 2025, https://arxiv.org/abs/2501.03262.
 KL estimators, http://joschu.net/blog/kl-approx.html. Details, Huang et al. 2024, https://arxiv.org/abs/2403.17031.
 Truncated importance sampling (TIS), Yao et al. 2025, https://fengyao.notion.site/off-policy-rl.
 """
@@ -152,16 +154,20 @@ def get_advantages_and_returns(
 
 
 def group_advantages(
-    rewards: torch.Tensor, usable: torch.Tensor, group_size: int, kind: str, eps: float = 1e-4
+    rewards: torch.Tensor, usable: torch.Tensor, group_size: int, kind: str, scale: bool = True, eps: float = 1e-4
 ) -> torch.Tensor:
     """How much better an answer is than the other answers to its prompt; no critic is needed.
 
     ``rloo``: the reward minus the mean reward of the others (Ahmadian et al. 2024, eq. 8).
-    ``grpo``: the reward minus the group's mean, over its standard deviation (Shao et al. 2024, section 4.1.2).
+    ``grpo``: the reward minus the group's mean, over its standard deviation (Shao et al. 2024, section 4.1.2); without
+    ``scale`` not divided, so that prompts on which answers hardly differ do not weigh as much as those on which they
+    do (Dr. GRPO, Liu et al. 2025, section 3.2). That, whitened over the batch, is the advantage of REINFORCE++ with
+    a group baseline (Hu et al. 2025).
 
     Args:
         rewards: [B], of whole answers; each ``group_size`` rows in a row answer one prompt.
         usable: [B] bool; the other rows are no part of their group.
+        scale: of grpo alone.
 
     Returns:
         [B]; 0 for rows that are not usable or have no other to be compared with.
@@ -172,17 +178,61 @@ def group_advantages(
     if kind == "rloo":
         advantage = value - (total - value) / (n - 1).clamp(min=1)
     elif kind == "grpo":
-        centred = (value - total / n.clamp(min=1)) * counted
-        std = ((centred**2).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-        advantage = centred / (std + eps)
+        advantage = (value - total / n.clamp(min=1)) * counted
+        if scale:
+            std = ((advantage**2).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+            advantage = advantage / (std + eps)
     else:
         raise ValueError(f"unknown group advantage {kind!r}: rloo or grpo")
     return (advantage * counted * (n > 1)).flatten()
 
 
+def groups_with_spread(scores: torch.Tensor, usable: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Which groups hold usable answers of different scores; the others' answers all have the advantage 0.
+
+    A group that is right (or wrong) throughout teaches nothing: DAPO (Yu et al. 2025, eq. 11) leaves it out.
+
+    Args:
+        scores: [B], of whole answers; each ``group_size`` rows in a row answer one prompt. usable: [B] bool.
+
+    Returns:
+        [B / group_size] bool.
+    """
+    value, counted = scores.view(-1, group_size), usable.view(-1, group_size)
+    highest = value.masked_fill(~counted, -math.inf).amax(1)
+    lowest = value.masked_fill(~counted, math.inf).amin(1)
+    return highest > lowest
+
+
+def loss_weights(mask: torch.Tensor, mean: str) -> torch.Tensor:
+    """What each token weighs in a sum whose division by ``loss_units`` makes the mean of a loss.
+
+    ``token``: each token alike (DAPO, Yu et al. 2025, eq. 12; so do the PPO of Ziegler et al. and Dr. GRPO, whose
+    constant divisor is a matter of the learning rate). ``answer``: each answer alike, whatever its length: 1 / length
+    (GRPO, Shao et al. 2024, eq. 3).
+
+    Args:
+        mask: [B, A].
+
+    Returns:
+        [B, A]; 0 outside the mask.
+    """
+    if mean == "token":
+        return mask.float()
+    if mean == "answer":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1)
+    raise ValueError(f"unknown mean of a loss {mean!r}: token or answer")
+
+
+def loss_units(mask: torch.Tensor, mean: str) -> torch.Tensor:
+    """How many tokens, or answers, the mean of a loss is taken over: a scalar, of the rows of ``mask`` [B, A]."""
+    return mask.sum() if mean == "token" else mask.any(dim=1).sum()
+
+
 @dataclass
 class PolicyLoss:
-    """Sums over real tokens, to be divided by the token count of the whole mini-batch."""
+    """Sums over real tokens, to be divided by the count of the whole mini-batch: the loss by that of what it is a mean
+    over (``loss_units``), the others by that of tokens."""
 
     loss: torch.Tensor  # scalar with gradient
     clipped: torch.Tensor  # tokens whose gradient the clip stopped
@@ -190,15 +240,20 @@ class PolicyLoss:
     ratio: torch.Tensor  # new over old probability
 
 
-def policy_loss_sum(log_probs, old_log_probs, advantages, mask, cliprange: float, weights=None) -> PolicyLoss:
+def policy_loss_sum(
+    log_probs, old_log_probs, advantages, mask, cliprange: float, weights=None, cliprange_high: float | None = None
+) -> PolicyLoss:
     """PPO's clipped surrogate, a sum over real tokens: max(-A r, -A clip(r, 1-c, 1+c)), r = new / old. All [B, A].
 
-    ``weights``: factors of the tokens' terms, without gradient (``truncated_importance_weights``); None for 1.
+    ``weights``: factors of the tokens' terms, without gradient (``truncated_importance_weights``, ``loss_weights``);
+    None for 1. ``cliprange_high``: c of the upper bound where it is another: DAPO's clip-higher (Yu et al. 2025,
+    section 3.1) lets unlikely tokens gain more before they are held.
     """
     log_ratio = (log_probs - old_log_probs) * mask
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    highest = 1 + (cliprange if cliprange_high is None else cliprange_high)
+    clipped = -advantages * ratio.clamp(1 - cliprange, highest)
     with torch.no_grad():
         stopped = ((clipped > unclipped) * mask).sum()
         approx_kl = ((torch.expm1(log_ratio) - log_ratio) * mask).sum()
@@ -209,20 +264,24 @@ def policy_loss_sum(log_probs, old_log_probs, advantages, mask, cliprange: float
 
 @dataclass
 class ValueLoss:
-    """Sums over real tokens, to be divided by the token count of the whole mini-batch."""
+    """Sums over real tokens, to be divided by the count of the whole mini-batch, as those of PolicyLoss."""
 
     loss: torch.Tensor  # scalar with gradient
     clipped: torch.Tensor  # tokens whose gradient the clip stopped
     value: torch.Tensor  # the values themselves
 
 
-def value_loss_sum(values, old_values, returns, mask, cliprange_value: float) -> ValueLoss:
-    """Half the squared error of the value, clipped around the old value, summed over real tokens. All [B, A]."""
+def value_loss_sum(values, old_values, returns, mask, cliprange_value: float, weights=None) -> ValueLoss:
+    """Half the squared error of the value, clipped around the old value, summed over real tokens. All [B, A].
+
+    ``weights``: factors of the tokens' terms (``loss_weights``); None for 1.
+    """
     clipped_values = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
     unclipped = (values - returns) ** 2
     clipped = (clipped_values - returns) ** 2
     stopped = ((clipped > unclipped) * mask).sum().detach()
-    return ValueLoss(0.5 * (torch.maximum(unclipped, clipped) * mask).sum(), stopped, (values * mask).sum().detach())
+    terms = torch.maximum(unclipped, clipped) * (mask if weights is None else weights * mask)
+    return ValueLoss(0.5 * terms.sum(), stopped, (values * mask).sum().detach())
 
 
 def explained_variance(values, returns, mask, reduce: Reduce = _this_process_only) -> torch.Tensor:

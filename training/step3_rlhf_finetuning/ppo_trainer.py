@@ -46,7 +46,9 @@ class DeepSpeedPPOTrainer:
         self.generated_steps = 0
         self.skipped_updates = 0
         self.update = Update(rlhf_engine.trained_engines(), args.align_overflow)
-        self.reward_scale = reward_scale(self.reward_model.module.config) if args.normalize_reward else None
+        self.reward_scale = None
+        if self.reward_model is not None:
+            self.reward_scale = reward_scale(self.reward_model.module.config, args.normalize_reward)
         self._refuse_without_rollout_log_probs()
 
     def state_dict(self) -> dict:
@@ -97,8 +99,8 @@ class DeepSpeedPPOTrainer:
             with self.rlhf_engine.reference_weights():
                 ref_log_probs, _ = self._answer_log_probs(self.ref_label_log_probs, input_ids, attention_mask, width)
             values = self._answer_values(input_ids, attention_mask, width) if self.critic_model is not None else None
-            score_parts = self._score_parts(input_ids, attention_mask, prompts.shape[1], columns)
-        ended = ppo_math.is_end_token(answers, self.end_token_ids).any(dim=1)
+            ended = ppo_math.is_end_token(answers, self.end_token_ids).any(dim=1)
+            score_parts = self._score_parts(input_ids, attention_mask, prompts.shape[1], columns, ended)
         scores = self._final_scores(score_parts, ended)
         self.train()
         # An answer that is nothing but an end token says nothing the reward model was trained to judge.
@@ -177,10 +179,10 @@ class DeepSpeedPPOTrainer:
             function.name for function in self.reward_functions
         ]
 
-    def _score_parts(self, input_ids, attention_mask, prompt_width, columns=None) -> torch.Tensor:
+    def _score_parts(self, input_ids, attention_mask, prompt_width, columns=None, ended=None) -> torch.Tensor:
         """[B, n]: what the reward model, if there is one, and each reward function give to the answers.
 
-        ``columns``: [B] dicts of the data's columns, for reward functions.
+        ``columns``: [B] dicts of the data's columns, ``ended``: [B] bool, for reward functions.
         """
         parts = []
         if self.reward_model is not None:
@@ -195,7 +197,8 @@ class DeepSpeedPPOTrainer:
             )
             scores = []
             # A function that fails on one rank must not leave the others waiting.
-            agree(lambda: scores.extend(function(prompts, answers, columns) for function in self.reward_functions))
+            ended = None if ended is None else ended.tolist()
+            agree(lambda: scores.extend(judge(prompts, answers, columns, ended) for judge in self.reward_functions))
             parts += [torch.tensor(row, dtype=torch.float32, device=input_ids.device) for row in scores]
         return torch.stack(parts, dim=1)
 
@@ -209,9 +212,7 @@ class DeepSpeedPPOTrainer:
                 mean, std = self.reward_scale
                 parts[0] = (parts[0] - mean) / std
         scores = sum(weight * part for weight, part in zip(weights, parts, strict=True))
-        if self.args.missing_eos_penalty is not None:
-            scores = scores - self.args.missing_eos_penalty * (~ended).float()
-        return scores
+        return scores - self.args.missing_eos_penalty * (~ended).float()
 
     def _answer_log_probs(self, label_log_probs: LabelLogProbs, input_ids, attention_mask, width, with_entropy=False):
         """Log-probs [B, A] of the last ``width`` tokens, 0 at pads; and their entropies [B, A], or None."""
@@ -254,17 +255,20 @@ class DeepSpeedPPOTrainer:
                 experience.values, experience.rewards, experience.answer_mask, self.args.gamma, self.args.lam
             )
         else:
-            whole = ppo_math.group_advantages(
-                experience.rewards.sum(1),
-                experience.usable,
-                self.args.num_generations_per_prompt,
-                self.args.advantage_estimator,
-            )
-            advantages = whole.unsqueeze(1) * experience.answer_mask
+            advantages = self._group_advantages(experience).unsqueeze(1) * experience.answer_mask
         if self.args.whiten_advantages:
             advantages = ppo_math.masked_whiten(advantages, experience.answer_mask, all_reduce_sum)
         experience.advantages = advantages
         return experience
+
+    def _group_advantages(self, experience: Experience) -> torch.Tensor:
+        """[B]: each answer against the others to its prompt; notes which groups differ in score."""
+        args, size = self.args, self.args.num_generations_per_prompt
+        clipped = experience.scores.clamp(-args.clip_reward_value, args.clip_reward_value)
+        experience.has_spread = ppo_math.groups_with_spread(clipped, experience.usable, size).repeat_interleave(size)
+        return ppo_math.group_advantages(
+            experience.rewards.sum(1), experience.usable, size, args.advantage_estimator, args.scale_group_rewards
+        )
 
     def experience_metrics(self, experience: Experience) -> dict[str, float]:
         """What the rollouts were like, over all ranks."""
@@ -293,6 +297,9 @@ class DeepSpeedPPOTrainer:
             more["explained_variance"] = ppo_math.explained_variance(
                 experience.values, experience.returns, mask, all_reduce_sum
             ).item()
+        if experience.has_spread is not None:
+            rows_without = all_reduce_sum((~experience.has_spread).sum()).item()
+            more["groups_without_spread"] = rows_without // self.args.num_generations_per_prompt
         if experience.scored_log_probs is not None and experience.rollout_log_probs is not None:
             pair = experience.scored_log_probs, experience.rollout_log_probs
             gap, largest = ppo_math.log_prob_gap(*pair, mask, all_reduce_sum, all_reduce_max)
@@ -315,10 +322,11 @@ class DeepSpeedPPOTrainer:
     # ------------------------------------------------------------ updates
 
     def actor_loss_fn(self, log_probs, old_log_probs, advantages, mask, weights=None) -> ppo_math.PolicyLoss:
-        return ppo_math.policy_loss_sum(log_probs, old_log_probs, advantages, mask, self.args.cliprange, weights)
+        clip = self.args.cliprange, weights, self.args.cliprange_high
+        return ppo_math.policy_loss_sum(log_probs, old_log_probs, advantages, mask, *clip)
 
-    def critic_loss_fn(self, values, old_values, returns, mask) -> ppo_math.ValueLoss:
-        return ppo_math.value_loss_sum(values, old_values, returns, mask, self.args.cliprange_value)
+    def critic_loss_fn(self, values, old_values, returns, mask, weights=None) -> ppo_math.ValueLoss:
+        return ppo_math.value_loss_sum(values, old_values, returns, mask, self.args.cliprange_value, weights)
 
     def train_rlhf(
         self, window: list[MicroBatch], is_dropped: Callable[[Figures], bool] = refuse_nonfinite
@@ -328,65 +336,73 @@ class DeepSpeedPPOTrainer:
         Args:
             is_dropped: from losses and norms, whether the step makes no update; it may raise (NonFiniteSteps).
 
-        Losses are means over the real answer tokens of all ranks and micro-batches. Returns metrics; None, on every
-        rank alike, if there was no token to learn from.
+        Losses are means over the real answer tokens (or, by --loss_mean, over the answers) of all ranks and
+        micro-batches. Returns metrics, which are means over tokens; None, on every rank alike, if there was no token
+        to learn from.
         """
-        device = window[0].experience.input_ids.device
-        tokens = sum(micro.experience.answer_mask.sum() for micro in window)
+        device, masks = window[0].experience.input_ids.device, [micro.experience.answer_mask for micro in window]
+        tokens = sum(mask.sum() for mask in masks)
+        units = sum(ppo_math.loss_units(mask, self.args.loss_mean) for mask in masks)
         unsupervised_tokens = sum(self._unsupervised_tokens(micro) for micro in window)
-        counts = torch.stack([tokens.float(), torch.tensor(float(unsupervised_tokens), device=device)])
-        tokens, unsupervised_tokens = all_reduce_sum(counts).tolist()
+        unsupervised_tokens = torch.tensor(float(unsupervised_tokens), device=device)
+        counts = all_reduce_sum(torch.stack([tokens.float(), units.float(), unsupervised_tokens]))
+        tokens, units, unsupervised_tokens = counts.tolist()
         if tokens == 0:
             self.skipped_updates += 1
             return None
         for micro in self.update.micro_batches(window):
-            self._actor_backward(micro, tokens, unsupervised_tokens)
+            self._actor_backward(micro, tokens, units, unsupervised_tokens)
             if self.critic_model is not None:
-                self._critic_backward(micro.experience, tokens)
+                self._critic_backward(micro.experience, tokens, units)
         figures = self.update.step(is_dropped)
         norms = {name: math.nan for name, value in figures.items() if value is None}
         return figures | norms | {"actor_step_applied": self.actor_model.was_step_applied()}
 
-    def _actor_backward(self, micro: MicroBatch, tokens: float, unsupervised_tokens: float) -> None:
-        """The gradient of the policy's loss, and of the ptx loss where there is text for it."""
+    def _actor_backward(self, micro: MicroBatch, tokens: float, units: float, unsupervised_tokens: float) -> None:
+        """The gradient of the policy's loss, and of the ptx loss where there is text for it.
+
+        Args:
+            tokens, units: answer tokens of the whole step, and what its losses are means over (``loss_units``).
+        """
         batch, update = micro.experience, self.update
         mask, width = batch.answer_mask, batch.answer_width
         log_probs, entropies = self._answer_log_probs(
             self.actor_label_log_probs, batch.input_ids, batch.attention_mask, width, with_entropy=True
         )
-        weights = self._importance_weights(batch)
-        policy = self.actor_loss_fn(log_probs, batch.log_probs, batch.advantages, mask, *weights)
-        kl_loss = self._kl_loss_sum(log_probs, batch)
-        loss = (policy.loss + kl_loss) / tokens
+        weights = ppo_math.loss_weights(mask, self.args.loss_mean)
+        kl_loss = self._kl_loss_sum(log_probs, batch, weights)
+        weights = weights * self._importance_weights(batch)
+        policy = self.actor_loss_fn(log_probs, batch.log_probs, batch.advantages, mask, weights)
+        loss = (policy.loss + kl_loss) / units
         update.backward(loss, "actor_loss", "actor", more=unsupervised_tokens > 0)
         update.record(
             clip_fraction=policy.clipped / tokens,
             approx_kl=policy.approx_kl / tokens,
             ratio=policy.ratio / tokens,
             entropy=(entropies * mask).sum() / tokens,
-            kl_loss=kl_loss / tokens,
+            kl_loss=kl_loss / units,
         )
         self._unsupervised_backward(micro, unsupervised_tokens)
 
-    def _importance_weights(self, batch: Experience) -> tuple[torch.Tensor, ...]:
-        """Of the policy loss: with --rollout_is_clip one tensor [B, A]."""
+    def _importance_weights(self, batch: Experience) -> torch.Tensor | float:
+        """Of the policy loss: with --rollout_is_clip [B, A], without 1."""
         if self.args.rollout_is_clip is None:
-            return ()
+            return 1.0
         pair = batch.scored_log_probs, batch.rollout_log_probs
-        weights = ppo_math.truncated_importance_weights(*pair, batch.answer_mask, self.args.rollout_is_clip)
-        return (weights,)
+        return ppo_math.truncated_importance_weights(*pair, batch.answer_mask, self.args.rollout_is_clip)
 
-    def _kl_loss_sum(self, log_probs, batch: Experience) -> torch.Tensor:
-        """GRPO's penalty, a sum over real tokens: kl_ctl times the k3 estimate of KL(policy || reference)."""
+    def _kl_loss_sum(self, log_probs, batch: Experience, weights) -> torch.Tensor:
+        """GRPO's penalty, a weighted sum over tokens: kl_ctl times the k3 estimate of KL(policy || reference)."""
         if self.args.advantage_estimator != "grpo":
             return log_probs.new_zeros(())
         kl = ppo_math.kl_per_token(log_probs, batch.ref_log_probs, "k3")
-        return self.kl_controller.value * (kl * batch.answer_mask).sum()
+        return self.kl_controller.value * (kl * weights).sum()
 
-    def _critic_backward(self, batch: Experience, tokens: float) -> None:
+    def _critic_backward(self, batch: Experience, tokens: float, units: float) -> None:
         values = self._answer_values(batch.input_ids, batch.attention_mask, batch.answer_width)
-        value = self.critic_loss_fn(values, batch.values, batch.returns, batch.answer_mask)
-        self.update.backward(value.loss / tokens, "critic_loss", "critic")
+        weights = ppo_math.loss_weights(batch.answer_mask, self.args.loss_mean)
+        value = self.critic_loss_fn(values, batch.values, batch.returns, batch.answer_mask, weights)
+        self.update.backward(value.loss / units, "critic_loss", "critic")
         self.update.record(value_clip_fraction=value.clipped / tokens, value=value.value / tokens)
 
     def _unsupervised_tokens(self, micro: MicroBatch) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from training.step3_rlhf_finetuning.diagnostics import Diagnostics
 from training.step3_rlhf_finetuning.experience import Experience
 from utils.engine.averages import ExponentialMovingAverage, MovingAverage
 from utils.perf import print_throughput_step3
@@ -41,14 +42,21 @@ class Reporter:
     def __init__(self, args, rlhf_engine, trainer, writer, total_steps: int):
         self.args, self.engine, self.trainer, self.writer = args, rlhf_engine, trainer, writer
         self.samples_per_second, self.score = MovingAverage(), ExponentialMovingAverage()
+        self._diagnostics = Diagnostics(args)
         self._total, self._left, self._gap_told = total_steps, TimeLeft(), False
 
     def state_dict(self) -> dict:
-        return {"samples_per_second": self.samples_per_second.state_dict(), "score": self.score.state_dict()}
+        return {
+            "samples_per_second": self.samples_per_second.state_dict(),
+            "score": self.score.state_dict(),
+            "diagnostics": self._diagnostics.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.samples_per_second.load_state_dict(state["samples_per_second"])
         self.score.load_state_dict(state["score"])
+        if "diagnostics" in state:  # checkpoints of earlier versions have none
+            self._diagnostics.load_state_dict(state["diagnostics"])
 
     def begin(self, prompts: int) -> None:
         args = self.args
@@ -91,7 +99,7 @@ class Reporter:
         rates = self._learning_rates(losses)
         self._print_last_lines(step, metrics, averaged, rates, times)
         if not losses:
-            print_rank_0(f"step {step}: no usable answer in the whole batch, no update")
+            print_rank_0(f"step {step}: no answer to learn from in the whole batch, no update")
         gap = metrics.get("rollout_log_prob_gap", 0.0)
         if gap > LARGE_GAP and not self._gap_told:
             self._gap_told = True
@@ -100,8 +108,11 @@ class Reporter:
                 "(rollout_log_prob_gap in metrics.jsonl), by so much are updates off-policy: --rollout_is_clip 2 "
                 "weighs tokens by it, --hybrid_engine_backend own samples with the policy's kernels"
             )
+        for line in self._diagnostics.update(metrics):
+            print_rank_0(f"step {step + 1}: {line}")
         if self.args.sample_interval and step % self.args.sample_interval == 0:
-            samples = sample_rows(experience, self.trainer.tokenizer, self.args.samples_shown)
+            shown = self.args.samples_shown, self.args.num_generations_per_prompt
+            samples = sample_rows(experience, self.trainer.tokenizer, *shown)
             print_rank_0(sample_table(samples))
             self.writer.write_samples(step, samples)
         print_classic("-" * 85)
@@ -184,8 +195,9 @@ def _brief_figures(metrics: dict) -> str:
     )
 
 
-def sample_rows(experience: Experience, tokenizer, count: int) -> list[dict]:
-    """The first answers of this rank: prompt, answer, score, KL to the reference in nats, tokens, whether it ended."""
+def sample_rows(experience: Experience, tokenizer, count: int, group_size: int = 1) -> list[dict]:
+    """The first answers of this rank: the prompt's number in the step, which its ``group_size`` answers share, prompt,
+    answer, score, KL to the reference in nats, tokens, whether it ended."""
     kl = ((experience.log_probs - experience.ref_log_probs) * experience.answer_mask).sum(1).tolist()
     rows = []
     for i in range(min(count, len(experience))):
@@ -194,6 +206,7 @@ def sample_rows(experience: Experience, tokenizer, count: int) -> list[dict]:
         answer = ids[width:][real[width:]]
         rows.append(
             {
+                "group": i // group_size,
                 "prompt": tokenizer.decode(ids[:width][real[:width]], skip_special_tokens=True),
                 "answer": tokenizer.decode(answer, skip_special_tokens=True),
                 "score": experience.scores[i].item(),

@@ -26,7 +26,7 @@ from utils.arguments.model import (
     check_save_lora_adapters,
     working_stage,
 )
-from utils.generation.vllm_backend import COLDEST, VllmSettings, check_vllm
+from utils.generation.vllm_backend import COLDEST, GPU_MEMORY_UTILIZATION, VllmSettings, check_vllm
 from utils.process.errors import UserError
 from utils.process.world import get_world_size
 
@@ -96,7 +96,7 @@ def add_rlhf_arguments(parser) -> None:
         default=0.0,
         help="AdamW's decay of the critic's matrices; 0 to turn off",
     )
-    add_schedule_arguments(group, warmup=100)
+    add_schedule_arguments(group)
     add = parser.add_argument_group("PPO").add_argument
     on_off = argparse.BooleanOptionalAction
     add(
@@ -128,12 +128,18 @@ def add_rlhf_arguments(parser) -> None:
     )
     add("--kl_horizon", type=positive, default=10000, help="answers over which the KL weight adapts")
     add("--clip_reward_value", type=above_zero, default=5.0, help="scores are clipped to plus or minus this")
-    add("--normalize_reward", action="store_true", help="scale scores by the mean and std saved with the reward model")
+    add(
+        "--normalize_reward",
+        action=on_off,
+        default=None,
+        help="scale scores by the mean and std saved with the reward model; None: where they are saved",
+    )
     add(
         "--missing_eos_penalty",
         type=non_negative_float,
-        default=None,
-        help="taken off the score of an answer without EOS; None for nothing",
+        default=1.0,
+        help="taken off the score of an answer without EOS, in units of the score (with --normalize_reward: its "
+        "standard deviation); 0 for nothing",
     )
     add("--gamma", type=probability, default=1.0, help="discount per token; 1 for none")
     add("--lam", type=probability, default=0.95, help="GAE's lambda: 0 trusts the critic, 1 the rewards")
@@ -150,7 +156,34 @@ def add_rlhf_arguments(parser) -> None:
         default=None,
         help="mean 0, std 1 over all ranks; None for on with gae (published scripts: off), off with rloo and grpo",
     )
+    add(
+        "--scale_group_rewards",
+        action=on_off,
+        default=None,
+        help="grpo: divide by the group's std, so that prompts whose answers hardly differ weigh as much as others; "
+        "--no-scale_group_rewards for Dr. GRPO; None for on with grpo, while gae and rloo have no such division",
+    )
+    add(
+        "--drop_groups_without_spread",
+        action="store_true",
+        help="rloo, grpo: leave prompts out of the update whose answers all got one score (all right, say): they teach "
+        "nothing and thin the mean of the loss; groups_without_spread in the metrics counts them; off: keep them",
+    )
+    add(
+        "--loss_mean",
+        choices=["token", "answer"],
+        default="token",
+        help="losses of a step are means over its answer tokens (DAPO; long answers weigh more), or over its answers, "
+        "of the mean over the tokens of each (GRPO as published; a token of a long answer weighs less)",
+    )
     add("--cliprange", type=above_zero, default=0.2, help="the policy's ratio is clipped to 1 plus or minus this")
+    add(
+        "--cliprange_high",
+        type=above_zero,
+        default=None,
+        help="upper bound of that clip, 1 plus this: 0.28 beside --cliprange 0.2 lets unlikely tokens grow and keeps "
+        "answers varied (DAPO's clip-higher); None for --cliprange",
+    )
     add(
         "--cliprange_value",
         type=above_zero,
@@ -226,8 +259,9 @@ def add_rlhf_arguments(parser) -> None:
     add(
         "--vllm_gpu_memory_utilization",
         type=share,
-        default=0.3,
-        help="share of a GPU's memory that vLLM has for weights and KV cache while it generates; training gets it back",
+        default=None,
+        help="share of a GPU's memory that vLLM has for weights and KV cache while it generates (training gets it "
+        f"back); None: {GPU_MEMORY_UTILIZATION}",
     )
     add(
         "--vllm_kv_cache_gib",
@@ -472,8 +506,9 @@ def _check_rollout_log_probs(args) -> None:
 def _check_vllm(args) -> None:
     """The flags of vLLM against each other."""
     if args.hybrid_engine_backend != "vllm":
-        if args.vllm_kv_cache_gib is not None:
-            raise UserError("--vllm_kv_cache_gib needs --hybrid_engine_backend vllm")
+        for flag in ("vllm_kv_cache_gib", "vllm_gpu_memory_utilization"):
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} needs --hybrid_engine_backend vllm")
         return
     if args.unpin_actor_parameters:
         raise UserError(
@@ -495,7 +530,7 @@ def vllm_settings(args) -> VllmSettings | None:
         max_rows=args.per_device_generation_batch_size,
         cuts=args.do_sample and (args.top_k > 0 or args.top_p < 1),
         tensor_parallel=args.inference_tp_size,
-        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization or GPU_MEMORY_UTILIZATION,
         kv_cache_gib=args.vllm_kv_cache_gib,
     )
 
@@ -516,6 +551,30 @@ def _check_precision(args) -> None:
         )
 
 
+def _check_losses(args) -> None:
+    """The flags of advantages and of the clip against the estimator and the number of updates."""
+    estimator = args.advantage_estimator
+    if args.scale_group_rewards is not None and estimator != "grpo":
+        raise UserError(
+            f"--scale_group_rewards and its --no- say whether grpo divides by the group's std; {estimator} divides by "
+            "none: leave it out, or take --advantage_estimator grpo"
+        )
+    if estimator == "grpo" and args.scale_group_rewards is None:
+        args.scale_group_rewards = True
+    if args.drop_groups_without_spread and estimator == "gae":
+        raise UserError(
+            "--drop_groups_without_spread: gae compares an answer with what the critic expects, not with the others to "
+            "its prompt, and learns from all of them: leave it out, or take --advantage_estimator rloo or grpo"
+        )
+    one_step = args.ppo_epochs == 1 and RLHFBatchSizes.of(args).steps_per_pass == 1
+    if args.cliprange_high is not None and one_step and not (args.actor_dropout or args.rollout_log_probs):
+        raise UserError(
+            "--cliprange_high: with --ppo_epochs 1 and one optimizer step per update the policy has not moved when the "
+            "loss is taken, its ratio is 1, and nothing is clipped: more passes, or a smaller "
+            "--per_device_training_batch_size; or leave it out"
+        )
+
+
 def _check_rewards(args) -> None:
     """What scores an answer, what an advantage is, and which models that takes; settles the flags that depend on it."""
     estimator, answers = args.advantage_estimator, args.num_generations_per_prompt
@@ -526,6 +585,7 @@ def _check_rewards(args) -> None:
         )
     if args.whiten_advantages is None:
         args.whiten_advantages = estimator == "gae"
+    _check_losses(args)
     if estimator != "gae":
         if answers < 2:
             raise UserError(

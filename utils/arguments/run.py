@@ -1,5 +1,6 @@
 """Flags of a run: output, checkpoints, trackers; what depends on the machine."""
 
+import difflib
 import importlib.util
 import re
 from pathlib import Path
@@ -94,16 +95,45 @@ def add_run_arguments(parser, step: Step) -> None:
         metavar="{auto,PATH}",
         default=None,
         help="go on from a checkpoint: auto for the newest (none: a fresh start), or the folder of one; None for a "
-        "fresh start",
+        "fresh start. The number of ranks and the ZeRO stage may be other ones than then",
+    )
+    add(
+        "--resume_weights_only",
+        action="store_true",
+        help="take the weights alone from the checkpoint that --resume PATH names: a run of its own, with any flags, "
+        "whose optimizer, schedule, data order and metrics begin anew; off: go on with all of it",
+    )
+    add(
+        "--allow_changed",
+        type=flag_names,
+        default=[],
+        metavar="NAME,NAME",
+        help="flags that may differ from the checkpoint's, as in learning_rate,num_train_epochs: their values of now "
+        "count from the next step on, and a schedule of the learning rate goes by its rule over the new length. Not "
+        "those that shape the model, the rows or their order; nothing: any difference is refused",
     )
 
 
+def flag_names(text: str) -> list[str]:
+    """Names of flags, with or without their dashes, between commas."""
+    return [part.strip().lstrip("-") for part in text.split(",") if part.strip()]
+
+
+# What a run cannot go on without: the model, and the rows in their order.
+MUST_STAY = re.compile(
+    r"(actor_|critic_)?(model_name_or_path|lora_dim|lora_module_name)|seed|dtype|grad_accum_dtype|quantize\w*|soft_prompt"
+    r"|num_virtual_tokens|soft_prompt_hidden_size|only_optimize_lora|paged_optimizer|offload|enable_ema"
+    r"|advantage_estimator|data_\w*|dataset_\w*|sft_only_data_path|max_train_samples|group_by_length|packing"
+    r"|per_device_train_batch_size|per_device_training_batch_size|per_device_generation_batch_size|generation_batches"
+    r"|gradient_accumulation_steps|num_generations_per_prompt|ppo_epochs|unsupervised_dataset\w*|max_\w*seq_len"
+)
 # Flags that say where a run writes and what it shows, not what it computes. A new flag is taken to shape the training
 # until it is named here.
 MAY_CHANGE_AT_RESUME = {
     *("output_dir", "overwrite_output_dir", "max_shard_size", "save_lora_adapters"),
     *("checkpoint_steps", "checkpoint_dir", "keep_checkpoints"),
-    *("resume", "skip_nonfinite", "log_interval", "report_to", "run_name", "comm_timeout", "enable_tensorboard"),
+    *("resume", "resume_weights_only", "allow_changed"),
+    *("skip_nonfinite", "log_interval", "report_to", "run_name", "comm_timeout", "enable_tensorboard"),
     *("tensorboard_path", "local_rank", "deepspeed", "deepspeed_config"),
     *("data_output_path", "rebuild_cache", "preprocessing_num_workers", "print_loss", "max_eval_samples"),
     *("per_device_eval_batch_size", "eval_interval", "eval_iters", "compute_fp32_loss", "num_padding_at_beginning"),
@@ -111,6 +141,7 @@ MAY_CHANGE_AT_RESUME = {
     *("print_answers", "print_answers_interval", "sample_interval", "samples_shown"),
     *("enable_test_mode", "test_stop_step", "dry_run"),
     *("console", "eval_prompts", "save_best", "early_stopping_patience", "save_interval", "save_total_limit"),
+    "skip_initial_evaluation",
 }
 
 
@@ -120,6 +151,21 @@ def check_checkpoints(args) -> None:
     if not has_folder and (args.checkpoint_steps or args.resume == "auto"):
         flag = "--checkpoint_steps" if args.checkpoint_steps else "--resume auto"
         raise UserError(f"{flag} needs a folder: give --checkpoint_dir or --output_dir")
+    if args.resume_weights_only and args.resume in (None, "auto"):
+        raise UserError("--resume_weights_only needs the folder of a checkpoint: --resume PATH")
+    if args.allow_changed and (args.resume is None or args.resume_weights_only):
+        reason = "any flag may differ with --resume_weights_only" if args.resume else "there is no --resume"
+        raise UserError(f"--allow_changed {','.join(args.allow_changed)}: {reason}; leave it out")
+    for name in args.allow_changed:
+        if name not in vars(args):
+            similar = difflib.get_close_matches(name, vars(args), n=1)
+            hint = f"; did you mean {similar[0]}?" if similar else ""
+            raise UserError(f"--allow_changed {name}: this step has no flag --{name}{hint}")
+        if MUST_STAY.fullmatch(name):
+            raise UserError(
+                f"--allow_changed {name}: the model, the rows or their order depend on it, so that nothing could go "
+                "on; --resume PATH --resume_weights_only starts a run of its own from the weights"
+            )
 
 
 def _settle_dtype(args, device_type: str) -> None:
@@ -152,7 +198,8 @@ def check_output(args) -> None:
                 f"--output_dir {args.output_dir} would write into {start}, the model of --{name} that the run starts "
                 "from: name another folder"
             )
-    if not (args.overwrite_output_dir or args.resume) and (found := results_in(args.output_dir)):
+    goes_on = args.resume and not args.resume_weights_only
+    if not (args.overwrite_output_dir or goes_on) and (found := results_in(args.output_dir)):
         raise UserError(
             f"--output_dir {args.output_dir} holds {' and '.join(found)}: name another folder, replace that with "
             "--overwrite_output_dir, or go on with an earlier run by --resume"

@@ -275,6 +275,11 @@ class PackedDataset(Dataset):
         """What became of the rows, as in the dataset that is packed."""
         return self.dataset.counts
 
+    @property
+    def prompt_format(self):
+        """With which the rows were written, as in the dataset that is packed."""
+        return getattr(self.dataset, "prompt_format", None)
+
     def __len__(self):
         return len(self.blocks)
 

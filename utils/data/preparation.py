@@ -87,6 +87,7 @@ def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int, keep_c
     train, evaluation = prepare_datasets(request, tokenizer)
     alone = all(getattr(find_known_dataset(source.path), "single_questions", False) for source in request.sources)
     prompt_format.remember(tokenizer, style or style_of_rows(train, tokenizer), alone)
+    train.prompt_format = prompt_format.noted(tokenizer)  # for checkpoints
     show_rows(train, tokenizer, args.show_rows, getattr(args, "mask_prompt", False))
     return train, evaluation
 

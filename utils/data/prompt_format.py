@@ -343,6 +343,12 @@ def remember(tokenizer, style, single_questions=False):
     tokenizer.chat_template = _carried(tokenizer, style)
 
 
+def noted(tokenizer):
+    """What ``remember`` was told, as {"style", "single_questions"}; None before."""
+    style = remembered(tokenizer)
+    return style and {"style": style, "single_questions": bool(tokenizer.init_kwargs.get(_SINGLE))}
+
+
 def own_template(tokenizer):
     """The chat template that a tokenizer's model came with: in use, or set aside by ``remember``; None for none."""
     return tokenizer.get_chat_template() if has_own_template(tokenizer) else tokenizer.init_kwargs.get(_OWN_TEMPLATE)

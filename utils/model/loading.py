@@ -97,6 +97,7 @@ def check_there(model_name_or_path) -> None:
     """
     name = str(model_name_or_path)
     if Path(name).is_dir():
+        _refuse_checkpoints(name)
         return
     absent = f"no model could be loaded from {name!r}: there is no such folder (looked for {Path(name).absolute()})"
     if Path(name).exists() or not HUB_MODEL.fullmatch(name):
@@ -141,6 +142,17 @@ def load_config(model_name_or_path, trust_remote_code: bool = False):
         raise UserError(f"config.json of {name!r}: architectures {classes!r} is no list of names")
     _refuse_encoders(config, name)
     return config
+
+
+def _refuse_checkpoints(name: str) -> None:
+    """UserError for a checkpoint of a run, or a folder of them, with the command that makes a model of it."""
+    folder = Path(name)
+    whole = (folder / "state.json").is_file() or any(folder.glob("step-*/state.json"))
+    if whole and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{name!r} is a checkpoint of a run, and no model; this writes its model to a folder: "
+            f"python inference/export_checkpoint.py {name} exported"
+        )
 
 
 def _refuse_encoders(config, name: str) -> None:

@@ -59,8 +59,8 @@ def grow_embedding(model, tokenizer) -> None:
     size = vocabulary_size(tokenizer)
     if size > embedding_rows(model):
         # New rows start at the mean of the old: in a family whose logits all lie far below zero, a small random row
-        # would be the likeliest token of all.
-        model.resize_token_embeddings(8 * math.ceil(size / 8))
+        # would be the likeliest token of all. On the meta device there are none.
+        model.resize_token_embeddings(8 * math.ceil(size / 8), mean_resizing=model.device.type != "meta")
 
 
 def check_positions(config, model_name_or_path, lengths: dict[str, int]) -> None:
@@ -122,6 +122,7 @@ def create_hf_model(
     dtype=torch.float32,
     attn_implementation=None,
     trust_remote_code=False,
+    on_meta=False,
 ):
     """Load a Hugging Face model, ready for training with this tokenizer, whose end tokens it knows.
 
@@ -130,6 +131,7 @@ def create_hf_model(
         ds_config: with ZeRO stage 3 the weights are partitioned while loading.
         rlhf_training: turn dropout off unless ``dropout`` asks for some: PPO compares log-probs of equal weights.
         dropout: every dropout probability; None keeps the model's own.
+        on_meta: shapes alone, on the meta device; no weight is read.
 
     Raises:
         UserError: no such model, weights that do not fit it, with the keys, or a chat template that cannot be used.
@@ -139,7 +141,9 @@ def create_hf_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     accelerator = get_accelerator()
-    if ds_config is not None and not _is_stage_3(ds_config) and accelerator.device_name() != "cpu":
+    if on_meta:
+        options["device_map"] = {"": "meta"}
+    elif ds_config is not None and not _is_stage_3(ds_config) and accelerator.device_name() != "cpu":
         options["device_map"] = {"": accelerator.current_device_name()}  # past host memory
     with memory_given_back(), _zero3_loading(ds_config):
         try:
@@ -175,6 +179,7 @@ def create_critic_model(
     rm_loss="per_token",
     rm_margin=0.0,
     rm_center_coef=0.0,
+    on_meta=False,
 ):
     """A decoder with a value head: a fresh head for step 2, the trained one for step 3 (``rlhf_training``).
 
@@ -193,6 +198,7 @@ def create_critic_model(
         dtype,
         attn_implementation,
         trust_remote_code,
+        on_meta,
     )
     return RewardModel(
         base,

@@ -22,9 +22,11 @@ from utils.process.console import print_rank_0
 from utils.process.errors import UserError
 
 TEXTS = ("prompts", "answers", "completions")  # given with every batch; completions is TRL's name of answers
+ENDED = "ended"  # given with them: whether each answer came to its end token
+GIVEN = (*TEXTS, ENDED)
 PROMPT_MESSAGES = "prompt_messages"  # stands among the columns of the rows of conversations
-OURS = (*TEXTS, PROMPT_MESSAGES)
-OFFER = "prompts, answers (also called completions), prompt_messages where the data are conversations"
+OURS = (*GIVEN, PROMPT_MESSAGES)
+OFFER = "prompts, answers (also called completions), ended, prompt_messages where the data are conversations"
 
 
 @dataclass
@@ -34,8 +36,8 @@ class RewardFunction:
     Attributes:
         name: as metrics call it.
         score: returns n numbers for lists of n values, passed by keyword under the names of its parameters: of TEXTS,
-            texts without special tokens; PROMPT_MESSAGES, the prompt's turns; any column of the data. ``**columns``
-            takes whatever no other parameter does.
+            texts without special tokens; ENDED, booleans; PROMPT_MESSAGES, the prompt's turns; any column of the data.
+            ``**columns`` takes whatever no other parameter does.
 
     Raises:
         UserError: parameters of ``score`` cannot be passed by keyword.
@@ -69,21 +71,26 @@ class RewardFunction:
         """The columns of the data that it would take, PROMPT_MESSAGES among them; "all" for whatever there is."""
         if self.takes_all:
             return "all"
-        return tuple(name for name in (*self.required, *self.optional) if name not in TEXTS)
+        return tuple(name for name in (*self.required, *self.optional) if name not in GIVEN)
 
     def __call__(
-        self, prompts: list[str], answers: list[str], columns: Sequence[Mapping[str, object]] | None = None
+        self,
+        prompts: list[str],
+        answers: list[str],
+        columns: Sequence[Mapping[str, object]] | None = None,
+        ended: Sequence[bool] | None = None,
     ) -> list[float]:
         """n scores, unweighted.
 
         Args:
+            ended: whether each answer came to its end token; None: all did.
             columns: of the data, by name, one mapping per answer; None where there are none.
 
         Raises:
             UserError: the function failed, or gave anything but n numbers. Non-finite numbers pass: the trainer
                 leaves such answers out and counts them.
         """
-        arguments = self._arguments(prompts, answers, columns or [{} for _ in answers])
+        arguments = self._arguments(prompts, answers, columns or [{} for _ in answers], ended)
         try:
             scores = list(self.score(**arguments))
         # Whatever the user's code raises must reach all ranks as an error that names it.
@@ -96,18 +103,19 @@ class RewardFunction:
             raise UserError(f"{self.flag} {self.name} gave {len(scores)} scores for {len(answers)} answers")
         return [float(score) for score in scores]
 
-    def _arguments(self, prompts, answers, columns) -> dict[str, list]:
+    def _arguments(self, prompts, answers, columns, ended) -> dict[str, list]:
         """Lists of its own for each function, so that none sees what another did to them."""
         names = dict.fromkeys(name for row in columns for name in row)
         given = {name: [row.get(name) for row in columns] for name in names}
         given |= {"prompts": list(prompts), "answers": list(answers), "completions": list(answers)}
+        given[ENDED] = [True] * len(answers) if ended is None else [bool(end) for end in ended]
         self.check(given)
         return given if self.takes_all else {n: given[n] for n in (*self.required, *self.optional) if n in given}
 
     def check(self, available: Iterable[str]) -> None:
         """Raise UserError unless there is all that it cannot do without. ``available``: the columns of the data."""
         available = list(available)
-        missing = [name for name in self.required if name not in (*TEXTS, *available)]
+        missing = [name for name in self.required if name not in (*GIVEN, *available)]
         if missing:
             columns = [name for name in available if name not in OURS]
             raise UserError(
@@ -134,11 +142,12 @@ def check_columns(functions: Sequence[RewardFunction], available: Sequence[str])
     """
     for function in functions:
         function.check(available)
-    hidden = [name for name in available if name in TEXTS]
+    hidden = [name for name in available if name in GIVEN]
     if functions and hidden:
         print_rank_0(
             f"the data's column {', '.join(hidden)} is not what {functions[0].flag} gets under that name: prompts are "
-            "the texts the model was asked, answers and completions what it said; rename the column to use it"
+            "the texts the model was asked, answers and completions what it said, ended whether it came to its end; "
+            "rename the column to use it"
         )
 
 

@@ -56,13 +56,22 @@ def _folds(module, name: str) -> bool:
     return own_name == "weight" and isinstance(module.get_submodule(part), LinearLayer_LoRA)
 
 
+def _gathered_by_zero(weights):
+    sharded = [weight for weight in weights if hasattr(weight, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded))
+
+
 @torch.no_grad()
-def gathered_layers(module, names, on_all_ranks: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+def gathered_layers(module, names, on_all_ranks: bool = False, gather=None) -> Iterator[dict[str, torch.Tensor]]:
     """The named weights in full, LoRA folded in, one layer at a time; every rank must go through all of them.
 
     Rank 0 gets {name: tensor} on whatever device the weight is, valid until the next layer; the others get the same
     ``on_all_ranks``, else {}.
+
+    Args:
+        gather: a context manager of some weights, in which they are whole; None: as ZeRO-3 gathers them.
     """
+    gather = gather or _gathered_by_zero
     weights, layers = _weights(module), {}
     for name in names:
         layers.setdefault(_layer_of(name), []).append(name)
@@ -70,8 +79,7 @@ def gathered_layers(module, names, on_all_ranks: bool = False) -> Iterator[dict[
         parts = dict.fromkeys(module.get_submodule(n.rpartition(".")[0]) for n in members if _folds(module, n))
         involved = [weights[name] for name in members]
         involved += [factor for part in parts for factor in (part.lora_right_weight, part.lora_left_weight)]
-        sharded = [weight for weight in involved if hasattr(weight, "ds_id")]
-        with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        with gather(involved):
             layer = {}
             if on_all_ranks or get_rank() == 0:
                 for name in members:
@@ -88,6 +96,7 @@ class SavingPlan:
     renamed: dict[str, str]  # weight of the module -> its name in the target
     stored: dict[str, torch.Tensor]  # name in the files -> a meta tensor
     num_parameters: int
+    other_names: dict[str, list[str]]  # weight of the module -> further names in the target that are tied to it
 
     def convert(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Weights of the target, some layers of it, under the names and in the shapes that files have."""
@@ -109,8 +118,12 @@ def plan_saving(module) -> SavingPlan:
         holders.setdefault(id(weight), []).append(name)
     saved = {next((name for name in names if name not in tied), names[-1]) for names in holders.values()}
     renamed = {name: rename(name) for name in weights if name in saved and rename(name) not in ignored}
+    other_names = {
+        name: [rename(other) for other in holders[id(weights[name])] if other != name and rename(other) not in ignored]
+        for name in renamed
+    }
     shape_of = {name: getattr(weights[name], "ds_shape", weights[name].shape) for name in renamed}
-    plan = SavingPlan(target, renamed, {}, 0)
+    plan = SavingPlan(target, renamed, {}, 0, other_names)
     plan.stored = plan.convert(
         {new: torch.empty(shape_of[old], dtype=weights[old].dtype, device="meta") for old, new in renamed.items()}
     )
@@ -125,20 +138,12 @@ def published_weights(module) -> Iterator[tuple[str, torch.Tensor]]:
     A tied weight comes under each of its names, though files hold it once: who copies weights elsewhere need not know
     what is tied. Each tensor is valid until the next one is asked for; every rank must go through all of them.
     """
-    plan, weights = plan_saving(module), _weights(module)
-    ignored = getattr(plan.target, "_keys_to_ignore_on_save", None) or ()
-    _, rename = module.for_saving() if hasattr(module, "for_saving") else (module, lambda name: name)
-    saved_as = {id(weights[name]): name for name in plan.renamed}
-    others = {name: saved_as.get(id(weight)) for name, weight in weights.items() if name not in plan.renamed}
-    other_names = {}
-    for name, saved in others.items():
-        if saved is not None and rename(name) not in ignored:
-            other_names.setdefault(saved, []).append(rename(name))
+    plan = plan_saving(module)
     for layer in gathered_layers(module, plan.renamed, on_all_ranks=True):
         yield from plan.convert({plan.renamed[name]: weight for name, weight in layer.items()}).items()
-        for name in layer.keys() & other_names.keys():
-            for other in other_names[name]:
-                yield from plan.convert({other: layer[name]}).items()
+        for name, weight in layer.items():
+            for other in plan.other_names[name]:
+                yield from plan.convert({other: weight}).items()
 
 
 def _umask() -> int:
@@ -205,14 +210,14 @@ def is_sharded(module) -> bool:
     return get_world_size() > 1 and any(hasattr(weight, "ds_id") for weight in module.parameters())
 
 
-def _save(module, folder: Path, max_shard_size, write_rest=lambda target, scratch: None, alone=False) -> None:
+def _save(module, folder: Path, max_shard_size, write_rest=lambda *_: None, alone=False, gather=None) -> None:
     """Weights and, by ``write_rest`` on rank 0, the files that belong to them; every rank must call this.
 
     Args:
         alone: rank 0 waits for no other rank, and need not be called by any; not for sharded weights.
     """
     plan = plan_saving(module)
-    layers = gathered_layers(module, plan.renamed)
+    layers = gathered_layers(module, plan.renamed, gather=gather)
     shards = plan.stored, max_shard_size or MAX_SHARD_SIZE
 
     def write() -> None:
@@ -266,6 +271,7 @@ def save_pretrained_model(
     readme: str | None = None,
     *,
     alone: bool = False,
+    gather=None,
 ) -> None:
     """Write config, generation config, safetensors and the full tokenizer to ``folder``; every rank must call this.
 
@@ -275,6 +281,7 @@ def save_pretrained_model(
         max_shard_size: bytes, or text as in "5GB"; a larger model is written in several files with an index.
         readme: the text of README.md, on rank 0; None for none.
         alone: rank 0 saves and no other rank need call this; of weights that ZeRO-3 has sharded all but these.
+        gather: see ``gathered_layers``.
     """
 
     def write_rest(target, scratch: Path) -> None:
@@ -296,4 +303,4 @@ def save_pretrained_model(
             with atomic_folder(folder, replaces=()) as scratch:
                 write_rest(plan_saving(model).target, scratch)
         return
-    _save(model, folder, max_shard_size or MAX_SHARD_SIZE, write_rest, alone)
+    _save(model, folder, max_shard_size or MAX_SHARD_SIZE, write_rest, alone, gather)

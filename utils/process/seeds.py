@@ -21,6 +21,11 @@ def set_random_seed(seed) -> None:
         get_accelerator().manual_seed_all(seed)
 
 
+def derived_seed(*numbers: int) -> int:
+    """A seed for a stream of its own that follows from these numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def random_states() -> dict:
     """The states of all generators that set_random_seed() seeds, as JSON takes them."""
     kind, keys, *rest = np.random.get_state()

@@ -1,5 +1,8 @@
 """Stopping and resuming: checkpoints of a whole run, and going on from one as if nothing had happened.
 
+It may have another number of ranks then, or another ZeRO stage: each rank reads its share from the files of all (see
+``other_layout``), and a step keeps its rows. Or it takes the weights alone, and is a run of its own.
+
 A checkpoint is a folder ``step-00000050`` of --checkpoint_dir:
 
     state.json            flags, step, metrics files, name and size of every other file; written last
@@ -8,7 +11,8 @@ A checkpoint is a folder ``step-00000050`` of --checkpoint_dir:
     NAME-rank00000.safetensors   shards of a moving average
 
 It is written under another name and renamed when complete; then ``latest`` names it, and older ones go. On resuming
-every file must be there in its full size, and every flag that shapes the training must be what it was.
+every file must be there in its full size, and every flag that shapes the training must be what it was, but for those
+that --allow_changed names.
 """
 
 import contextlib
@@ -25,12 +29,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 
-from utils.arguments import nothing_saved
+from utils.arguments import MAY_CHANGE_AT_RESUME, Settled, nothing_saved
 from utils.process.console import print_rank_0
 from utils.process.errors import EndOfRun, UserError
 from utils.process.files import flush_to_disk, write_text
 from utils.process.ranks import agree, all_gather_objects, all_reduce_sum
-from utils.process.seeds import random_states, restore_random_states
+from utils.process.seeds import derived_seed, random_states, restore_random_states, set_random_seed
 from utils.process.versions import versions
 from utils.process.world import get_rank, get_world_size, ranks_per_node
 from utils.run.checkpoint_files import (
@@ -59,7 +63,21 @@ from utils.run.engine_state import (
     save_engine,
 )
 from utils.run.former_run import former_checkpoints
-from utils.run.same_run import differences, flags_of, model_fingerprint, rows_fingerprint
+from utils.run.other_layout import load_average_from, load_from_other_layout, load_weights, start_average
+from utils.run.same_run import (
+    BATCH_FLAGS,
+    LAYOUT_FLAGS,
+    NO_FLAGS,
+    changed_flags,
+    differences,
+    flags_of,
+    model_fingerprint,
+    other_layout,
+    rows_fingerprint,
+    same_global_batch,
+)
+from utils.run.saved_average import SavedAverage
+from utils.run.saved_engine import SavedEngine
 
 STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 PATIENCE = 3  # seconds after which another Ctrl-C is a second one
@@ -72,9 +90,12 @@ class Checkpoints:
         args: of the run. models: the flags that name the models it starts from.
 
     Attributes:
+        args: of the run; where its ranks are others than the checkpoint's, with the accumulation that keeps a step's
+            rows.
         folder: where they go; None for a run that has no folder to write to.
         enabled: whether this run writes any.
         resumed_from: the checkpoint that the run goes on from, or None for a fresh start.
+        weights_from: the checkpoint that a fresh start takes its weights from, or None.
         steps: optimizer steps done (step 3: updates).
 
     Raises:
@@ -83,7 +104,8 @@ class Checkpoints:
     """
 
     def __init__(self, args, *models: str):
-        self.args, self.steps, self.resumed_from = args, 0, None
+        self.args, self.steps, self.resumed_from, self.weights_from = args, 0, None, None
+        self._other_layout: list[str] = []
         self.folder = _folder_of(args)
         self.enabled = args.checkpoint_steps > 0 or args.checkpoint_dir is not None
         self._stop_asked, self._steps_saved = None, None
@@ -106,6 +128,8 @@ class Checkpoints:
         if self.enabled and get_world_size() > ranks_per_node():
             check_shared_folder(self.folder)
         finished, self.resumed_from = all_gather_objects((finished, self.resumed_from))[0]
+        if args.resume_weights_only:
+            self.weights_from, self.resumed_from = self.resumed_from, None
         if finished is not None:
             raise EndOfRun(
                 f"--resume auto: this run has finished after {finished['steps']} steps; its model is in "
@@ -121,8 +145,13 @@ class Checkpoints:
 
     def _read_finished(self) -> dict | None:
         finished = read_finished(self.folder) if self.args.resume == "auto" else None
-        if finished is not None:
-            self._refuse_other_run(f"the run that finished in {self.folder}", finished)
+        if finished is None:
+            return None
+        self._refuse_other_run(f"the run that finished in {self.folder}", finished)
+        epochs = finished["flags"].get("num_train_epochs")
+        if "num_train_epochs" in self.args.allow_changed and self.args.num_train_epochs > epochs:
+            print(f"--allow_changed num_train_epochs: the run had finished after {epochs} epochs, and goes on")
+            return None
         return finished
 
     def _choose(self) -> SavedCheckpoint | None:
@@ -132,7 +161,13 @@ class Checkpoints:
         own = newest_checkpoint(self.folder) if self.enabled else None
         if resume is not None:
             chosen = read_checkpoint(Path(resume))
-            if own is not None and chosen.folder.resolve().parent != self.folder.resolve():
+            elsewhere = own is not None and chosen.folder.resolve().parent != self.folder.resolve()
+            if own is not None and self.args.resume_weights_only and not self._replaces:
+                raise UserError(
+                    f"--checkpoint_dir {self.folder} holds checkpoints already, which those of this run, a new one, "
+                    "would replace: name another folder"
+                )
+            if elsewhere and not self.args.resume_weights_only:
                 raise UserError(
                     f"--checkpoint_dir {self.folder} holds checkpoints already, and not {chosen.folder}: those of this "
                     "run would replace them. Go on from them with --resume auto, or name another folder"
@@ -150,7 +185,18 @@ class Checkpoints:
         folder, state = self.resumed_from.folder, self.resumed_from.state
         if not (folder / STATE_FILE).is_file():
             raise UserError(f"{folder} is not to be seen on every node: checkpoints belong on storage that all share")
+        self._other_layout = other_layout(self.args, state)
+        if self._other_layout:
+            batch = same_global_batch(self.args, state)
+            self.args = Settled(**vars(self.args) | batch)
+            if get_rank() == 0:
+                sizes = ", ".join(f"--{name} {value} (was {state['flags'][name]})" for name, value in batch.items())
+                print(f"--resume: {', '.join(self._other_layout)}: a step has the same rows as before with {sizes}")
         self._refuse_other_run(f"{folder} is of another run", state)
+        own_rules = MAY_CHANGE_AT_RESUME | NO_FLAGS | LAYOUT_FLAGS | BATCH_FLAGS
+        if get_rank() == 0 and self.args.allow_changed:
+            changed = changed_flags(self.args, state, own_rules)
+            print(f"--allow_changed: {'; '.join(changed) or 'nothing differs'}")
         other = [f"{name} {then}" for name, then in state["versions"].items() if versions().get(name) != then]
         if other and get_rank() == 0:
             print(f"note: the checkpoint was written with {', '.join(other)}: losses may differ in their last digits")
@@ -175,7 +221,7 @@ class Checkpoints:
                 and NumPy generators.
         """
         self._writer, self._engines, self._averages, self._tracked = writer, engines, averages or {}, tracked
-        self._position = [0, 0]
+        self._position, self._prompt_format = [0, 0], getattr(dataset, "prompt_format", None)
         self._rows = rows_fingerprint(dataset) if self.enabled or self.resumed_from else None
         for engine in engines.values():
             prepare_engine(engine)
@@ -185,6 +231,12 @@ class Checkpoints:
             print_rank_0(
                 f"resumed from {self.resumed_from.folder}: {self.steps} steps are done "
                 f"(read in {time.perf_counter() - start:.1f} s)"
+            )
+        elif self.weights_from is not None:
+            self._load_weights()
+            print_rank_0(
+                f"--resume_weights_only: the weights are those of {self.weights_from.folder}, after "
+                f"{self.weights_from.state['steps']} steps; all else begins anew"
             )
         if self.enabled:
             self._rank_state, self._updates = self._take_rank_state(), self._count_updates()
@@ -204,18 +256,31 @@ class Checkpoints:
         return {"random": random_states(), "tracked": tracked}
 
     def _restore_rank_state(self, state: dict) -> None:
+        saved = self.resumed_from.state
+        same_ranks = saved["world_size"] == get_world_size()
+        if "unsupervised" in state["tracked"] and not same_ranks:
+            rows = saved["flags"]["per_device_training_batch_size"] * saved["world_size"]
+            state["tracked"]["unsupervised"].setdefault("rows", rows)  # which earlier versions did not note
+        own_stream = self.args.seed, self.steps, get_rank()
         for name, thing in self._tracked.items():
             if name == "evaluations" and name not in state["tracked"]:
                 continue  # a checkpoint of an earlier version: the comparison of evaluations begins anew
-            if isinstance(thing, np.random.Generator):
+            if isinstance(thing, np.random.Generator) and not same_ranks:
+                thing.bit_generator.state = np.random.default_rng(own_stream).bit_generator.state
+            elif isinstance(thing, np.random.Generator):
                 thing.bit_generator.state = state["tracked"][name]
             else:
                 thing.load_state_dict(state["tracked"][name])
-        restore_random_states(state["random"])
+        if same_ranks:
+            restore_random_states(state["random"])
+        else:
+            set_random_seed(derived_seed(*own_stream))
+            print_rank_0("--resume: dropout and sampling go on with random numbers derived from seed, step and rank")
 
     def _load(self) -> None:
         folder, state = self.resumed_from.folder, self.resumed_from.state
-        file, rank_state = folder / rank_file(get_rank()), None
+        same_ranks = state["world_size"] == get_world_size()
+        file, rank_state = folder / rank_file(get_rank() if same_ranks else 0), None
 
         def read_rank_state() -> None:
             nonlocal rank_state
@@ -228,22 +293,60 @@ class Checkpoints:
 
         def restore() -> None:
             for name, (average, followed) in self._averages.items():
-                load_average(average, followed, folder, name)
+                if self._other_layout:
+                    shapes = SavedEngine(folder / _name_of(followed, self._engines)).shapes
+                    load_average_from(average, followed, SavedAverage(folder, name, shapes))
+                else:
+                    load_average(average, followed, folder, name)
             with refused_content(file):
                 self._restore_rank_state(rank_state)
 
         agree(read_rank_state)
+        saved_engines: dict[str, SavedEngine] = {}
         self.steps = self._steps_saved = state["steps"]
         self._position = state["position"]
         for name, engine in self._engines.items():
-            load_engine(engine, folder, name)
+            settings = _Settings(engine)
+            if self._other_layout:
+                agree(lambda name=name: saved_engines.update({name: SavedEngine(folder / name)}))
+                load_from_other_layout(engine, saved_engines[name])
+            else:
+                load_engine(engine, folder, name)
+            if self.args.allow_changed:
+                print_rank_0(f"--allow_changed: {name}: {settings.restore()}")
         agree(restore)
+
+    def _load_weights(self) -> None:
+        """Those of --resume_weights_only, into each engine and average of this run that the checkpoint has too."""
+        folder, state = self.weights_from.folder, self.weights_from.state
+        saved: dict[str, SavedEngine] = {}
+
+        def read() -> None:
+            for name in self._engines:
+                if not (folder / name).is_dir():
+                    raise UserError(f"--resume_weights_only: {folder} holds no {name}: it is of another step")
+                saved[name] = SavedEngine(folder / name)
+
+        agree(read)
+        start_of = {"model": "model_name_or_path"}
+        for name, engine in self._engines.items():
+            start = start_of.get(name, f"{name}_model_name_or_path")
+            load_weights(engine, saved[name], state["models"].get(start) == self._fingerprints.get(start))
+        for name, (average, followed) in self._averages.items():
+            start_average(average, followed)
+            if any(file.startswith(f"{name}-rank") for file in state["files"]):
+                shapes = saved[_name_of(followed, self._engines)].shapes
+                load_average_from(average, followed, SavedAverage(folder, name, shapes))
 
     # ------------------------------------------------------------ in the loop
 
     def epochs(self, count: int) -> Iterator[tuple[int, int]]:
         """(epoch, steps of it that are done) for every epoch that is not over, evaluation included."""
         epoch, done = self._position
+        if epoch >= count:
+            raise UserError(
+                f"--num_train_epochs {count}: the checkpoint is in epoch {epoch + 1} already, so that nothing is left"
+            )
         for later in range(epoch, count):
             yield later, done if later == epoch else 0
 
@@ -390,6 +493,7 @@ class Checkpoints:
         state = self._common_state() | {
             "position": self._position,
             "rows": self._rows,
+            "prompt_format": self._prompt_format,
             "metrics": self._writer.position(),
             "files": {str(file.relative_to(scratch)): file.stat().st_size for file in sorted(files)},
         }
@@ -421,6 +525,35 @@ class Checkpoints:
         return UserError(
             f"the checkpoint of step {self.steps} could not be written to {self.folder}, where {free:.1f} MiB are "
             f"free: {error}; {self.last()}"
+        )
+
+
+def _name_of(engine, engines: dict) -> str:
+    return next(name for name, other in engines.items() if other is engine)
+
+
+class _Settings:
+    """What this run's flags say of learning rates, weight decay and the schedule, which loading an engine replaces."""
+
+    def __init__(self, engine):
+        self._schedule = engine.lr_scheduler
+        self._groups = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in self._schedule.optimizer.param_groups
+        ]
+        self._rates = list(self._schedule.base_lrs)
+
+    def restore(self) -> str:
+        """Let them count from the next step on; returns what becomes of the learning rate, in words."""
+        schedule, groups = self._schedule, self._schedule.optimizer.param_groups
+        before = groups[0]["lr"]
+        schedule.base_lrs = self._rates
+        for group, own, rate, rule in zip(groups, self._groups, self._rates, schedule.lr_lambdas, strict=True):
+            group.update(own, lr=rate * rule(schedule.last_epoch))
+        schedule._last_lr = [group["lr"] for group in groups]
+        return (
+            f"the schedule is at optimizer step {schedule.last_epoch} of its new course: the learning rate of the next "
+            f"is {groups[0]['lr']:.6g}, and would have been {before:.6g}"
         )
 
 

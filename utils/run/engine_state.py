@@ -118,7 +118,7 @@ def save_average(average, followed, folder: Path, name: str) -> None:
         average, followed: the engine of the average, and the engine whose weights it averages.
     """
     if get_rank() == 0 or _is_sharded(average):
-        parts = {key: part.to("cpu", copy=True) for key, part in _averaged_parts(average, followed)}
+        parts = {key: part.to("cpu", copy=True) for key, part in averaged_parts(average, followed)}
         save_file(parts, _average_file(average, folder, name))
         flush_to_disk(_average_file(average, folder, name))
 
@@ -128,7 +128,7 @@ def load_average(average, followed, folder: Path, name: str) -> None:
     file = _average_file(average, folder, name)
     with refused_content(file):
         saved = load_file(file)
-        for key, target in _averaged_parts(average, followed):
+        for key, target in averaged_parts(average, followed):
             if saved[key].shape != target.shape:
                 raise ValueError(f"{key} has the shape {list(saved[key].shape)}")
             target.copy_(saved[key])
@@ -142,7 +142,7 @@ def _average_file(average, folder: Path, name: str) -> Path:
     return folder / f"{name}-rank{get_rank() if _is_sharded(average) else 0:05d}.safetensors"
 
 
-def _averaged_parts(average, followed) -> Iterator[tuple[str, torch.Tensor]]:
+def averaged_parts(average, followed) -> Iterator[tuple[str, torch.Tensor]]:
     """This rank's part of each weight of an average that changes: of those that train."""
     pairs = zip(average.module.named_parameters(), followed.module.parameters(), strict=True)
     for (name, param), source in pairs:

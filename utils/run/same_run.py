@@ -4,15 +4,25 @@ import hashlib
 import json
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
+from utils.arguments import RLHFBatchSizes
 from utils.arguments.run import MAY_CHANGE_AT_RESUME
 from utils.data.sources import data_config_content
+from utils.process.errors import UserError
 from utils.process.world import get_world_size
 
 # What checkpoints of earlier versions hold among the flags though it is none: it follows from those that are compared.
 NO_FLAGS = {"checkpoint_dir_given", "end_of_conversation_token", "global_rank"}
+# How weights and optimizer are dealt out over the ranks: a checkpoint serves any.
+LAYOUT_FLAGS = {"zero_stage", "actor_zero_stage", "critic_zero_stage"}
+# How the rows of a step are dealt out: with another layout they may differ, as long as the step has the same rows.
+BATCH_FLAGS = {
+    *("per_device_train_batch_size", "per_device_training_batch_size", "per_device_generation_batch_size"),
+    *("generation_batches", "gradient_accumulation_steps"),
+}
 
 
 def as_in_json(value):
@@ -55,6 +65,59 @@ def rows_fingerprint(dataset, sampled: int = 64) -> str:
     return digest.hexdigest()
 
 
+def other_layout(args, saved: dict) -> list[str]:
+    """How the layout of this run differs from the checkpoint's, in words; [] where each rank can read its own files.
+
+    Args:
+        saved: the state of the checkpoint.
+    """
+    then, now = saved["world_size"], get_world_size()
+    words = [f"{now} rank{'s' if now > 1 else ''} instead of {then}"] if now != then else []
+    stages = [(name, saved["flags"].get(name), getattr(args, name, None)) for name in sorted(LAYOUT_FLAGS)]
+    return words + [f"--{name} {stage} instead of {before}" for name, before, stage in stages if before != stage]
+
+
+def same_global_batch(args, saved: dict) -> dict[str, int]:
+    """The flags with which a step of this run has the rows that it had in another layout, in the same order.
+
+    Raises:
+        UserError: the sizes do not divide, with the arithmetic.
+    """
+    flags, then, now = saved["flags"], saved["world_size"], get_world_size()
+    if "per_device_train_batch_size" in flags:
+        size, accumulation = flags["per_device_train_batch_size"], flags["gradient_accumulation_steps"]
+        passes = _divided(
+            "per_device_train_batch_size", args.per_device_train_batch_size, size, accumulation, then, "row"
+        )
+        return {"gradient_accumulation_steps": passes}
+    before = RLHFBatchSizes.of(SimpleNamespace(**flags))
+    generation, micro = args.per_device_generation_batch_size, args.per_device_training_batch_size
+    rounds = _divided(
+        "per_device_generation_batch_size", generation, before.generation_batch, before.rounds, then, "answer"
+    )
+    passes = _divided("per_device_training_batch_size", micro, before.micro_batch, before.accumulation, then, "answer")
+    if generation * rounds % (micro * passes):
+        raise UserError(
+            f"--resume: {generation} x {rounds} answers of each of {now} ranks are no whole number of steps of "
+            f"{micro} x {passes}"
+        )
+    return {"generation_batches": rounds, "gradient_accumulation_steps": passes}
+
+
+def _divided(flag: str, size: int, size_then: int, passes_then: int, ranks_then: int, unit: str) -> int:
+    """How many passes of ``size`` on each rank of this run make as many rows as there were in all."""
+    ranks = get_world_size()
+    rows = size_then * passes_then * ranks_then
+    if rows % (size * ranks):
+        fitting = [number for number in range(1, rows // ranks + 1) if rows % (number * ranks) == 0]
+        way = f"give --{flag} {' or '.join(map(str, fitting[-3:]))}" if fitting else "no size fits: take other ranks"
+        raise UserError(
+            f"--resume: a step had {size_then} x {passes_then} on {ranks_then} rank(s) = {rows} {unit}s, which "
+            f"--{flag} {size} on {ranks} rank(s) does not divide, so that it would be other {unit}s from here on; {way}"
+        )
+    return rows // (size * ranks)
+
+
 def differences(args, fingerprints: dict[str, str | None], saved: dict) -> list[str]:
     """What keeps a run with these flags from going on where the checkpoint was written, one reason a line.
 
@@ -62,19 +125,21 @@ def differences(args, fingerprints: dict[str, str | None], saved: dict) -> list[
         fingerprints: of the models that this run starts from, by the flags that name them.
         saved: the state of the checkpoint.
     """
-    if saved["world_size"] != get_world_size():
-        return [
-            f"it was written by {saved['world_size']} ranks and this run has {get_world_size()}: DeepSpeed's shards "
-            "and the batches of a step are cut for that number; start as many"
-        ]
-    now, then = flags_of(args), saved["flags"]
-    other_flags = [
-        f"--{name} is {now.get(name)!r}, and was {then.get(name)!r}"
-        for name in sorted((now.keys() | then.keys()) - MAY_CHANGE_AT_RESUME - NO_FLAGS)
-        if now.get(name) != then.get(name)
-    ]
-    return other_flags or [
+    may_differ = MAY_CHANGE_AT_RESUME | NO_FLAGS | LAYOUT_FLAGS | set(args.allow_changed)
+    if other_layout(args, saved):  # their product is the same, by same_global_batch
+        may_differ |= BATCH_FLAGS
+    return changed_flags(args, saved, may_differ) or [
         f"--{name} {getattr(args, name)}: its weights are not those of the first start"
         for name, fingerprint in fingerprints.items()
         if saved["models"].get(name) != fingerprint
+    ]
+
+
+def changed_flags(args, saved: dict, may_differ: set[str]) -> list[str]:
+    """The flags, but for these, that have another value than in the checkpoint, in words."""
+    now, then = flags_of(args), saved["flags"]
+    return [
+        f"--{name} is {now.get(name)!r}, and was {then.get(name)!r}"
+        for name in sorted((now.keys() | then.keys()) - may_differ)
+        if now.get(name) != then.get(name)
     ]

@@ -1,0 +1,115 @@
+"""Sums in two steps as rows of GSM8K's form, and what rewards their answers: whether the final number is right.
+
+    python -m utils.demo.arithmetic --output DIR [--rows 12000] [--seed 1234]
+
+{"question": "I had 12 apples, got 5 more and then ate 8. How many are left?", "answer": "12+5=17. 17-8=9. #### 9"}
+
+As a file of reward functions: ``--reward_function utils/demo/arithmetic.py:exact``; ``working`` is for reading alone.
+GSM8K, Cobbe et al. 2021, https://arxiv.org/abs/2110.14168, whose answers end with "#### " and the number.
+"""
+
+import argparse
+import json
+import random
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+SIZES = {"train": 12_000, "eval": 200}
+LARGEST = 20  # no number on the way is larger, none is below 0
+HELD_OUT = 10  # one question of so many is asked in evaluations alone
+# Signs of the two steps -> how they are asked.
+FORMS = {
+    "++": (
+        "I had {a} apples, got {b} more and then {c} more. How many are there?",
+        "Add {a}, {b} and {c}.",
+        "What is {a} plus {b} plus {c}?",
+    ),
+    "+-": (
+        "I had {a} apples, got {b} more and then ate {c}. How many are left?",
+        "Add {a} and {b}, then take away {c}.",
+        "What is {a} plus {b} minus {c}?",
+    ),
+    "-+": (
+        "I had {a} apples, ate {b} and then got {c} more. How many are there?",
+        "Start at {a}, take away {b}, then add {c}.",
+        "What is {a} minus {b} plus {c}?",
+    ),
+    "--": (
+        "I had {a} apples, ate {b} and then {c} more. How many are left?",
+        "Start at {a}, take away {b} and then {c}.",
+        "What is {a} minus {b} minus {c}?",
+    ),
+}
+FINAL = re.compile(r"####\s*(-?\d[\d,]*(?:\.\d+)?)")
+EQUATION = re.compile(r"(\d+)\s*([+-])\s*(\d+)\s*=\s*(\d+)")
+
+
+def step(number: int, sign: str, other: int) -> int:
+    return number + other if sign == "+" else number - other
+
+
+def arithmetic_rows(split: str, size: int | None = None, seed: int = 1234) -> list[dict[str, str]]:
+    """``size`` rows {question, answer} (SIZES if None). No question of eval is ever one of train, whatever the seed.
+
+    Raises:
+        KeyError: an unknown split.
+    """
+    size = SIZES[split] if size is None else size
+    rng = random.Random(f"arithmetic, {split}, {seed}")
+    rows = []
+    for question, answer in _questions(rng):
+        if len(rows) == size:
+            return rows
+        if (zlib.crc32(question.encode()) % HELD_OUT == 0) == (split == "eval"):
+            rows.append({"question": question, "answer": answer})
+
+
+def _questions(rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Questions and answers without end."""
+    while True:
+        signs = rng.choice(list(FORMS))
+        a, b, c = rng.randint(2, LARGEST), rng.randint(1, 9), rng.randint(1, 9)
+        between = step(a, signs[0], b)
+        final = step(between, signs[1], c)
+        if 0 <= between <= LARGEST and 0 <= final <= LARGEST:
+            question = rng.choice(FORMS[signs]).format(a=a, b=b, c=c)
+            yield question, f"{a}{signs[0]}{b}={between}. {between}{signs[1]}{c}={final}. #### {final}"
+
+
+def final_number(text: str) -> float | None:
+    """The number behind the last ####, as GSM8K is read; None where there is none."""
+    found = FINAL.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def exact(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    """1 where an answer's final number is that of the row's, else 0. Works on GSM8K's own rows too."""
+    pairs = zip(completions, answer, strict=True)
+    return [
+        float(final_number(said) is not None and final_number(said) == final_number(right)) for said, right in pairs
+    ]
+
+
+def working(completions: Sequence[str]) -> list[float]:
+    """1 where an answer shows equations and each of them is true, whatever was asked."""
+    shown = [EQUATION.findall(text) for text in completions]
+    return [float(bool(found) and all(step(int(a), s, int(b)) == int(c) for a, s, b, c in found)) for found in shown]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl and eval.jsonl")
+    parser.add_argument("--rows", type=int, default=SIZES["train"], help="rows of train.jsonl")
+    parser.add_argument("--seed", type=int, default=1234, help="of the rows")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    for split in SIZES:
+        rows = arithmetic_rows(split, args.rows if split == "train" else None, args.seed)
+        (args.output / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"wrote {args.rows} and {SIZES['eval']} sums to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
