@@ -169,7 +169,7 @@ def table(results: dict) -> str:
 
 
 def draw(results: dict, file: Path) -> None:
-    """Seconds and GiB against each axis, both logarithmic, with a line for linear growth through the first point."""
+    """Seconds (logarithmic) and GiB against each axis, with a line for linear growth through the first point."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -188,12 +188,14 @@ def draw(results: dict, file: Path) -> None:
                 panel.plot(x, [y[0] * value / x[0] for value in x], "--", color="0.6", label="linear")
             if axis == "rows" and name == "processor":
                 panel.plot(x, [row["again"] for row in rows.values()], marker="o", color="C1", label="with the cache")
-            panel.set(xscale="log", yscale="log", xlabel=axis + (" (M parameters)" if axis == "size" else ""))
+            panel.set(xscale="log", yscale="linear" if name == "gib" else "log", xlabel=axis + (" (M parameters)" if axis == "size" else ""))
             panel.set_xticks(x, rows, fontsize=7, minor=False)
             panel.minorticks_off()
             labels = {"gib": "GiB of a rank", "step": "processor seconds per step", "processor": "processor seconds"}
             panel.set_ylabel(labels[name])
             panel.grid(alpha=0.3)
+            if name == "gib":
+                panel.set_ylim(bottom=0)
         panels[0, column].legend(fontsize=7, frameon=False)
     figure.savefig(file, dpi=110)
 
