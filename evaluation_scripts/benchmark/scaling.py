@@ -188,7 +188,11 @@ def draw(results: dict, file: Path) -> None:
                 panel.plot(x, [y[0] * value / x[0] for value in x], "--", color="0.6", label="linear")
             if axis == "rows" and name == "processor":
                 panel.plot(x, [row["again"] for row in rows.values()], marker="o", color="C1", label="with the cache")
-            panel.set(xscale="log", yscale="linear" if name == "gib" else "log", xlabel=axis + (" (M parameters)" if axis == "size" else ""))
+            panel.set(
+                xscale="log",
+                yscale="linear" if name == "gib" else "log",
+                xlabel=axis + (" (M parameters)" if axis == "size" else ""),
+            )
             panel.set_xticks(x, rows, fontsize=7, minor=False)
             panel.minorticks_off()
             labels = {"gib": "GiB of a rank", "step": "processor seconds per step", "processor": "processor seconds"}
