@@ -29,7 +29,7 @@ from utils.arguments import SCRIPTS, build_parser
 from utils.demo.tiny_model import train_demo_tokenizer
 from utils.planning.estimate import models_of_step
 from utils.planning.estimate_time import time_of_step
-from utils.planning.machines import accelerator_named, cluster_of
+from utils.planning.machines import cluster_of, measure_cpu
 from utils.run.metrics_file import read_rows
 
 SIZES = {  # hidden, intermediate, layers, heads, vocabulary
@@ -121,25 +121,28 @@ def measure_rows(work: Path, rows: int) -> dict:
 
 
 def measure_steps(work: Path, *, length: str, size: str, ranks: str, stage: str = "2", dtype: str = "bf16") -> dict:
-    """Seconds of the fastest optimizer step (other programs only add), tokens per second of all ranks, GiB of a rank,
-    seconds of the whole run and processor seconds of all its processes."""
+    """Processor seconds of an optimizer step, of all ranks together: those of a run less those of a run of one step, so
+    that neither start-up nor other programs count; tokens per such second; seconds of the fastest step; GiB of a rank.
+    """
     count, output = int(ranks), work / "output"
-    data = make_rows(work, ROWS * STEPS * count, 2 * int(length))
-    words = [*words_of(work, data, size, length), "--output_dir", output, "--zero_stage", stage, "--dtype", dtype]
-    whole = run(words, count, work / "steps.log")
-    seconds = min(row["seconds"] for row in read_rows(output, "train")[1:])
-    tokens = ROWS * count * int(length)
-    return {"step": seconds, "tokens_per_second": tokens / seconds} | whole
+    rows = ROWS * count
+    words = words_of(work, make_rows(work, rows * STEPS, 2 * int(length)), size, length)
+    words += ["--output_dir", output, "--zero_stage", stage, "--dtype", dtype, "--max_train_samples"]
+    short, whole = (run([*words, rows * steps], count, work / "steps.log") for steps in (1, STEPS))
+    fastest = min(row["seconds"] for row in read_rows(output, "train")[1:])
+    spent = (whole["processor"] - short["processor"]) / (STEPS - 1)
+    return {"step": spent, "tokens_per_second": rows * int(length) / spent, "fastest": fastest, "gib": whole["gib"]}
 
 
 def estimated(work: Path, stage: str, ranks: int) -> float:
-    """The planner's seconds for such a step; ranks share the processor, and each has one thread."""
+    """The planner's processor seconds for such a step of all ranks, of one thread each."""
     torch.set_num_threads(1)
     words = [str(word) for word in words_of(work, work, DEFAULTS["size"], DEFAULTS["length"])]
     args = build_parser(1).parse_args([*words, "--dtype", "fp32", "--zero_stage", stage])
     config = LlamaConfig.from_pretrained(make_model(work, DEFAULTS["size"]))
     models = models_of_step(args, 1, {"model": config})
-    return time_of_step(args, 1, models, cluster_of(accelerator_named("cpu", "fp32"), ranks, ranks)).seconds
+    device = measure_cpu("fp32", clock=time.process_time)
+    return ranks * time_of_step(args, 1, models, cluster_of(device, ranks, ranks)).seconds
 
 
 def measure(work: Path, axis: str, value: str) -> dict:
@@ -166,7 +169,7 @@ def table(results: dict) -> str:
 
 
 def draw(results: dict, file: Path) -> None:
-    """Seconds and GiB against each axis, both logarithmic, with a line for linear growth through the first point."""
+    """Seconds (logarithmic) and GiB against each axis, with a line for linear growth through the first point."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -185,12 +188,18 @@ def draw(results: dict, file: Path) -> None:
                 panel.plot(x, [y[0] * value / x[0] for value in x], "--", color="0.6", label="linear")
             if axis == "rows" and name == "processor":
                 panel.plot(x, [row["again"] for row in rows.values()], marker="o", color="C1", label="with the cache")
-            panel.set(xscale="log", yscale="log", xlabel=axis + (" (M parameters)" if axis == "size" else ""))
+            panel.set(
+                xscale="log",
+                yscale="linear" if name == "gib" else "log",
+                xlabel=axis + (" (M parameters)" if axis == "size" else ""),
+            )
             panel.set_xticks(x, rows, fontsize=7, minor=False)
             panel.minorticks_off()
-            labels = {"gib": "GiB of a rank", "step": "seconds per step", "processor": "processor seconds"}
+            labels = {"gib": "GiB of a rank", "step": "processor seconds per step", "processor": "processor seconds"}
             panel.set_ylabel(labels[name])
             panel.grid(alpha=0.3)
+            if name == "gib":
+                panel.set_ylim(bottom=0)
         panels[0, column].legend(fontsize=7, frameon=False)
     figure.savefig(file, dpi=110)
 
