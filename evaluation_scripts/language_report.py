@@ -73,6 +73,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_backend_argument(parser)
     args = parser.parse_args(argv)
     args.load_in_4bit, args.base_model, args.temperature = False, None, 1.0  # what loading also knows
+    args.add_eot_token = False
     return args
 
 
