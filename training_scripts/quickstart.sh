@@ -56,7 +56,7 @@ step 3 "${common[@]}" \
     --actor_model_name_or_path "$output/step1" --critic_model_name_or_path "$output/step2" \
     --max_prompt_seq_len 24 --max_answer_seq_len 40 --per_device_generation_batch_size $((2 * answers)) \
     --per_device_training_batch_size "$answers" --ppo_epochs 2 --actor_learning_rate 1e-4 --critic_learning_rate 3e-4 \
-    --num_warmup_steps 5 --kl_ctl 0.05 --normalize_reward --enable_ema --enable_hybrid_engine \
+    --num_warmup_steps 5 --kl_ctl 0.05 --normalize_reward --missing_eos_penalty 0 --enable_ema --enable_hybrid_engine \
     --max_train_samples "${PROMPTS:-5120}" --log_interval 4 --sample_interval 40 ${ppo_flags[@]+"${ppo_flags[@]}"}
 
 echo

@@ -73,14 +73,13 @@ step 2 "${common[@]}" \
     --per_device_train_batch_size $((8 / ranks)) --learning_rate 2e-5 --num_warmup_steps 3 \
     --max_train_samples "${REWARD_PAIRS:-200}" --log_interval 5
 
-# Two optimizer steps per step of PPO. No penalty for an answer without an end: the reward model, which has seen finished
-# answers only, scores it some four standard deviations lower by itself.
+# Two optimizer steps per step of PPO. Scores are scaled as step 2 saved them, an answer without an end costs 1 (the defaults).
 step 3 "${common[@]}" \
     --actor_model_name_or_path "$output/step1" --critic_model_name_or_path "$output/step2" \
     --max_prompt_seq_len "${PROMPT_LEN:-80}" --max_answer_seq_len "${ANSWER_LEN:-48}" \
     --per_device_generation_batch_size $((answers / ranks)) --per_device_training_batch_size $((answers / ranks / 2)) \
-    --actor_zero_stage 2 --critic_zero_stage 2 --actor_learning_rate 1e-5 --critic_learning_rate 2e-5 --num_warmup_steps 4 \
-    --kl_ctl 0.05 --normalize_reward --enable_hybrid_engine \
+    --actor_zero_stage 2 --critic_zero_stage 2 --actor_learning_rate 1e-5 --critic_learning_rate 2e-5 \
+    --kl_ctl 0.05 --enable_hybrid_engine \
     --max_train_samples $((answers * ${PPO_STEPS:-20})) --max_eval_samples 8
 
 echo

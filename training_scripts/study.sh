@@ -23,6 +23,7 @@ flags() { # flags VARIANT: what it changes in the quickstart's step 3
     zero3_2_ranks) echo "--actor_zero_stage 3 --critic_zero_stage 3 --per_device_generation_batch_size 32 --per_device_training_batch_size 16" ;;
     rloo) echo "--advantage_estimator rloo $group" ;;
     grpo) echo "--advantage_estimator grpo --kl_ctl 0.2 $group" ;;
+    dr_grpo) echo "--advantage_estimator grpo --no-scale_group_rewards $group" ;;
     *) echo "error: no variant $1" >&2 && return 1 ;;
     esac
 }

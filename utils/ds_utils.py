@@ -254,10 +254,17 @@ def allow_optimizer(ds_config: dict, optimizer) -> dict:
     return ds_config | {"zero_allow_untested_optimizer": True} if untested else ds_config
 
 
+def _in_fp32(ds_config: dict) -> bool:
+    return not any(ds_config.get(name, {}).get("enabled") for name in ("fp16", "bf16"))
+
+
 def initialize(model, ds_config: dict, optimizer=None, lr_scheduler=None):
     """The DeepSpeed engine around a model; without an optimizer one that only runs forward."""
     ds_config = allow_optimizer(ds_config, optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=ds_config)
+    if get_world_size() == 1 and engine.zero_optimization_stage() == 0 and _in_fp32(ds_config):
+        # A rank alone has nothing to reduce, and stage 0 would copy all its gradients into one tensor to do so.
+        engine.enable_backward_allreduce = False
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if isinstance(scaler, DynamicLossScaler):
         scaler.raise_error_at_min_scale = False  # take_step says so, with the step and its rows

@@ -15,7 +15,6 @@ in WORK/scaling.json, so that values can be run in pieces.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -47,7 +46,7 @@ AXES = {
     "ranks": ["1", "2"],
     "step": ["0:1", "2:1", "3:1", "0:2", "2:2", "3:2"],
 }
-ROWS, STEPS = 4, 5  # of a rank and optimizer step; steps of a run, of which the first two are left out
+ROWS, STEPS = 4, 6  # of a rank and optimizer step; steps of a run, of which the first is left out
 
 
 def make_model(work: Path, size: str) -> Path:
@@ -89,7 +88,7 @@ def make_rows(work: Path, rows: int, words: int) -> Path:
 
 
 def run(words: list, ranks: int, log: Path) -> dict:
-    """A program to its end: seconds, and GiB of its largest process."""
+    """A program to its end: seconds, processor seconds, and GiB of its largest process."""
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -102,7 +101,8 @@ def run(words: list, ranks: int, log: Path) -> dict:
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    return {"seconds": time.perf_counter() - began, "gib": usage.ru_maxrss / 2**20}
+    spent = usage.ru_utime + usage.ru_stime
+    return {"seconds": time.perf_counter() - began, "processor": spent, "gib": usage.ru_maxrss / 2**20}
 
 
 def words_of(work: Path, data: Path, size: str, length: str) -> list:
@@ -117,18 +117,19 @@ def measure_rows(work: Path, rows: int) -> dict:
     words = [*words_of(work, make_rows(work, rows, 24), "2M", "64"), "--dry_run", "--dtype", "fp32"]
     first = run([*words, "--rebuild_cache"], 1, work / "rows.log")
     again = run(words, 1, work / "rows.log")
-    return {"seconds": first["seconds"], "again": again["seconds"], "gib": first["gib"], "gib_again": again["gib"]}
+    return first | {"again": again["processor"], "gib_again": again["gib"]}
 
 
 def measure_steps(work: Path, *, length: str, size: str, ranks: str, stage: str = "2", dtype: str = "bf16") -> dict:
-    """Median seconds of an optimizer step, tokens per second of all ranks, GiB of a rank."""
+    """Seconds of the fastest optimizer step (other programs only add), tokens per second of all ranks, GiB of a rank,
+    seconds of the whole run and processor seconds of all its processes."""
     count, output = int(ranks), work / "output"
     data = make_rows(work, ROWS * STEPS * count, 2 * int(length))
     words = [*words_of(work, data, size, length), "--output_dir", output, "--zero_stage", stage, "--dtype", dtype]
     whole = run(words, count, work / "steps.log")
-    seconds = statistics.median(row["seconds"] for row in read_rows(output, "train")[2:])
+    seconds = min(row["seconds"] for row in read_rows(output, "train")[1:])
     tokens = ROWS * count * int(length)
-    return {"step": seconds, "tokens_per_second": tokens / seconds, "gib": whole["gib"], "seconds": whole["seconds"]}
+    return {"step": seconds, "tokens_per_second": tokens / seconds} | whole
 
 
 def estimated(work: Path, stage: str, ranks: int) -> float:
@@ -176,18 +177,19 @@ def draw(results: dict, file: Path) -> None:
     for column, axis in enumerate(axes):
         rows = results[axis]
         x = [float(value.rstrip("M")) for value in rows]
-        time_name = "seconds" if axis == "rows" else "step"
+        time_name = "processor" if axis == "rows" else "step"
         for panel, name in zip(panels[:, column], (time_name, "gib"), strict=True):
             y = [row[name] for row in rows.values()]
             panel.plot(x, y, marker="o", color="C0", label="measured")
             if name != "gib":
                 panel.plot(x, [y[0] * value / x[0] for value in x], "--", color="0.6", label="linear")
-            if axis == "rows" and name == "seconds":
+            if axis == "rows" and name == "processor":
                 panel.plot(x, [row["again"] for row in rows.values()], marker="o", color="C1", label="with the cache")
             panel.set(xscale="log", yscale="log", xlabel=axis + (" (M parameters)" if axis == "size" else ""))
             panel.set_xticks(x, rows, fontsize=7, minor=False)
             panel.minorticks_off()
-            panel.set_ylabel("GiB of a rank" if name == "gib" else "seconds" if axis == "rows" else "seconds per step")
+            labels = {"gib": "GiB of a rank", "step": "seconds per step", "processor": "processor seconds"}
+            panel.set_ylabel(labels[name])
             panel.grid(alpha=0.3)
         panels[0, column].legend(fontsize=7, frameon=False)
     figure.savefig(file, dpi=110)

@@ -63,9 +63,9 @@ def run_layouts(arguments_of, folder, step, layouts) -> None:
 def largest_difference(plain, other) -> float:
     """Of all figures and steps, relative to the largest value that the figure has."""
     want, got = ({row["step"]: row for row in read_metrics(folder)} for folder in (plain, other))
-    assert sorted(got) == [step for step in sorted(want) if step > SAVED_AT]
+    assert sorted(got) == sorted(want)[SAVED_AT:]
     differences = []
-    for name in (name for name in FIGURES if name in want[SAVED_AT + 1]):
+    for name in (name for name in FIGURES if name in want[max(want)]):
         largest = max(abs(want[step][name]) for step in got)
         differences += [abs(want[step][name] - got[step][name]) / largest for step in got]
     return max(differences)

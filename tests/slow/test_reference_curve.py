@@ -38,7 +38,7 @@ def test_the_three_steps_follow_the_reference_curves(run_step, tmp_path):
         3: f"--actor_model_name_or_path {tmp_path}/step1 --critic_model_name_or_path {tmp_path}/step2 "
         "--max_prompt_seq_len 24 --max_answer_seq_len 16 --per_device_generation_batch_size 16 "
         "--per_device_training_batch_size 8 --ppo_epochs 2 --actor_learning_rate 1e-4 --critic_learning_rate 3e-4 "
-        "--num_warmup_steps 0 --normalize_reward --max_train_samples 48",
+        "--num_warmup_steps 0 --normalize_reward --missing_eos_penalty 0 --max_train_samples 48",
         "dpo": f"--model_name_or_path {tmp_path}/step1 --max_seq_len 48 --per_device_train_batch_size 8 "
         "--max_train_samples 64 --max_eval_samples 16 --learning_rate 1e-4 --num_warmup_steps 2",
     }

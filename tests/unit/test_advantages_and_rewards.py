@@ -242,7 +242,9 @@ def test_normalize_reward_scales_the_reward_models_score_of_every_answer_and_not
     (reward / "config.json").write_text(json.dumps(config | {"reward_score_mean": mean, "reward_score_std": std}))
     plain = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32).eval()
     # Without a KL penalty and clipping the rewards of an answer are its score, at its last token.
-    trainer = _trainer((actor, reward), "--normalize_reward --kl_ctl 0 --clip_reward_value 1000")
+    more = "--missing_eos_penalty 0 --kl_ctl 0 --clip_reward_value 1000"
+    assert _trainer((actor, reward), f"--no-normalize_reward {more}").reward_scale is None
+    trainer = _trainer((actor, reward), more)  # None takes the scale where it is saved
     for functions in ([], [f"{rewards}:length:2"]):
         trainer.reward_functions = load_reward_functions(functions)
         experience = _experience(trainer)

@@ -1,11 +1,14 @@
 """DeepSpeed's configuration: published values, files laid over it, and offloading as it runs on CPU."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.engine import DeepSpeedEngine
 from helpers import assert_same_run, flags, killed_after, zero_stage
 
+from utils import ds_utils
 from utils.ds_utils import get_eval_ds_config, get_train_ds_config, merge_config_file, offloads_optimizer
 from utils.process.errors import UserError
 
@@ -183,3 +186,22 @@ def test_parameters_on_nvme_train_resume_and_end_as_in_memory(run_step, start, t
     run_step(1, [*arguments, "--resume", "auto"])
     assert "4 steps are done" in capfd.readouterr().out
     assert_same_run(tmp_path / "plain", tmp_path / "nvme")
+
+
+@pytest.mark.parametrize(("ranks", "reduces"), [(1, False), (2, True)])
+def test_one_rank_at_stage_0_does_not_copy_its_gradients_to_reduce_them(ranks, reduces, monkeypatch):
+    """The copy is as large as the model, and was seen as the peak of small runs."""
+    engine = SimpleNamespace(enable_backward_allreduce=True, zero_optimization_stage=lambda: 0, optimizer=None)
+    monkeypatch.setattr(ds_utils, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(ds_utils.deepspeed, "initialize", lambda **given: (engine, None, None, None))
+    assert ds_utils.initialize(None, get_train_ds_config(False, "fp32", 0)).enable_backward_allreduce == reduces
+    engine.enable_backward_allreduce = True
+    assert ds_utils.initialize(None, get_train_ds_config(False, "bf16", 0)).enable_backward_allreduce
+
+
+def test_a_run_on_one_rank_copies_no_gradients(run_step, start, monkeypatch):
+    def refuse(*_arguments):
+        raise AssertionError("gradients were flattened")
+
+    monkeypatch.setattr(DeepSpeedEngine, "allreduce_bucket", refuse)
+    run_step(1, [*start(1), *flags("--zero_stage 0 --max_train_samples 4")])

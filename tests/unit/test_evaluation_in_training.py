@@ -8,6 +8,8 @@ import torch
 from helpers import MEASURED, assert_same_run, flags, killed_after, read_metrics, zero_stage
 from safetensors.torch import load_file
 
+from utils import arguments
+from utils.arguments.watching import worse_than_at_start
 from utils.process.errors import UserError
 
 
@@ -150,3 +152,66 @@ def test_what_would_do_nothing_is_refused(run_step, start, tmp_path, step, text,
     epochs = ["--num_train_epochs", "1"]
     with pytest.raises(UserError, match=message):
         run_step(step, [*start(step), *epochs, *flags(text.replace("OUT", str(tmp_path / "out")))])
+
+
+# ---------------------------------------------------------------- worse than at the start
+
+
+def test_a_run_that_made_its_model_worse_says_so_at_its_end(run_step, start, capsys):
+    run_step(1, [*start(1), *flags("--learning_rate 1 --lr_scheduler_type constant")])
+    said = [line for line in capsys.readouterr().out.splitlines() if "ended worse than it began" in line]
+    assert len(said) == 1 and said[0].startswith("the evaluation ended worse than it began: loss ")
+    assert "before training" in said[0] and "lower --learning_rate" in said[0]
+
+
+@pytest.mark.parametrize("step", [1, 2, "dpo", 3])
+def test_a_model_that_did_not_move_is_not_called_worse_and_the_first_evaluation_can_be_left_out(
+    run_step, start, tmp_path, capsys, step
+):
+    rates = "--learning_rate 0" if step != 3 else "--actor_learning_rate 0 --critic_learning_rate 0 --eval_interval 90"
+    more = "--eval_prompts 2" if step == 3 else "--dropout 0"
+    for name, skip in (("with", ""), ("without", "--skip_initial_evaluation")):
+        run_step(step, [*start(step), *flags(f"{rates} {more} {skip}", output_dir=tmp_path / name)])
+    assert "ended worse" not in capsys.readouterr().out
+    both = [[row["step"] for row in read_metrics(tmp_path / name, "eval")] for name in ("with", "without")]
+    assert both[0][0] == 0 and both[0][1:] == both[1] != []
+    assert _training_rows(tmp_path / "with") == _training_rows(tmp_path / "without")
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "start", "end", "words"),
+    [
+        (1, "", {"loss": 2.530}, {"loss": 2.729}, ["loss 2.53 before training, 2.729 now; lower --learning_rate"]),
+        (1, "", {"loss": 2.530}, {"loss": 2.5305}, []),
+        (1, "", {"loss": 2.530}, {"loss": float("nan")}, ["nan now"]),
+        (1, "", {}, {"loss": 2.729}, []),
+        (1, "--lora_dim 4", {"loss": 2.0}, {"loss": 2.1}, ["lower --lora_learning_rate"]),
+        (1, "--soft_prompt p_tuning", {"loss": 2.0}, {"loss": 2.1}, ["lower --soft_prompt_learning_rate"]),
+        (2, "", {"accuracy": 0.55, "loss": 0.7}, {"accuracy": 0.5, "loss": 0.6}, ["accuracy 0.55 before training"]),
+        (2, "", {"accuracy": 0.55, "loss": 0.7}, {"accuracy": 0.6, "loss": 0.8}, []),
+        ("dpo", "", {"accuracy": 0.5}, {"accuracy": 0.49}, ["lower --learning_rate"]),
+        (3, "", {"score": 0.0, "eos_rate": 0.6}, {"score": 0.1, "eos_rate": 0.56}, []),
+        (3, "", {"score": 0.0, "eos_rate": 0.6}, {"score": 0.1, "eos_rate": 0.5}, ["raise --missing_eos_penalty"]),
+        (3, "--actor_lora_dim 4", {"score": 0.0}, {"score": -0.1}, ["lower --actor_lora_learning_rate"]),
+    ],
+)
+def test_what_is_worse_is_told_with_the_flag_to_turn(step, text, start, end, words):
+    model = "--actor_model_name_or_path" if step == 3 else "--model_name_or_path"
+    args = arguments.build_parser(step).parse_args([model, "x", *text.split()])
+    lines = worse_than_at_start(args, step, start, end)
+    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True)), lines
+
+
+def test_a_resumed_run_still_knows_where_it_started(run_step, start, tmp_path, capsys):
+    text = "--learning_rate 1 --lr_scheduler_type constant --checkpoint_steps 1"
+    arguments_of_run = [*start(1), *flags(text, output_dir=tmp_path)]
+    with killed_after(3):
+        run_step(1, arguments_of_run)
+    assert "ended worse" not in capsys.readouterr().out
+    run_step(1, [*arguments_of_run, "--resume", "auto"])
+    assert "ended worse than it began" in capsys.readouterr().out
+
+
+def test_leaving_out_an_evaluation_that_step_3_does_not_make_is_refused(run_step, start):
+    with pytest.raises(UserError, match="--skip_initial_evaluation: step 3 evaluates nothing without --eval_interval"):
+        run_step(3, [*start(3), "--skip_initial_evaluation"])

@@ -30,7 +30,7 @@ def test_a_flag_or_data_that_differs_between_nodes_is_named_with_both_hosts(
     places = dict(data_path=pairs_folder, data_output_path=tmp_path / "cache", output_dir=tmp_path / "out")
     arguments = flags("--dtype fp32", model_name_or_path=model_folder, **places)
     two_hosts["--learning_rate"] = "0.5"
-    message = r"--learning_rate must be the same on every node: it is 0\.001 on a, the first, and 0\.5 on b"
+    message = r"--learning_rate must be the same on every node: it is 2e-05 on a, the first, and 0\.5 on b"
     with pytest.raises(UserError, match=message):
         run_step(1, arguments)
     two_hosts.clear()

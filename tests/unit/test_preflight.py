@@ -66,6 +66,8 @@ def test_a_run_that_would_work_passes_every_check(step, dry_run, model_folder, r
     assert f"{train} " in line_of(printed, "data") and f"{evaluation} to evaluate" in line_of(printed, "data")
     assert "(LoRA on 14 layers)" in line_of(printed, "parameters")
     assert "per rank at most" in line_of(printed, "memory")
+    assert f"s per {'update' if step == 3 else 'optimizer step'}" in line_of(printed, "time")
+    assert "hours in all; an estimate" in line_of(printed, "time")
     for part in ("parameters", "optimizer states", "activations kept", "  with checkpointing"):
         assert f"\n  {part}" in printed
     if step == 3:

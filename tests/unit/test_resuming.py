@@ -31,7 +31,7 @@ def test_a_run_that_is_not_the_same_is_refused_with_flag_and_values(run_step, st
     arguments, folder = stopped
     resuming = [*arguments, "--resume", "auto"]
     for more, message in (
-        ("--learning_rate 0.1", r"--learning_rate is 0\.1, and was 0\.001"),
+        ("--learning_rate 0.1", r"--learning_rate is 0\.1, and was 2e-05"),
         ("--seed 5", "--seed is 5, and was 1234"),
         ("--zero_stage 1 --seed 5", "--seed is 5, and was 1234"),
     ):
@@ -169,7 +169,7 @@ def assert_follows(folder: Path, plain: Path, after: int, tolerance: float = 1e-
     assert max(abs(got[step] - want[step]) / want[step] for step in got) < tolerance
 
 
-@pytest.mark.parametrize("lora", ["", "--lora_dim 2 --weight_decay 0.1"])
+@pytest.mark.parametrize("lora", ["", "--lora_dim 2 --weight_decay 5"])
 @pytest.mark.parametrize("stages", [(0, 3), (3, 2), (2, 0), (1, 3)])
 def test_another_zero_stage_goes_on_from_the_same_numbers(run_step, start, tmp_path, stages, lora):
     """With groups of their own learning rates and weight decays, as LoRA has them."""

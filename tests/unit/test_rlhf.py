@@ -197,7 +197,7 @@ def test_a_missing_eos_costs_the_penalty(folders, monkeypatch):
     answers = torch.tensor([[9, 8, trainer.tokenizer.eos_token_id], [9, 9, 9]]).repeat(2, 1)
     monkeypatch.setattr(trainer, "_generate_sequence", lambda prompts, *_: _rollout(prompts, answers))
     with_penalty = _experience(trainer).scores
-    trainer.args.missing_eos_penalty = None
+    trainer.args.missing_eos_penalty = 0.0
     assert (_experience(trainer).scores - with_penalty).tolist() == pytest.approx([0, 2.5, 0, 2.5])
 
 

@@ -1,19 +1,23 @@
-"""The losses of steps 1, 2 and DPO against TRL's trainers. Not run by default; in an environment that has TRL 1.16:
+"""The losses of steps 1, 2, DPO and GRPO against TRL's trainers. Not run by default; in an environment with TRL 1.16:
 
 python -m pytest -m trl
 """
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from helpers import make_model
+from test_against_trl import run_statements
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from training.step2_dpo_finetuning.dpo_math import PreferenceLoss
 from training.step2_dpo_finetuning.main import compare
 from training.step2_dpo_finetuning.reference import batch_log_probs
+from training.step3_rlhf_finetuning import ppo_math
 from utils.data.batching import DataCollatorDPO, pad_rows
 from utils.model.inputs import model_inputs
 from utils.model.losses import LabelLogProbs, causal_lm_loss_sum, label_count
@@ -136,3 +140,69 @@ def test_losses_gradients_and_rewards_of_dpo_are_those_of_trl(trl, model_folder,
             ("log_probs/chosen", "logps/chosen"),
         ):
             assert figures[name].mean().item() == pytest.approx(reported[key][-1], abs=2e-5), name
+
+
+@pytest.fixture
+def trl_grpo(trl, monkeypatch):
+    """Its module, imported where tests/vllm is not taken for the package of that name."""
+    tests = Path(__file__).parents[1]
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path and Path(path) != tests])
+    return pytest.importorskip("trl.trainer.grpo_trainer")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("loss_mean", ["token", "answer"])
+def test_losses_gradients_and_advantages_of_grpo_are_those_of_trl(
+    trl, trl_grpo, model_folder, tmp_path, loss_mean, scale, beta
+):
+    """TRL's loss types dapo and grpo, with clip-higher, on answers of several lengths and a policy that has moved."""
+    tokenizer = load_hf_tokenizer(model_folder)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(model_folder).eval() for _ in range(2))
+    settings = trl.GRPOConfig(
+        loss_type="dapo" if loss_mean == "token" else "grpo",
+        scale_rewards="group" if scale else "none",
+        **dict(
+            epsilon=0.2,
+            epsilon_high=0.28,
+            beta=beta,
+            use_bias_correction_kl=False,
+            num_generations=2,
+            per_device_train_batch_size=4,
+        ),
+        **_common(tmp_path),
+        gradient_checkpointing=False,
+    )
+    texts = Dataset.from_dict({"prompt": ["a"] * 4})
+    trainer = trl_grpo.GRPOTrainer(
+        theirs, lambda completions, **_: [0.0] * len(completions), settings, texts, processing_class=tokenizer
+    )
+    prompts, prompt_mask = pad_rows([[10, 11, 12]] * 2 + [[13]] * 2, tokenizer.pad_token_id, side="left")
+    answers, mask = pad_rows([[20, 21, 22, 0], [30], [40, 41], [50, 51, 0]], tokenizer.pad_token_id)
+    ids, attention_mask = torch.cat([prompts, answers], dim=1), torch.cat([prompt_mask, mask], dim=1)
+    noise = torch.randn(2, *mask.shape, generator=torch.Generator().manual_seed(0)) * 0.3
+    scores = torch.tensor([1.0, 0.2, 0.5, 0.5])
+
+    labels = torch.cat([torch.full_like(prompts, -100), answers.masked_fill(mask == 0, -100)], dim=1)
+    token_log_probs, _ = LabelLogProbs(ours)(model_inputs(ours, ids, attention_mask), labels)
+    log_probs = torch.zeros(mask.shape).masked_scatter(mask.bool(), token_log_probs)
+    old, reference = (log_probs.detach() + part for part in noise)
+    whole = ppo_math.group_advantages(scores, torch.ones(4, dtype=torch.bool), 2, "grpo", scale)
+    weights, clip = ppo_math.loss_weights(mask, loss_mean), dict(cliprange=0.2, cliprange_high=0.28)
+    policy = ppo_math.policy_loss_sum(log_probs, old, whole.unsqueeze(1) * mask, mask, weights=weights, **clip)
+    kl = ppo_math.kl_per_token(log_probs, reference, "k3")
+    loss = (policy.loss + beta * (kl * weights).sum()) / ppo_math.loss_units(mask, loss_mean)
+
+    names = dict(rewards=scores, num_generations=2, self=trainer, nanstd=trl_grpo.nanstd)
+    generate = trl_grpo.GRPOTrainer._generate_and_score_completions
+    advantages = run_statements(generate, "mean_grouped_rewards", "is_std_zero", names)["advantages"]
+    torch.testing.assert_close(whole, advantages, rtol=0, atol=1e-6)
+    batch = dict(prompt_ids=prompts, prompt_mask=prompt_mask, completion_ids=answers, completion_mask=mask)
+    batch |= dict(old_per_token_logps=old, ref_per_token_logps=reference, num_items_in_batch=mask.sum())
+    wanted = trainer._compute_loss(theirs, batch | {"advantages": advantages})
+    assert loss.item() == pytest.approx(wanted.item(), abs=1e-6)
+    assert policy.clipped > 0, "the bounds should be seen"
+    loss.backward()
+    wanted.backward()
+    for (name, mine), weight in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, weight.grad, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

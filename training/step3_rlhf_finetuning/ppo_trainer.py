@@ -46,7 +46,9 @@ class DeepSpeedPPOTrainer:
         self.generated_steps = 0
         self.skipped_updates = 0
         self.update = Update(rlhf_engine.trained_engines(), args.align_overflow)
-        self.reward_scale = reward_scale(self.reward_model.module.config) if args.normalize_reward else None
+        self.reward_scale = None
+        if self.reward_model is not None:
+            self.reward_scale = reward_scale(self.reward_model.module.config, args.normalize_reward)
         self._refuse_without_rollout_log_probs()
 
     def state_dict(self) -> dict:
@@ -210,9 +212,7 @@ class DeepSpeedPPOTrainer:
                 mean, std = self.reward_scale
                 parts[0] = (parts[0] - mean) / std
         scores = sum(weight * part for weight, part in zip(weights, parts, strict=True))
-        if self.args.missing_eos_penalty is not None:
-            scores = scores - self.args.missing_eos_penalty * (~ended).float()
-        return scores
+        return scores - self.args.missing_eos_penalty * (~ended).float()
 
     def _answer_log_probs(self, label_log_probs: LabelLogProbs, input_ids, attention_mask, width, with_entropy=False):
         """Log-probs [B, A] of the last ``width`` tokens, 0 at pads; and their entropies [B, A], or None."""

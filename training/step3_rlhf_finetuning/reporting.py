@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from training.step3_rlhf_finetuning.diagnostics import Diagnostics
 from training.step3_rlhf_finetuning.experience import Experience
 from utils.engine.averages import ExponentialMovingAverage, MovingAverage
 from utils.perf import print_throughput_step3
@@ -41,14 +42,21 @@ class Reporter:
     def __init__(self, args, rlhf_engine, trainer, writer, total_steps: int):
         self.args, self.engine, self.trainer, self.writer = args, rlhf_engine, trainer, writer
         self.samples_per_second, self.score = MovingAverage(), ExponentialMovingAverage()
+        self._diagnostics = Diagnostics(args)
         self._total, self._left, self._gap_told = total_steps, TimeLeft(), False
 
     def state_dict(self) -> dict:
-        return {"samples_per_second": self.samples_per_second.state_dict(), "score": self.score.state_dict()}
+        return {
+            "samples_per_second": self.samples_per_second.state_dict(),
+            "score": self.score.state_dict(),
+            "diagnostics": self._diagnostics.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.samples_per_second.load_state_dict(state["samples_per_second"])
         self.score.load_state_dict(state["score"])
+        if "diagnostics" in state:  # checkpoints of earlier versions have none
+            self._diagnostics.load_state_dict(state["diagnostics"])
 
     def begin(self, prompts: int) -> None:
         args = self.args
@@ -100,6 +108,8 @@ class Reporter:
                 "(rollout_log_prob_gap in metrics.jsonl), by so much are updates off-policy: --rollout_is_clip 2 "
                 "weighs tokens by it, --hybrid_engine_backend own samples with the policy's kernels"
             )
+        for line in self._diagnostics.update(metrics):
+            print_rank_0(f"step {step + 1}: {line}")
         if self.args.sample_interval and step % self.args.sample_interval == 0:
             shown = self.args.samples_shown, self.args.num_generations_per_prompt
             samples = sample_rows(experience, self.trainer.tokenizer, *shown)

@@ -21,8 +21,7 @@ from utils.process.errors import UserError
 
 QUANTIZATIONS = ("nf4", "int8")
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-
-
+WARMUP_RATIO = 0.1  # AdamW's first steps have the full size of the rate, whatever the gradient: they come at a low one
 SOFT_PROMPT_LEARNING_RATES = {"prompt_tuning": 1e-2, "p_tuning": 1e-4}
 
 
@@ -60,19 +59,23 @@ def add_dtype_argument(parser) -> None:
     )
 
 
-def add_supervised_arguments(parser, learning_rate: float, dropout: float | None = None) -> None:
-    """Model, optimisation, DeepSpeed and LoRA of the steps that train one model."""
+def add_supervised_arguments(parser, learning_rate: float, rate_help: str, dropout: float | None = None) -> None:
+    """Model, optimisation, DeepSpeed and LoRA of the steps that train one model.
+
+    Args:
+        rate_help: of --learning_rate, what else there is to know of it.
+    """
     group = parser.add_argument_group("model and optimisation")
     add = group.add_argument
     add("--model_name_or_path", required=True, help="folder or hub name of the model to start from")
     add("--per_device_train_batch_size", type=positive, default=16, help="rows per device and forward pass")
     add("--per_device_eval_batch_size", type=positive, default=16, help="rows per device in evaluation")
     add_sequence_length_argument(group)
-    add("--learning_rate", type=non_negative_float, default=learning_rate, help="peak learning rate")
+    add("--learning_rate", type=non_negative_float, default=learning_rate, help=f"peak learning rate; {rate_help}")
     add("--weight_decay", type=non_negative_float, default=0.0, help="AdamW's decay of matrices; 0 to turn off")
     add("--num_train_epochs", type=positive, default=1, help="passes over the training rows")
     add("--gradient_accumulation_steps", type=positive, default=1, help="forward passes per optimizer step")
-    add_schedule_arguments(group, warmup=0)
+    add_schedule_arguments(group)
     add(
         "--group_by_length",
         action=argparse.BooleanOptionalAction,
@@ -105,7 +108,8 @@ def scheduler(name: str) -> SchedulerType | str:
     return SchedulerType(name) if name in SCHEDULERS else name
 
 
-def add_schedule_arguments(group, warmup: int) -> None:
+def add_schedule_arguments(group) -> None:
+    """The shape of the learning rate over a run."""
     group.add_argument(
         "--lr_scheduler_type",
         type=scheduler,
@@ -116,13 +120,16 @@ def add_schedule_arguments(group, warmup: int) -> None:
     )
     one_of_both = group.add_mutually_exclusive_group()
     one_of_both.add_argument(
-        "--num_warmup_steps", type=not_negative, default=warmup, help="optimizer steps of rising learning rate"
+        "--num_warmup_steps",
+        type=not_negative,
+        default=None,
+        help="optimizer steps of rising learning rate; None for --warmup_ratio",
     )
     one_of_both.add_argument(
         "--warmup_ratio",
         type=probability,
-        default=None,
-        help="the same as a share of the run's optimizer steps, as in 0.03; None for --num_warmup_steps",
+        default=WARMUP_RATIO,
+        help="the same as a share of the run's optimizer steps; 0 for no warmup",
     )
 
 

@@ -96,7 +96,7 @@ def add_rlhf_arguments(parser) -> None:
         default=0.0,
         help="AdamW's decay of the critic's matrices; 0 to turn off",
     )
-    add_schedule_arguments(group, warmup=100)
+    add_schedule_arguments(group)
     add = parser.add_argument_group("PPO").add_argument
     on_off = argparse.BooleanOptionalAction
     add(
@@ -128,12 +128,18 @@ def add_rlhf_arguments(parser) -> None:
     )
     add("--kl_horizon", type=positive, default=10000, help="answers over which the KL weight adapts")
     add("--clip_reward_value", type=above_zero, default=5.0, help="scores are clipped to plus or minus this")
-    add("--normalize_reward", action="store_true", help="scale scores by the mean and std saved with the reward model")
+    add(
+        "--normalize_reward",
+        action=on_off,
+        default=None,
+        help="scale scores by the mean and std saved with the reward model; None: where they are saved",
+    )
     add(
         "--missing_eos_penalty",
         type=non_negative_float,
-        default=None,
-        help="taken off the score of an answer without EOS; None for nothing",
+        default=1.0,
+        help="taken off the score of an answer without EOS, in units of the score (with --normalize_reward: its "
+        "standard deviation); 0 for nothing",
     )
     add("--gamma", type=probability, default=1.0, help="discount per token; 1 for none")
     add("--lam", type=probability, default=0.95, help="GAE's lambda: 0 trusts the critic, 1 the rewards")

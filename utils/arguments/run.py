@@ -141,6 +141,7 @@ MAY_CHANGE_AT_RESUME = {
     *("print_answers", "print_answers_interval", "sample_interval", "samples_shown"),
     *("enable_test_mode", "test_stop_step", "dry_run"),
     *("console", "eval_prompts", "save_best", "early_stopping_patience", "save_interval", "save_total_limit"),
+    "skip_initial_evaluation",
 }
 
 

@@ -10,6 +10,7 @@ from utils.arguments.data import add_data_arguments
 from utils.arguments.dpo import add_dpo_arguments, check_dpo
 from utils.arguments.kinds import new_parser, non_negative_float
 from utils.arguments.model import (
+    WARMUP_RATIO,
     add_num_padding_argument,
     add_soft_prompt_arguments,
     add_supervised_arguments,
@@ -48,12 +49,13 @@ def build_parser(step: Step) -> ConfigParser:
     parser = new_parser(DESCRIPTIONS[step], ConfigParser)
     add_data_arguments(parser, step)
     if step == 1:
-        add_supervised_arguments(parser, learning_rate=1e-3)
+        add_supervised_arguments(parser, 2e-5, "for whole models that are trained already; from scratch 1e-3")
         add_soft_prompt_arguments(parser)
     elif step == 2:
-        add_supervised_arguments(parser, learning_rate=5e-5)
+        add_supervised_arguments(parser, 5e-5, "for whole models up to a billion weights, 9e-6 for larger ones")
     elif step == DPO:
-        add_supervised_arguments(parser, learning_rate=1e-6, dropout=0.0)  # log-probs of equal weights shall be equal
+        hint = "for whole models; the smaller the model, the more it takes"
+        add_supervised_arguments(parser, 1e-6, hint, dropout=0.0)  # log-probs of equal weights shall be equal
     else:
         add_rlhf_arguments(parser)
     add_run_arguments(parser, step)
@@ -162,7 +164,7 @@ def check_step(args: argparse.Namespace, step: Step, ranks: int | None = None) -
 
 def warmup_steps(args: argparse.Namespace, total_steps: int) -> int:
     """Optimizer steps of rising learning rate in a run of so many."""
-    return args.num_warmup_steps if args.warmup_ratio is None else round(args.warmup_ratio * total_steps)
+    return round(args.warmup_ratio * total_steps) if args.num_warmup_steps is None else args.num_warmup_steps
 
 
 def warmup_note(args: argparse.Namespace, total_steps: int) -> str | None:
@@ -170,10 +172,11 @@ def warmup_note(args: argparse.Namespace, total_steps: int) -> str | None:
     warmup = warmup_steps(args, total_steps)
     if warmup < total_steps or warmup == 0 or args.lr_scheduler_type == SchedulerType.CONSTANT:
         return None
-    flag = f"--num_warmup_steps {warmup}" if args.warmup_ratio is None else f"--warmup_ratio {args.warmup_ratio:g}"
+    by_steps = args.num_warmup_steps is not None
+    flag = f"--num_warmup_steps {warmup}" if by_steps else f"--warmup_ratio {args.warmup_ratio:g}"
     return (
         f"{flag}: the learning rate still rises when the run ends after {total_steps} optimizer steps, at "
-        f"{100 * (total_steps - 1) / warmup:.0f} % of its peak; --warmup_ratio 0.03 fits any length"
+        f"{100 * (total_steps - 1) / warmup:.0f} % of its peak; --warmup_ratio {WARMUP_RATIO:g} fits any length"
     )
 
 

@@ -2,7 +2,7 @@
 
     python -m utils.demo.arithmetic --output DIR [--rows 12000] [--seed 1234]
 
-{"question": "I had 17 apples, got 25 more and then ate 8. How many are left?", "answer": "17+25=42. 42-8=34. #### 34"}
+{"question": "I had 12 apples, got 5 more and then ate 8. How many are left?", "answer": "12+5=17. 17-8=9. #### 9"}
 
 As a file of reward functions: ``--reward_function utils/demo/arithmetic.py:exact``; ``working`` is for reading alone.
 GSM8K, Cobbe et al. 2021, https://arxiv.org/abs/2110.14168, whose answers end with "#### " and the number.
@@ -16,8 +16,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-SIZES = {"train": 12_000, "eval": 500}
-LARGEST = 99  # no number on the way is larger, none is below 0
+SIZES = {"train": 12_000, "eval": 200}
+LARGEST = 20  # no number on the way is larger, none is below 0
 HELD_OUT = 10  # one question of so many is asked in evaluations alone
 # Signs of the two steps -> how they are asked.
 FORMS = {
@@ -70,7 +70,7 @@ def _questions(rng: random.Random) -> Iterator[tuple[str, str]]:
     """Questions and answers without end."""
     while True:
         signs = rng.choice(list(FORMS))
-        a, b, c = rng.randint(10, LARGEST), rng.randint(2, 60), rng.randint(2, 60)
+        a, b, c = rng.randint(2, LARGEST), rng.randint(1, 9), rng.randint(1, 9)
         between = step(a, signs[0], b)
         final = step(between, signs[1], c)
         if 0 <= between <= LARGEST and 0 <= final <= LARGEST:

@@ -87,16 +87,22 @@ def pair_accuracy(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) ->
     return torch.heaviside(margin, margin.new_tensor(0.5))
 
 
-def reward_scale(config) -> tuple[float, float]:
+def reward_scale(config, wanted: bool | None = True) -> tuple[float, float] | None:
     """Mean and std of a reward model's scores, as step 2 saved them in its configuration.
 
+    Args:
+        wanted: --normalize_reward; None takes them where they are, False takes none.
+
+    Returns:
+        None where scores stay as they are.
+
     Raises:
-        UserError: the configuration has none.
+        UserError: they are wanted and the configuration has none.
     """
     mean, std = (getattr(config, name, None) for name in SCORE_SCALE)
-    if not std:
+    if wanted and not std:
         raise UserError(f"--normalize_reward: the reward model's config has no {' and '.join(SCORE_SCALE)}")
-    return mean, std
+    return (mean, std) if std and wanted is not False else None
 
 
 def _mask_of(input_ids, attention_mask, **unused) -> torch.Tensor:

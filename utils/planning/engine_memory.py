@@ -189,10 +189,10 @@ def trained_engine(name: str, model: MetaModel, ds_config: dict, machine: Machin
 
 
 def _stage_0(training: _Training) -> EngineMemory:
-    """fp32 only. Gradients whole; their reduction copies them, up to 5e8 elements at a time
+    """fp32 only. Gradients whole; their reduction over several ranks copies them, up to 5e8 elements at a time
     (engine.buffered_allreduce_fallback)."""
     whole = training.trained * training.item
-    copied = min(training.trained, 500_000_000 + training.model.sizes.largest_trained) * training.item
+    copied = min(training.trained, 500_000_000 + training.model.sizes.largest_trained) * training.item * training.many
     return EngineMemory(
         training.name,
         training.model,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils.arguments import Step
-from utils.arguments.watching import LOWER_IS_BETTER, watched_metric
+from utils.arguments.watching import LOWER_IS_BETTER, watched_metric, worse_than_at_start
 from utils.process.console import print_rank_0
 from utils.process.errors import UserError
 from utils.process.files import BEST_FOLDER, SAVED_FOLDER, write_text
@@ -57,10 +57,11 @@ class Evaluations:
         self._limit = getattr(args, "eval_iters", 0)
         self._limit = 0 if self._limit >= batches else self._limit
         self._saves_with_figures = step == 2  # a reward model holds the scale of its scores
-        self._metric = watched_metric(args, step)
+        self._step, self._metric = step, watched_metric(args, step)
         self._evaluates = step != 3 or args.eval_interval > 0
         self._best: float | None = None
         self._best_step, self._waited, self._steps, self._whole = 0, 0, -1, False
+        self._start: Figures = {}  # of the model before training
         self.figures: Figures = {}
 
     def state_dict(self) -> dict:
@@ -72,6 +73,7 @@ class Evaluations:
             "waited": self._waited,
             "steps": self._steps,
             "whole": self._whole,
+            "start": self._start,
             "figures": self.figures,
         }
 
@@ -79,6 +81,7 @@ class Evaluations:
         """Raises ValueError or TypeError: what ``state_dict`` does not give."""
         self._steps, self._whole = int(state["steps"]), bool(state["whole"])
         self.figures = {str(name): float(value) for name, value in state["figures"].items()}
+        self._start = {str(name): float(value) for name, value in state.get("start", {}).items()}  # older ones: without
         if state["metric"] == self._metric and state["best"] is not None:  # else the comparison begins anew
             self._best, self._best_step = float(state["best"]), int(state["best_step"])
             self._waited = int(state["waited"])
@@ -91,8 +94,9 @@ class Evaluations:
 
     def before_training(self, resumed: dict | None) -> None:
         """The figures of the model that a fresh run starts from; they take no part in the comparison."""
-        if resumed is None and self._evaluates:
+        if resumed is None and self._evaluates and not self.args.skip_initial_evaluation:
             self._evaluate(0, 0, self._limit)
+            self._start = self.figures
 
     def after_step(self, steps: int, epoch: int) -> None:
         """After each optimizer step, before the run's checkpoint of it: what the flags ask for.
@@ -118,12 +122,15 @@ class Evaluations:
             self._compare()
 
     def at_end(self, steps: int, epoch: int) -> None:
-        """When the run ends, early or not: on all batches, unless that is done."""
+        """When the run ends, early or not: on all batches, unless that is done. Says what got worse."""
         if self._evaluates and (self._steps != steps or not self._whole):
             compared = self._steps == steps  # on fewer batches, as those before it
             self._evaluate(steps, epoch, 0)
             if not compared:
                 self._compare()
+        if self._evaluates:
+            for line in worse_than_at_start(self.args, self._step, self._start, self.figures):
+                print_rank_0(line)
 
     # ------------------------------------------------------------ what
 

@@ -5,4 +5,4 @@
 . "$(dirname "${BASH_SOURCE[0]}")/../../../launch.sh"
 recipe 2 single_gpu "$@" -- \
     --data_path Dahoas/rm-static --model_name_or_path facebook/opt-350m --weight_decay 0.1 --dropout 0.0 \
-    --gradient_accumulation_steps 4 --zero_stage 0 --enable_tensorboard
+    --learning_rate 5e-5 --num_warmup_steps 0 --gradient_accumulation_steps 4 --zero_stage 0 --enable_tensorboard

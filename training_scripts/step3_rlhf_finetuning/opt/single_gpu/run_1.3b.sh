@@ -5,4 +5,5 @@
 . "$(dirname "${BASH_SOURCE[0]}")/../../../launch.sh"
 recipe 3 single_gpu "$@" -- \
     --data_path Dahoas/rm-static --actor_zero_stage 0 --critic_zero_stage 0 --gradient_accumulation_steps 2 \
+    --actor_learning_rate 9.65e-6 --critic_learning_rate 5e-6 --num_warmup_steps 100 \
     --actor_lora_dim 128 --enable_hybrid_engine --actor_gradient_checkpointing --actor_dropout 0.0
