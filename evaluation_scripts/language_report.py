@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What real_language.sh ends with: report.md, report.json and a picture of the models that it trained.
+"""What real_language.sh ends with: report.md, report.json, report_answers.jsonl and a picture.
 
     python evaluation_scripts/language_report.py --output_dir output/real_language --prompts_file PROMPTS/test.jsonl \\
         --judge_function evaluation_scripts/real_language/sentiment.py:sentiment
@@ -42,7 +42,7 @@ from utils.generation.saved_model import (
 from utils.model.inputs import model_inputs
 from utils.model.reward_functions import RewardFunction, check_columns, load_reward_functions
 from utils.process.errors import UserError, run_script
-from utils.process.files import write_text
+from utils.process.files import write_jsonl, write_text
 from utils.process.seeds import set_random_seed
 from utils.run.metrics_file import read_rows
 
@@ -73,6 +73,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_backend_argument(parser)
     args = parser.parse_args(argv)
     args.load_in_4bit, args.base_model, args.temperature = False, None, 1.0  # what loading also knows
+    args.add_eot_token = False
     return args
 
 
@@ -289,6 +290,7 @@ def main(argv=None) -> None:
     text = markdown(summary, records, functions[0].name)
     write_text(args.output_dir / "report.md", text)
     write_text(args.output_dir / "report.json", json.dumps(summary, indent=2) + "\n")
+    write_jsonl(args.output_dir / "report_answers.jsonl", [one for of_model in records.values() for one in of_model])
     print(text)
     if (args.output_dir / "ppo" / "metrics.jsonl").is_file():
         training = read_rows(args.output_dir / "ppo", "train")

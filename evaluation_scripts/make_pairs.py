@@ -102,7 +102,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name in ("batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    args.load_in_4bit, args.base_model = False, None  # what loading also knows
+    args.load_in_4bit, args.base_model, args.add_eot_token = False, None, False  # what loading also knows
     return args
 
 

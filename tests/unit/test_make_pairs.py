@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from helpers import make_model
+from helpers import make_model, make_reward_model
 
 from evaluation_scripts.language_report import distinct_2, figures, log_prob_sums, markdown
 from evaluation_scripts.make_pairs import best_rows, check_one_kind, main, pair_row, pairs_of, parse_args, reward_models
@@ -106,6 +106,19 @@ def test_a_model_its_prompts_and_two_judges_make_files_that_a_seed_repeats(tmp_p
     for line in read["a"].splitlines():
         assert json.loads(line)["chosen_score"] > json.loads(line)["rejected_score"]
     assert "18 answers to 3 prompts" in capsys.readouterr().out
+
+
+def test_a_reward_model_ranks_with_its_weight(tmp_path):
+    make_model(tmp_path / "model")
+    make_reward_model(tmp_path / "reward", tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("red cat\nblue dog\ngreen house\n")
+    given = ["--model_name_or_path", str(tmp_path / "model"), "--prompts_file", str(tmp_path / "prompts.txt")]
+    given += ["--num_generations_per_prompt", "6", "--max_new_tokens", "24", "--pairs", "all"]
+    files = ["--output", str(tmp_path / "pairs.jsonl"), "--answers", str(tmp_path / "answers.jsonl")]
+    main([*given, *files, "--judge_reward_model", f"{tmp_path}/reward:-2"])
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    for one in answers:
+        assert one["worth"] == [-2 * score for score in one["scores"]["reward_model"]]
 
 
 def test_flags_without_sense_are_refused(tmp_path):
