@@ -423,7 +423,8 @@ def test_local_copy_without_the_published_eval_split_is_an_error_and_a_single_fi
     assert (len(alone.get_train_data()), len(alone.get_eval_data())) == (18, 2)
 
 
-def test_unknown_name_lists_the_known_ones_and_what_a_path_would_have_to_be(tmp_path):
+def test_unknown_name_lists_the_known_ones_and_what_a_path_would_have_to_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # an empty folder: "." of the project has files of data in it
     with pytest.raises(DataError) as error:
         open_at("Dahoas_rm-static", tmp_path)
     message = str(error.value)
