@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +66,22 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_up(run_step, stopped, capsy
     with killed_after(6):
         run_step(1, [*arguments, "--resume", "auto"])
     assert "4 steps are done" in capsys.readouterr().out
+
+
+def test_a_flag_that_an_earlier_version_did_not_have_keeps_nobody_from_going_on_where_it_changes_nothing():
+    files = dict(deepspeed_config_overrides=None, data_config=None)
+    now = dict(loss_mean="token", scale_group_rewards=True, drop_groups_without_spread=False, missing_eos_penalty=0.0)
+    then = dict(missing_eos_penalty=None, **files)
+
+    def changed(**flags):
+        return same_run.changed_flags(SimpleNamespace(**now | flags, **files), {"flags": then}, set())
+
+    assert changed() == []
+    assert changed(loss_mean="answer") == ["--loss_mean is 'answer', and was 'token'"]
+    assert changed(drop_groups_without_spread=True) == ["--drop_groups_without_spread is True, and was None"]
+    assert changed(missing_eos_penalty=1.0) == ["--missing_eos_penalty is 1.0, and was None"]
+    then["drop_groups_without_spread"] = True
+    assert changed() == ["--drop_groups_without_spread is False, and was True"]
 
 
 def test_checkpoints_of_another_run_are_never_replaced(run_step, stopped, tmp_path):

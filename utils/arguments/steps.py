@@ -151,6 +151,8 @@ def check_step(args: argparse.Namespace, step: Step, ranks: int | None = None) -
         UserError: a combination that cannot work.
     """
     args.deepspeed_config_overrides = args.deepspeed_config_overrides or args.deepspeed_config
+    if args.num_warmup_steps is not None:
+        args.warmup_ratio = None
     check_watching(args, step)
     if step == 3:
         check_rlhf(args, ranks)

@@ -118,6 +118,10 @@ def _divided(flag: str, size: int, size_then: int, passes_then: int, ranks_then:
     return rows // (size * ranks)
 
 
+# What runs did before there was a flag for it, in checkpoints of earlier versions.
+BEFORE = {"loss_mean": "token", "scale_group_rewards": True}
+
+
 def differences(args, fingerprints: dict[str, str | None], saved: dict) -> list[str]:
     """What keeps a run with these flags from going on where the checkpoint was written, one reason a line.
 
@@ -139,7 +143,14 @@ def changed_flags(args, saved: dict, may_differ: set[str]) -> list[str]:
     """The flags, but for these, that have another value than in the checkpoint, in words."""
     now, then = flags_of(args), saved["flags"]
     return [
-        f"--{name} is {now.get(name)!r}, and was {then.get(name)!r}"
+        f"--{name} is {now.get(name)!r}, and was {then.get(name, BEFORE.get(name))!r}"
         for name in sorted((now.keys() | then.keys()) - may_differ)
-        if now.get(name) != then.get(name)
+        if not _means_the_same(name, now.get(name), then.get(name, BEFORE.get(name)), name in then)
     ]
+
+
+def _means_the_same(name: str, now, then, noted: bool) -> bool:
+    """``noted``: the checkpoint knows the flag; one that it does not know may be off, or as things were before it."""
+    if not noted:
+        return not now or now == then
+    return now == then or (name == "missing_eos_penalty" and not now and not then)  # None in earlier versions
