@@ -78,7 +78,7 @@ if stage pairs; then
 fi
 
 common=(--data_output_path "$output/data" --seed "$seed" --console brief --chat_template --overwrite_output_dir)
-pairs=(--data_path "$output/pairs" --data_split 0,1,0 --max_seq_len 192 --per_device_train_batch_size $((8 / ranks)))
+pairs=(--data_path "$output/pairs" --data_split "0,1,0" --max_seq_len 192 --per_device_train_batch_size $((8 / ranks)))
 if stage reward; then
     flags "${REWARD_FLAGS:-}"
     TRANSFORMERS_VERBOSITY=error python "$project/evaluation_scripts/real_language/first_layers.py" \
@@ -88,7 +88,7 @@ if stage reward; then
         ${more[@]+"${more[@]}"}
 fi
 
-rlhf=(--data_path "$prompts" --data_split 0,0,1 --actor_model_name_or_path "$output/base" --max_prompt_seq_len 96
+rlhf=(--data_path "$prompts" --data_split "0,0,1" --actor_model_name_or_path "$output/base" --max_prompt_seq_len 96
     --max_answer_seq_len "$length" --per_device_generation_batch_size $((answers / ranks))
     --per_device_training_batch_size $((answers / ranks / 2)) --warmup_ratio 0.1 --kl_ctl 0.05
     --enable_hybrid_engine --hybrid_engine_backend own --rollout_log_probs --log_interval 4)
