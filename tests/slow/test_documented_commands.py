@@ -37,6 +37,8 @@ ELSEWHERE = {
     "bash training_scripts/study.sh": "hours; run by hand for the figures",
     "bash training_scripts/real_language.sh": "needs a model of 135 M parameters from a package; run by hand",
     "bash training_scripts/real_model.sh": "needs a model of 135 M parameters from a package; run by hand",
+    "python inference/export_checkpoint.py": "needs a run's checkpoint; test_export_checkpoint.py makes some",
+    "python evaluation_scripts/make_pairs.py": "needs a model whose answers come to an end; test_make_pairs.py has one",
     "python tests/slow/soak.py": "half an hour, run by hand; test_soak.py is a short one",
     "python evaluation_scripts/benchmark/": "minutes; each is run by hand for the figures",
     "python -m utils.plan": "test_preflight.py plans each step, for a configuration it makes",
