@@ -40,7 +40,8 @@ def scales(monkeypatch):
 def test_fp16_trains_while_its_loss_scale_finds_its_place(run_step, start, scales, tmp_path, step, stage):
     settings = {"zero_optimization": {"reduce_bucket_size": 1000000}, "fp16": SCALING}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    text = f"{zero_stage(step, stage)} --dtype fp16" + " --align_overflow" * (step == 3)
+    text = f"{zero_stage(step, stage)} --dtype fp16 --num_warmup_steps 0"
+    text += " --align_overflow" if step == 3 else " --learning_rate 1e-3"
     run_step(
         step, [*start(step), *flags(text, output_dir=tmp_path, deepspeed_config_overrides=tmp_path / "settings.json")]
     )
