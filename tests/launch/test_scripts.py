@@ -137,7 +137,8 @@ def launched(tmp_path):
     (tmp_path / "bin/deepspeed").chmod(0o755)
 
     def run(commands):
-        text = f"set -euo pipefail; . {PROJECT}/training_scripts/launch.sh; RANKS=2; {commands}"  # as scripts of several steps begin
+        # as scripts of several steps begin
+        text = f"set -euo pipefail; . {PROJECT}/training_scripts/launch.sh; RANKS=2; {commands}"
         environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "MASTER_PORT": ""}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         return subprocess.Popen(["bash", "-c", text], env=environment, **pipes)
