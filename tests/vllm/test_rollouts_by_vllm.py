@@ -185,7 +185,8 @@ def test_groups_of_answers_are_judged_by_a_function_and_the_adapters_learn_from_
         "def distinct(prompts, answers):\n    return [float(len(set(answer))) for answer in answers]\n"
     )
     run = f"{VLLM} --per_device_generation_batch_size 4 --num_generations_per_prompt 4 --advantage_estimator grpo"
-    run += " --missing_eos_penalty 0 --sample_interval 1 --actor_lora_dim 4 --actor_learning_rate 1e-2 --num_train_epochs 2"
+    run += " --missing_eos_penalty 0 --sample_interval 1 --num_train_epochs 2"
+    run += " --actor_lora_dim 4 --actor_learning_rate 1e-2"
     files = dict(reward_function=f"{tmp_path / 'judge.py'}:distinct", output_dir=tmp_path / "run")
     given = [*start(3), *flags(run, actor_model_name_or_path=tmp_path / "actor", **files)]
     code, console = launch(3, given)
