@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from evaluation_scripts.benchmark.memory import SIZES, make_models
+from evaluation_scripts.benchmark.memory import SIZES, launcher, make_models
 from utils.arguments import SCRIPTS
 from utils.precision import default_dtype
 from utils.run.checkpoint_files import FINISHED_FILE, newest_checkpoint
@@ -43,15 +43,8 @@ def parse_args():
 
 
 def command_of(args, output: Path) -> list[str]:
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={args.ranks}",
-        SCRIPTS[1],
-    ]
-    words += ["--model_name_or_path", make_models(args.work, args.size)[0], "--data_path", "local/demo"]
+    words = [*launcher(args.ranks), SCRIPTS[1], "--data_path", "local/demo"]
+    words += ["--model_name_or_path", make_models(args.work, args.size)[0]]
     words += ["--data_split", "1,0,0", "--data_output_path", args.work / "cache", "--output_dir", output]
     # One step more: the row of the first is where the time begins.
     words += ["--max_train_samples", (args.steps + 1) * args.rows * args.ranks, "--max_eval_samples", args.ranks]

@@ -32,6 +32,8 @@ from utils.run.metrics_file import read_rows
 ON_GPU = torch.cuda.is_available()
 LENGTH = 256  # tokens of a row; step 3: half of it prompt
 SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "2M": (128, 344, 4, 4, 4, 8192),
+    "8M": (256, 688, 6, 4, 4, 8192),
     "30M": (384, 1024, 8, 6, 6, 32768),
     "135M": (576, 1536, 30, 9, 3, 49152),  # as SmolLM2-135M
     "360M": (960, 2560, 32, 15, 5, 49152),  # as SmolLM2-360M
@@ -88,6 +90,7 @@ def make_models(folder: Path, size: str) -> tuple[Path, Path]:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -105,10 +108,7 @@ def make_models(folder: Path, size: str) -> tuple[Path, Path]:
 def command_of(work: Path, step: int, case) -> list[str]:
     size, ranks, stage, dtype, rows, more = case
     policy, reward = make_models(work, size)
-    words = [sys.executable]
-    if ranks > 1:
-        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    words += [SCRIPTS[step], "--data_path", "local/demo", "--data_output_path", work / "cache"]
+    words = [*launcher(ranks), SCRIPTS[step], "--data_path", "local/demo", "--data_output_path", work / "cache"]
     words += ["--pad_to_max_length", "--dtype", dtype, "--max_eval_samples", rows * ranks]
     if step < 3:
         accumulation = 2 if "--gradient_accumulation_steps" in more else 1
@@ -124,17 +124,23 @@ def command_of(work: Path, step: int, case) -> list[str]:
     return [str(word) for word in (*words, *more)]
 
 
-def run(command: list[str], log: Path) -> tuple[float, float]:
-    """Run a program to its end: (GiB of the largest of its processes, seconds)."""
-    start = time.perf_counter()
+def launcher(ranks: int) -> list[str]:
+    """What a command line begins with, before the script."""
+    if ranks == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+
+
+def run(command: list[str], log: Path) -> dict[str, float]:
+    """A program to its end, one thread in each process: seconds, processor seconds, GiB of its largest process."""
+    start, environment = time.perf_counter(), os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "w") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    return usage.ru_maxrss / 2**20, time.perf_counter() - start
+    spent = usage.ru_utime + usage.ru_stime
+    return {"seconds": time.perf_counter() - start, "processor": spent, "gib": usage.ru_maxrss / 2**20}
 
 
 def estimated(log: str) -> dict:
@@ -147,12 +153,12 @@ def estimated(log: str) -> dict:
 def measured(command: list[str], log: Path) -> dict:
     """Run a command: GiB of its largest process, or of a GPU, and seconds."""
     output = log.with_suffix("")
-    resident, seconds = run([*command, "--output_dir", str(output)] if ON_GPU else command, log)
+    used = run([*command, "--output_dir", str(output)] if ON_GPU else command, log)
     if not ON_GPU:
-        return {"measured": resident, "seconds": seconds}
+        return {"measured": used["gib"], "seconds": used["seconds"]}
     highest = max(row["memory_gib"] for row in read_rows(output, "train"))
     shutil.rmtree(output)
-    return {"measured": highest, "seconds": seconds}
+    return {"measured": highest, "seconds": used["seconds"]}
 
 
 def name_of(step: int, case) -> str:

@@ -8,13 +8,16 @@
 Each value is a run of step 1 in a process of its own, on a CPU with one thread per rank: a few optimizer steps of 4
 rows of 256 tokens through a Llama of 30M parameters in bf16, whatever the axis does not change. Along "rows" it is a
 dry run over so many rows, first without and then with the cache of token ids: start-up, preparation and sampler, no
-training. Along "step" (ZERO:RANKS) stands the planner's estimate beside the measured step, in fp32. Results are kept
-in WORK/scaling.json, so that values can be run in pieces.
+training. Along "step" (ZERO:RANKS, in fp32) stands the planner's estimate beside the measured step. Results are kept
+in WORK/scaling.json, so that values can be run in pieces. Where other programs run, processor seconds tell more than
+the clock's.
 """
 
 import argparse
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -22,56 +25,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import psutil
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
+from evaluation_scripts.benchmark.memory import launcher, make_models, run
 from utils.arguments import SCRIPTS, build_parser
-from utils.demo.tiny_model import train_demo_tokenizer
 from utils.planning.estimate import models_of_step
 from utils.planning.estimate_time import time_of_step
 from utils.planning.machines import cluster_of, measure_cpu
+from utils.process.files import METRICS_FILE
 from utils.run.metrics_file import read_rows
 
-SIZES = {  # hidden, intermediate, layers, heads, vocabulary
-    "2M": (128, 344, 4, 4, 8192),
-    "8M": (256, 688, 6, 4, 8192),
-    "30M": (384, 1024, 8, 6, 32768),
-    "135M": (576, 1536, 30, 9, 49152),
-}
 DEFAULTS = {"length": "256", "size": "30M", "ranks": "1"}
 AXES = {
     "rows": ["1000", "10000", "100000", "1000000"],
     "length": ["128", "256", "512", "1024", "2048", "4096"],
-    "size": list(SIZES),
-    "ranks": ["1", "2"],
+    "size": ["2M", "8M", "30M", "135M"],
+    "ranks": ["1", "2", "4"],
     "step": ["0:1", "2:1", "3:1", "0:2", "2:2", "3:2"],
 }
-ROWS, STEPS = 4, 6  # of a rank and optimizer step; steps of a run, of which the first is left out
-
-
-def make_model(work: Path, size: str) -> Path:
-    """A language model with random weights and a tokenizer; made once."""
-    folder = work / f"model-{size}"
-    if (folder / "tokenizer.json").exists():
-        return folder
-    hidden, intermediate, layers, heads, vocabulary = SIZES[size]
-    tokenizer = train_demo_tokenizer(1024, seed=1234)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+ROWS, STEPS = 4, 4  # of a rank and optimizer step; steps of a run, of which the first is left out
 
 
 def make_rows(work: Path, rows: int, words: int) -> Path:
@@ -87,71 +61,97 @@ def make_rows(work: Path, rows: int, words: int) -> Path:
     return file.parent
 
 
-def run(words: list, ranks: int, log: Path) -> dict:
-    """A program to its end: seconds, processor seconds, and GiB of its largest process."""
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    began = time.perf_counter()
+def watch(command: list[str], metrics: Path, log: Path) -> list[float]:
+    """Run a training to its end. Returns the processor seconds of all its processes between a step and the next."""
     with open(log, "w") as out:
-        command = [str(word) for word in [*start, SCRIPTS[1], *words]]
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
+        process = psutil.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        marks: dict[int, float] = {}  # steps written -> processor seconds by then
+        while process.poll() is None:
+            steps = len(read_rows(metrics, "train")) if (metrics / METRICS_FILE).exists() else 0
+            if steps not in marks:
+                marks[steps] = _spent(process)
+            time.sleep(0.01)
+    if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    spent = usage.ru_utime + usage.ru_stime
-    return {"seconds": time.perf_counter() - began, "processor": spent, "gib": usage.ru_maxrss / 2**20}
+    return [marks[step] - marks[step - 1] for step in marks if step > 1 and step - 1 in marks]
+
+
+def _spent(process: psutil.Process) -> float:
+    seconds = 0.0
+    for one in (process, *process.children(recursive=True)):
+        try:
+            used = one.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        seconds += used.user + used.system
+    return seconds
 
 
 def words_of(work: Path, data: Path, size: str, length: str) -> list:
     return [
-        *("--model_name_or_path", make_model(work, size), "--data_path", data, "--data_split", "1,0,0"),
+        *("--model_name_or_path", make_models(work, size)[0], "--data_path", data, "--data_split", "1,0,0"),
         *("--data_output_path", work / "cache", "--max_seq_len", length, "--max_eval_samples", 4),
         *("--per_device_train_batch_size", ROWS, "--per_device_eval_batch_size", ROWS, "--overwrite_output_dir"),
     ]
 
 
 def measure_rows(work: Path, rows: int) -> dict:
-    words = [*words_of(work, make_rows(work, rows, 24), "2M", "64"), "--dry_run", "--dtype", "fp32"]
-    first = run([*words, "--rebuild_cache"], 1, work / "rows.log")
-    again = run(words, 1, work / "rows.log")
+    words = [SCRIPTS[1], *words_of(work, make_rows(work, rows, 24), "2M", "64"), "--dry_run", "--dtype", "fp32"]
+    command = [sys.executable, *map(str, words)]
+    first = run([*command, "--rebuild_cache"], work / "rows.log")
+    again = run(command, work / "rows.log")
     return first | {"again": again["processor"], "gib_again": again["gib"]}
 
 
 def measure_steps(work: Path, *, length: str, size: str, ranks: str, stage: str = "2", dtype: str = "bf16") -> dict:
-    """Processor seconds of an optimizer step, of all ranks together: those of a run less those of a run of one step, so
-    that neither start-up nor other programs count; tokens per such second; seconds of the fastest step; GiB of a rank.
-    """
+    """Medians over a run's optimizer steps: processor seconds of all ranks together, the clock's seconds; tokens per
+    processor second; GiB of a rank."""
     count, output = int(ranks), work / "output"
     rows = ROWS * count
+    shutil.rmtree(output, ignore_errors=True)
     words = words_of(work, make_rows(work, rows * STEPS, 2 * int(length)), size, length)
-    words += ["--output_dir", output, "--zero_stage", stage, "--dtype", dtype, "--max_train_samples"]
-    short, whole = (run([*words, rows * steps], count, work / "steps.log") for steps in (1, STEPS))
-    fastest = min(row["seconds"] for row in read_rows(output, "train")[1:])
-    spent = (whole["processor"] - short["processor"]) / (STEPS - 1)
-    return {"step": spent, "tokens_per_second": rows * int(length) / spent, "fastest": fastest, "gib": whole["gib"]}
+    words += ["--output_dir", output, "--zero_stage", stage, "--dtype", dtype]
+    spent = watch([*launcher(count), *map(str, [SCRIPTS[1], *words])], output, work / "steps.log")
+    trained = read_rows(output, "train")
+    seconds = statistics.median(row["seconds"] for row in trained[1:])
+    step = statistics.median(spent)
+    per_second = rows * int(length) / step
+    return {"step": step, "seconds": seconds, "tokens_per_second": per_second, "gib": trained[-1]["memory_gib"]}
 
 
 def estimated(work: Path, stage: str, ranks: int) -> float:
-    """The planner's processor seconds for such a step of all ranks, of one thread each."""
+    """The planner's seconds for such a step on this CPU, measured now, with one thread in each rank."""
     torch.set_num_threads(1)
     words = [str(word) for word in words_of(work, work, DEFAULTS["size"], DEFAULTS["length"])]
     args = build_parser(1).parse_args([*words, "--dtype", "fp32", "--zero_stage", stage])
-    config = LlamaConfig.from_pretrained(make_model(work, DEFAULTS["size"]))
+    config = AutoConfig.from_pretrained(make_models(work, DEFAULTS["size"])[0])
     models = models_of_step(args, 1, {"model": config})
-    device = measure_cpu("fp32", clock=time.process_time)
-    return ranks * time_of_step(args, 1, models, cluster_of(device, ranks, ranks)).seconds
+    device = measure_cpu("fp32", ranks, clock=time.thread_time)
+    return time_of_step(args, 1, models, cluster_of(device, ranks, ranks)).seconds
+
+
+def compare(work: Path, stage: str, ranks: str) -> dict:
+    """The estimate (the mean of one before the run and one after it) over what the run took: by the clock, and in
+    processor seconds of a rank, which other programs disturb less, and which leave out waiting for other ranks."""
+    before = estimated(work, stage, int(ranks))
+    took = measure_steps(work, **DEFAULTS | {"ranks": ranks}, stage=stage, dtype="fp32")
+    predicted = (before + estimated(work, stage, int(ranks))) / 2
+    seconds, processor = took["seconds"], took["step"] / int(ranks)
+    return {
+        "predicted": predicted,
+        "seconds": seconds,
+        "ratio": predicted / seconds,
+        "processor": processor,
+        "ratio_processor": predicted / processor,
+        "load": os.getloadavg()[0],
+    }
 
 
 def measure(work: Path, axis: str, value: str) -> dict:
     if axis == "rows":
         return measure_rows(work, int(value))
     if axis == "step":
-        stage, ranks = value.split(":")
-        measured = measure_steps(work, **DEFAULTS | {"ranks": ranks}, stage=stage, dtype="fp32")
-        return measured | {"estimated": estimated(work, stage, int(ranks))}
+        return compare(work, *value.split(":"))
     return measure_steps(work, **DEFAULTS | {axis: value})
 
 

@@ -1,17 +1,21 @@
 """How long a step takes: volumes and bounds by hand, published times, tables, and what is refused."""
 
 import json
+import re
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import WITH_EXPERTS, make_model
 from transformers import AutoConfig, LlamaConfig
 
 from utils.planning import machines, plan
 from utils.planning.estimate_time import shape_of
-from utils.planning.machines import HOP, Cluster, Efficiency, accelerator_named, cluster_of, efficiency_of
+from utils.planning.machines import HOP, Cluster, Efficiency, Processor, accelerator_named, cluster_of, efficiency_of
 from utils.planning.meta_model import MetaModel, ModelSpec
 from utils.planning.step_time import (
     ADAM_BYTES,
@@ -189,9 +193,33 @@ def test_devices_and_efficiencies_that_do_not_exist_are_refused():
             efficiency_of([word], fitted)
 
 
-def test_this_cpu_is_measured():
-    cpu = machines.measure_cpu("fp32", seconds=0.05)
-    assert cpu.name == "cpu" and cpu.peak("fp32") > 1e8 and cpu.bandwidth > 0.1 and not cpu.peak("bf16")
+def test_this_cpu_is_measured_by_as_many_threads_as_ranks_share_it():
+    threads = torch.get_num_threads()
+    cpu = machines.measure_cpu("fp32", seconds=0.01)
+    assert cpu.name == "cpu" and cpu.peak("fp32") > 1e8 and not cpu.peak("bf16") and torch.get_num_threads() == threads
+    assert min(cpu.bandwidth, cpu.link, cpu.attention * 1e3, cpu.logits) > 0
+    used = set()
+
+    def clock() -> float:
+        used.add(threading.get_ident())
+        return time.thread_time()
+
+    machines.measure_cpu("fp32", ranks=3, seconds=0.01, clock=clock)
+    assert len(used) == 3
+
+
+def test_a_cpu_does_one_thing_after_another_with_speeds_of_their_own():
+    own = dict(fp16=0, bf16=0, fp32=0.1, memory=0, bandwidth=20, link=4, host=20, network=4, attention=0.02, logits=0.2)
+    machine = cluster(2, Processor("cpu", "cpu", **own), launch=0.001)
+    shape = replace(MODEL, active=10**7, vocabulary=1000)
+    tokens = 2 * 64
+    products, attention = tokens * 2 * 10**7, tokens * 4 * 10 * 1000 * 64 / 2
+    expected = products / 1e11 + attention / 2e10 + tokens * 1000 / 3 / 2e8 + 10 * 0.001
+    one = forward("a", shape, 2, 64, machine, "fp32")
+    assert (one.seconds, one.limit) == (pytest.approx(expected), "compute")
+    assert forward("a", shape, 2, 64, machine, "fp32", passes=2).seconds == pytest.approx(2 * expected)
+    on_gpu = forward("a", shape, 2, 64, cluster(2, launch=0.0), "bf16").seconds
+    assert on_gpu == forward("a", replace(shape, vocabulary=0), 2, 64, cluster(2, launch=0.0), "bf16").seconds
 
 
 def test_a_models_costs_come_from_its_configuration(tmp_path):
@@ -205,7 +233,7 @@ def test_a_models_costs_come_from_its_configuration(tmp_path):
     )
     shape = shape_of(MetaModel(ModelSpec(config, "causal", "bf16")))
     layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64
-    assert shape == Shape(*2 * [3 * layer + 64 + 2 * 6400], 3 * layer + 64 + 6400, 3, 64, 32, 64, 2)
+    assert shape == Shape(*2 * [3 * layer + 64 + 2 * 6400], 3 * layer + 64 + 6400, 3, 64, 32, 64, 2, 100)
     config = AutoConfig.from_pretrained(make_model(tmp_path, WITH_EXPERTS["mixtral"]))
     meta = MetaModel(ModelSpec(config, "causal", "bf16"))
     experts = sum(p.numel() for name, p in meta.model.named_parameters() if ".experts." in name)
@@ -268,6 +296,44 @@ def test_vllm_is_planned_where_it_is_not_installed(small, capsys, monkeypatch):
         plan.main([*flags, *vllm, "--inference_tp_size", "4"])
     with pytest.raises(UserError, match=r"--vllm_gpu_memory_utilization 0.001: .*GiB of weights"):
         plan.main([*flags, *vllm, "--vllm_gpu_memory_utilization", "0.001"])
+
+
+@pytest.fixture
+def vllm_anywhere(monkeypatch):
+    monkeypatch.setattr("utils.arguments.rlhf.check_vllm", lambda flag: None)
+
+
+STEP_3 = ["--step", "3", "--gpu", "H100", "--gpus", "1", "4", "--batch_size", "4", "--max_seq_len", "64", "--time"]
+
+
+def test_both_backends_stand_in_the_rows_of_each_number_of_devices(small, capsys, vllm_anywhere):
+    assert plan.main(["--model", small, *STEP_3, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    times = {}
+    for gpus, backend in ((1, "own"), (1, "vllm"), (4, "own"), (4, "vllm")):
+        ways = [row for row in found if (row["gpus"], row["backend"]) == (gpus, backend) and row["fits"]]
+        best = min(ways, key=lambda row: row["step_seconds"])
+        assert [row for row in ways if row["recommended"]] == [best]
+        assert all(("--hybrid_engine_backend vllm" in row["command"]) == (backend == "vllm") for row in ways)
+        times[gpus, backend] = best["step_seconds"]
+    assert plan.main(["--model", small, *STEP_3]) == 0
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^ +(\d)  (own|vllm) .* (\d) +(\d)  [A-Za-z ]+$", printed, re.MULTILINE)
+    by_time = sorted(times, key=times.get)
+    by_price = sorted(times, key=lambda way: way[0] * times[way])
+    assert rows == [
+        (str(way[0]), way[1], str(by_time.index(way) + 1), str(by_price.index(way) + 1)) for way in times
+    ], "places among all rows"
+    assert "by --objective time: 4 devices, --hybrid_engine_backend vllm" in printed
+    assert printed.splitlines()[-1].endswith("--hybrid_engine_backend vllm"), "the command says so, too"
+
+
+def test_the_backend_that_was_asked_for_is_recommended_beside_the_other(small, capsys, vllm_anywhere):
+    for backend, more in (("own", []), ("vllm", ["--vllm_gpu_memory_utilization", "0.5"])):
+        assert plan.main(["--model", small, *STEP_3, "--hybrid_engine_backend", backend, *more]) == 0
+        printed = capsys.readouterr().out
+        assert f"by --objective time: 4 devices, --hybrid_engine_backend {backend}" in printed
+        assert "\n    1  own " in printed and "\n    1  vllm " in printed
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def shape_of(meta: MetaModel) -> Shape:
         kv_width=kv_width,
         hidden=text.hidden_size,
         itemsize=meta.itemsize,
+        vocabulary=text.vocab_size if meta.spec.kind == "causal" else 0,
     )
 
 

@@ -5,11 +5,17 @@ rank; a collective is counted by the bytes that pass one rank's link and one nod
 """
 
 import re
+import socket
+import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from utils.accelerators import ACCELERATORS, Accelerator
 from utils.arguments.kinds import nearest
@@ -43,9 +49,24 @@ class Efficiency:
 # step 3 in 2023. bandwidth and network: estimates, which those times hardly depend on.
 GPU_EFFICIENCY = Efficiency(compute=0.114, bandwidth=0.6, network=0.7, launch=0.00145)
 GRAPH_LAUNCH = 0.0001  # seconds of a layer whose kernels start together, as a CUDA graph (vLLM); an estimate
-# compute: of the products that measure_cpu times, set by one step measured here (a Llama of 30M parameters in fp32, 4
-# rows of 256 tokens, one thread: 2.9 processor seconds). The others are estimates.
-CPU_EFFICIENCY = Efficiency(compute=0.65, bandwidth=1.0, network=1.0, launch=0.001)
+# Of what measure_cpu measures. compute: norms, activations and residuals stand between the products (measured here: a
+# step of a Llama of 30M parameters, 4 rows of 256 tokens in fp32). launch: a pass of 8 tokens through 4 layers took
+# 5 ms here. bandwidth: a copy reads and writes as Adam does. network: gloo adds or copies what a socket has received;
+# an estimate.
+CPU_EFFICIENCY = Efficiency(compute=0.85, bandwidth=1.0, network=0.5, launch=0.001)
+
+
+@dataclass(frozen=True)
+class Processor(Accelerator):
+    """One rank's share of a CPU, measured.
+
+    Attributes:
+        attention: 1e12 operations per second in attention and its gradient.
+        logits: 1e9 of them per second, from logits to the log-probs of labels and back to gradients.
+    """
+
+    attention: float
+    logits: float
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,17 @@ class Cluster:
     def computing(self, operations: float, dtype: str) -> float:
         """Seconds for so many operations in large products."""
         return operations / (self.device.peak(dtype) * self.efficiency.compute)
+
+    def attending(self, operations: float, dtype: str) -> float:
+        """Seconds for so many operations in attention: on a CPU at a speed of their own."""
+        if isinstance(self.device, Processor):
+            return operations / (self.device.attention * 1e12)
+        return self.computing(operations, dtype)
+
+    def scoring(self, logits: float) -> float:
+        """Seconds from so many logits to log-probs, as a third of a forward and a backward pass. Elsewhere than on a
+        CPU they count as part of the products that made them."""
+        return logits / (3 * self.device.logits * 1e9) if isinstance(self.device, Processor) else 0.0
 
     def reading(self, size: float) -> float:
         """Seconds to read (or write) so many bytes of the device's memory."""
@@ -162,30 +194,85 @@ def accelerator_named(name: str, dtype: str) -> Accelerator:
     return found
 
 
-def measure_cpu(dtype: str, seconds: float = 0.5, clock: Callable = time.perf_counter) -> Accelerator:
-    """This machine's processor as a device, measured within about twice ``seconds``: products of matrices in ``dtype``
-    and copies of memory, by this process's threads. The link of ranks that share it is a copy, too.
+def measure_cpu(dtype: str, ranks: int = 1, seconds: float = 0.2, clock: Callable = time.perf_counter) -> Processor:
+    """This machine's processor as a device, measured in about five times ``seconds``.
 
     Args:
-        clock: time.process_time with a single thread leaves out what other programs take.
+        ranks: that share the cores and the memory's bandwidth: as many threads measure at once, each with its share of
+            this process's threads.
+        clock: time.thread_time, with one thread in each rank, leaves out what other programs take.
     """
-    kind = TORCH_DTYPES[dtype]
-    a, b = (torch.ones(512, 1024, dtype=kind), torch.ones(1024, 1024, dtype=kind))
-    operations = 2 * 512 * 1024 * 1024 / _fastest(lambda: a @ b, seconds / 2, clock)
-    source = torch.ones(16 * 2**20)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / _fastest(lambda: target.copy_(source), seconds / 2, clock)
-    peaks = {name: 0.0 for name in TORCH_DTYPES} | {dtype: operations / 1e12}
-    speed = bandwidth / 1e9
-    return Accelerator(CPU, CPU, **peaks, memory=0, bandwidth=speed, link=speed, host=speed, network=speed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // ranks))
+    try:
+        with ThreadPoolExecutor(ranks) as pool:
+            shares = list(pool.map(lambda _: _measure(TORCH_DTYPES[dtype], seconds, clock), range(ranks)))
+    finally:
+        torch.set_num_threads(before)
+    products, attention, logits, bandwidth, link = (statistics.fmean(values) for values in zip(*shares, strict=True))
+    peaks = {name: 0.0 for name in TORCH_DTYPES} | {dtype: products / 1e12}
+    links = {"link": link / 1e9, "host": bandwidth / 1e9, "network": link / 1e9}
+    own = {"attention": attention / 1e12, "logits": logits / 1e9}
+    return Processor(CPU, CPU, **peaks, memory=0, bandwidth=bandwidth / 1e9, **links, **own)
 
 
-def _fastest(action: Callable, seconds: float, clock: Callable) -> float:
-    """The least time of a call, out of those that ``seconds`` have room for: other programs only add to it."""
+def _measure(dtype: torch.dtype, seconds: float, clock: Callable) -> tuple[float, ...]:
+    """Operations per second in products and in attention, logits, bytes of memory and bytes through a socket of this
+    machine per second."""
+    usual = partial(_usual_time, seconds=seconds, clock=clock)
+    left, right = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    products = 2 * 512 * 1024 * 1024 / usual(lambda: left @ right)
+
+    heads, length, width = 4, 512, 64
+    states = [torch.ones(1, heads, length, width, dtype=dtype, requires_grad=True) for _ in range(3)]
+    # Forward and backward are 3 forward passes; a token looks at half of the row.
+    operations = 3 * 4 * length * heads * width * length / 2
+    attention = operations / usual(lambda: F.scaled_dot_product_attention(*states, is_causal=True).sum().backward())
+
+    logits = torch.zeros(512, 2**15, dtype=dtype, requires_grad=True)  # as large as memory is asked for anew each time
+    labels = torch.zeros(len(logits), dtype=torch.long)
+
+    def score() -> None:
+        logits.grad = None
+        F.nll_loss(logits.float().log_softmax(-1), labels).backward()
+
+    scored = logits.numel() / usual(score)
+    source, target = logits.detach().float(), torch.empty(logits.shape)
+    bandwidth = 2 * source.nbytes / usual(lambda: target.copy_(source))
+    with closing(_Loopback()) as loop:
+        link = loop.SIZE / usual(loop.pass_through)
+    return products, attention, scored, bandwidth, link
+
+
+class _Loopback:
+    """Two ends of a connection inside this machine, as gloo has between ranks: each sends and receives."""
+
+    SIZE, PIECE = 2**22, 2**16  # bytes of a call; a piece fits the buffers, so that one thread can hold both ends
+
+    def __init__(self):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            self.sender = socket.create_connection(server.getsockname())
+            self.receiver, _ = server.accept()
+        self.piece = bytearray(self.PIECE)
+
+    def pass_through(self) -> None:
+        for _ in range(self.SIZE // self.PIECE):
+            self.sender.sendall(self.piece)
+            left = memoryview(self.piece)
+            while left:
+                left = left[self.receiver.recv_into(left) :]
+
+    def close(self) -> None:
+        self.sender.close()
+        self.receiver.close()
+
+
+def _usual_time(action: Callable, seconds: float, clock: Callable) -> float:
+    """The median time of a call, out of those that ``seconds`` have room for, two at least."""
     action()
     times, end = [], time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
+    while len(times) < 2 or time.perf_counter() < end:
         start = clock()
         action()
         times.append(clock() - start)
-    return min(times)
+    return statistics.median(times)

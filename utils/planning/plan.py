@@ -25,7 +25,7 @@ from utils.model.tokenizer import load_hf_tokenizer
 from utils.planning.engine_memory import CUDA_BASELINE, CUDA_HOST_BASELINE, GIB, Bytes, Machine
 from utils.planning.estimate import Estimate, engines_of_step, estimate, models_of_step, states_alone
 from utils.planning.estimate_time import time_of_step
-from utils.planning.machines import Cluster, accelerator_named, cluster_of, efficiency_of
+from utils.planning.machines import CPU, Cluster, accelerator_named, cluster_of, efficiency_of, measure_cpu
 from utils.planning.step_time import StepTime
 from utils.planning.time_table import backend_lines, row_of, scaling_table, time_lines
 from utils.precision import default_dtype
@@ -37,6 +37,18 @@ OF_MODELS = {
 }
 
 Settings = dict[str, object]  # flag -> value
+
+# Backends of generation that are planned side by side: what each needs of the other flags.
+BACKENDS: dict[str, Settings] = {
+    "own": {
+        "enable_hybrid_engine": True,
+        "hybrid_engine_backend": "own",
+        "inference_tp_size": 1,
+        "vllm_kv_cache_gib": None,
+        "vllm_gpu_memory_utilization": None,
+    },
+    "vllm": {"enable_hybrid_engine": True, "hybrid_engine_backend": "vllm"},
+}
 
 
 def as_flags(settings: Settings) -> list[str]:
@@ -372,13 +384,18 @@ def check_options(options) -> None:
 
 @dataclass
 class Planned:
-    """The ways to train on so many devices, the best first of all marked; ``problem``: why there is none."""
+    """The ways to train on so many devices, the best of them marked.
+
+    Attributes:
+        backend: of generation, where several are planned. problem: why there is no way.
+    """
 
     gpus: int
     found: list[Candidate]
     plan: Plan | None = None
     cluster: Cluster | None = None
     problem: str | None = None
+    backend: str | None = None
 
     @property
     def best(self) -> Candidate | None:
@@ -401,22 +418,37 @@ def _machine(options, gpus: int, device) -> Machine:
     return Machine(gpus, min(gpus, options.gpus_per_node), False, int((memory or 80) * GIB), host, baseline)
 
 
-def plan_for(options, gpus: int, device, shared: Plan) -> Planned:
-    """The ways to train on so many devices. shared: a plan whose models others use, too."""
+def backends_of(options, args) -> list[str | None]:
+    """The backends to plan for each number of devices: both in a scaling table of step 3, unless a third is given."""
+    both = len(options.gpus) > 1 and options.step == 3 and args.hybrid_engine_backend in ("auto", *BACKENDS)
+    return list(BACKENDS) if both else [None]
+
+
+def plan_for(options, gpus: int, device, shared: Plan, backend: str | None = None) -> Planned:
+    """The ways to train on so many devices.
+
+    Args:
+        shared: a plan whose models others use, too. backend: one of BACKENDS; None for that of the flags.
+    """
     if options.batch_size % gpus:
         problem = f"batch too small: {options.batch_size} rows do not divide into {gpus}"
-        return Planned(gpus, [], problem=problem)
-    plan = replace(shared, machine=_machine(options, gpus, device), refusal=None)
+        return Planned(gpus, [], problem=problem, backend=backend)
+    args = argparse.Namespace(**vars(shared.args) | BACKENDS.get(backend, {}))
+    plan = replace(shared, args=args, machine=_machine(options, gpus, device), refusal=None)
     cluster = None
     if options.time:
-        cluster = cluster_of(device, gpus, options.gpus_per_node, options.network)
+        if device.name == CPU and gpus > 1:
+            device = measure_cpu(options.dtype, min(gpus, options.gpus_per_node))
+        cluster = cluster_of(device, gpus, options.gpus_per_node, None)
         cluster = replace(cluster, efficiency=efficiency_of(options.efficiency, cluster.efficiency))
     objective = options.objective or ("time" if options.time else None)
     found = candidates(plan, options.batch_size // gpus, cluster, objective)
     if not found and plan.refusal is not None:
-        raise plan.refusal
+        if backend in (None, shared.args.hybrid_engine_backend):
+            raise plan.refusal
+        return Planned(gpus, [], problem=f"{backend}: {plan.refusal}", backend=backend)
     problem = None if any(candidate.recommended for candidate in found) else "nothing fits"
-    return Planned(gpus, found, plan, cluster, problem)
+    return Planned(gpus, found, plan, cluster, problem, backend)
 
 
 def main(given=None) -> int:
@@ -432,7 +464,8 @@ def main(given=None) -> int:
     if options.step == 1 and args.soft_prompt is not None:  # its vectors start from embeddings of tokens
         tokenizer = load_hf_tokenizer(options.model, trust_remote_code=args.trust_remote_code)
     shared = Plan(args, options.step, configs, tokenizer, _machine(options, options.gpus[0], device))
-    planned = [plan_for(options, gpus, device, shared) for gpus in options.gpus]
+    backends = backends_of(options, args)
+    planned = [plan_for(options, gpus, device, shared, backend) for gpus in options.gpus for backend in backends]
     for note in shared.notes:
         print(note, file=sys.stderr if options.json else None)
     if options.json:
@@ -452,9 +485,10 @@ def json_rows(options, words: list[str], planned: Planned) -> list[dict]:
             "host_gib": round(candidate.result.host_peak[0] / GIB, 2),
             "fits": candidate.result.fits,
             "recommended": candidate.recommended,
-            "command": command_of(options, planned.gpus, words, candidate.settings),
+            "command": command_of(options, planned.gpus, words, candidate.settings | _of_backend(planned)),
         }
         | ({"gpus": planned.gpus} if len(options.gpus) > 1 else {})
+        | ({"backend": planned.backend} if planned.backend else {})
         | ({} if candidate.time is None else row_of(candidate.time, planned.gpus, options.rows, options.gpu_price))
         for candidate in planned.found
     ]
@@ -463,10 +497,8 @@ def json_rows(options, words: list[str], planned: Planned) -> list[dict]:
 def _other_backend(planned: Planned) -> list[str]:
     """Step 3: the recommended settings with the project's own loop and with vLLM, and what each is assumed to do."""
     best, ways = planned.best, {}
-    for backend in ("own", "vllm"):
-        settings = best.settings | {"enable_hybrid_engine": True, "hybrid_engine_backend": backend}
-        if backend == "own":
-            settings |= {"inference_tp_size": 1, "vllm_kv_cache_gib": None}
+    for backend, flags in BACKENDS.items():
+        settings = best.settings | flags
         result = planned.plan.estimate_with(settings)
         if result is None:
             ways[backend] = str(planned.plan.refusal)
@@ -476,25 +508,33 @@ def _other_backend(planned: Planned) -> list[str]:
     return backend_lines(ways)
 
 
+def _of_backend(planned: Planned) -> Settings:
+    """What the command of a plan says more than the flags that were given."""
+    return {"hybrid_engine_backend": planned.backend} if planned.backend == "vllm" else {}
+
+
 def scaling(options, planned: list[Planned], words: list[str]) -> str:
-    """A row for each number of devices, and the command of the one that the objective asks for."""
-    rows = {one.gpus: one.problem or (one.best.time, one.best) for one in planned}
+    """A row for each number of devices (step 3: and backend of generation), and the command of the one that the
+    objective asks for, among those of the backend that was asked for."""
     objective = options.objective or "time"
     order = {
         "time": lambda one: one.best.time.seconds,
         "price": lambda one: one.best.time.seconds * one.gpus,
         "memory": lambda one: one.best.result.device_peak[0],
     }
-    fitting = [one for one in planned if one.best]
     head = f"{arguments.TITLES[options.step]}, {options.model} on {options.gpu}, {options.batch_size} rows per step"
+    rows = [(one.gpus, one.backend, one.problem or (one.best.time, one.best)) for one in planned]
     lines = [head, "", *scaling_table(rows, options.rows, options.gpu_price)]
+    asked = arguments.build_parser(options.step).parse_args(words)
+    wanted = getattr(asked, "hybrid_engine_backend", "auto")
+    fitting = [one for one in planned if one.best and (wanted == "auto" or one.backend in (None, wanted))]
     if not fitting:
         return "\n".join([*lines, "", NOTHING_FITS])
     best = min(fitting, key=order[objective])
-    lines += ["", f"by --objective {objective}: {best.gpus} devices", ""]
+    generated = f", --hybrid_engine_backend {best.backend}" if best.backend else ""
+    lines += ["", f"by --objective {objective}: {best.gpus} devices{generated}", ""]
     lines += time_lines(best.best.time, best.gpus, best.cluster, options.rows, options.gpu_price)
-    lines += _other_backend(best) if options.step == 3 else []
-    return "\n".join([*lines, "", command_of(options, best.gpus, words, best.best.settings)])
+    return "\n".join([*lines, "", command_of(options, best.gpus, words, best.best.settings | _of_backend(best))])
 
 
 NOTHING_FITS = "nothing fits: a smaller model, more devices, LoRA or shorter rows"

@@ -2,7 +2,9 @@
 
 Each pass takes as long as the slowest of what it needs (the roofline of Williams et al. 2009,
 https://doi.org/10.1145/1498765.1498785): operations, bytes of memory, or the start of its kernels. Beside it stand what
-ZeRO sends between ranks, as far as the computation does not hide it, and what crosses the link to the host.
+ZeRO sends between ranks, as far as the computation does not hide it, and what crosses the link to the host. A CPU does
+one thing after another: there the start of kernels adds to the operations, nothing hides behind them, and attention and
+the softmax over the vocabulary have speeds of their own.
 
     forward     2 operations per weight and token, and 4 * layers * width * length / 2 per token for causal attention
                 (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, table 1)
@@ -34,6 +36,7 @@ class Shape:
             chosen ones), looked-up embeddings left out. layers: blocks.
         width, kv_width: numbers that a token's queries, and its keys, have in a layer; 0 without attention.
         hidden: numbers of a token between layers. itemsize: bytes of a weight.
+        vocabulary: logits of a token; 0 without such a head.
     """
 
     total: int
@@ -44,6 +47,7 @@ class Shape:
     kv_width: int
     hidden: int
     itemsize: int
+    vocabulary: int = 0
 
     @property
     def size(self) -> int:
@@ -54,9 +58,17 @@ class Shape:
     def trained_share(self) -> float:
         return self.trained / self.total
 
+    def products(self, rows: float, length: float) -> float:
+        """Operations of a forward pass over [rows, length] tokens in products with weights."""
+        return rows * length * 2 * self.active
+
+    def attention(self, rows: float, length: float) -> float:
+        """Those in attention, where a token looks at half of the row on average."""
+        return rows * length * 4 * self.layers * self.width * length / 2
+
     def forward(self, rows: float, length: float) -> float:
-        """Operations of a forward pass over [rows, length] tokens."""
-        return rows * length * (2 * self.active + 4 * self.layers * self.width * length / 2)
+        """All operations of a forward pass over [rows, length] tokens."""
+        return self.products(rows, length) + self.attention(rows, length)
 
     def cache(self, rows: float, length: float) -> float:
         """Bytes of keys and values of [rows, length] tokens."""
@@ -141,11 +153,15 @@ def _slowest(name: str, **needs: float) -> Piece:
 
 def forward(name: str, shape: Shape, rows: float, length: float, cluster: Cluster, dtype: str, passes: float = 1):
     """A pass (or several at once, backward ones counted as forward ones) over [rows, length] tokens."""
+    launch = passes * shape.layers * cluster.efficiency.launch
+    compute = cluster.computing(passes * shape.products(rows, length), dtype)
+    compute += cluster.attending(passes * shape.attention(rows, length), dtype)
+    compute += cluster.scoring(passes * rows * length * shape.vocabulary)
     return _slowest(
         name,
-        compute=cluster.computing(passes * shape.forward(rows, length), dtype),
+        compute=compute + launch * cluster.on_cpu,
         memory=cluster.reading(passes * shape.active * shape.itemsize),
-        launch=passes * shape.layers * cluster.efficiency.launch,
+        launch=launch,
     )
 
 

@@ -5,8 +5,8 @@ from utils.planning.step_time import StepTime, hours
 
 ASSUMED = {
     "own": "this project's loop: whole weights on every rank, its kernels started one by one",
-    "vllm": f"vLLM: weights handed over in each round, kernels started together ({GRAPH_LAUNCH * 1e3:g} ms a layer), "
-    "its cache in the share of memory it is given",
+    "vllm": "an engine of vLLM: weights handed over in each round, kernels started together "
+    f"({GRAPH_LAUNCH * 1e3:g} ms a layer), its cache in the share of memory it is given",
 }
 
 
@@ -58,6 +58,10 @@ def time_lines(step: StepTime, gpus: int, cluster: Cluster, rows: int | None, pr
     ]
 
 
+def generation_seconds(step: StepTime) -> float:
+    return sum(piece.seconds for piece in step.pieces if piece.name.startswith("generation"))
+
+
 def backend_lines(ways: dict[str, tuple[StepTime, float, bool] | str]) -> list[str]:
     """Backends of generation side by side: (time, GiB of a device at most, whether it fits), or why not."""
     lines = ["", f"{'--hybrid_engine_backend':26}{'generation s':>13}{'step s':>9}{'device GiB':>12}  assumed"]
@@ -66,40 +70,49 @@ def backend_lines(ways: dict[str, tuple[StepTime, float, bool] | str]) -> list[s
             lines.append(f"  {name:24}{'-':>13}{'-':>9}{'-':>12}  {way}")
             continue
         step, memory, fits = way
-        generation = sum(seconds for part, seconds in step.by("name").items() if part.startswith("generation"))
         note = "" if fits else "too large; "
-        lines.append(f"  {name:24}{generation:13.2f}{step.seconds:9.2f}{memory:12.1f}  {note}{ASSUMED[name]}")
+        lines.append(
+            f"  {name:24}{generation_seconds(step):13.2f}{step.seconds:9.2f}{memory:12.1f}  {note}{ASSUMED[name]}"
+        )
     return lines
 
 
-def _ranks(values: dict[int, float]) -> dict[int, int]:
+def _places(values: dict[int, float]) -> dict[int, int]:
+    """Which of the values is the smallest (1), the next one (2), and so on, by key."""
     return {key: place for place, key in enumerate(sorted(values, key=values.get), start=1)}
 
 
-def scaling_table(rows: dict[int, tuple[StepTime, object] | str], data: int | None, price: float | None) -> list[str]:
-    """A line for each number of devices: the best way there (a plan's Candidate), its place by time and by price.
+Row = tuple[int, str | None, tuple[StepTime, object] | str]  # devices, backend, (time, candidate) or why there is none
+
+
+def scaling_table(rows: list[Row], data: int | None, price: float | None) -> list[str]:
+    """A line for each number of devices and backend: the best way there, its place by time and by price among all.
 
     Args:
-        rows: devices -> (time, candidate), or why there is none. data: rows to train on. price: of a device and hour.
+        rows: with the Candidate of a plan. data: rows to train on. price: of a device and hour.
     """
-    timed = {gpus: row[0] for gpus, row in rows.items() if not isinstance(row, str)}
-    by_time = _ranks({gpus: step.seconds for gpus, step in timed.items()})
-    by_price = _ranks({gpus: step.seconds * gpus for gpus, step in timed.items()})
-    head = " GPUs  ZeRO  offload  checkp.  micro x accum.   s/step   tokens/s    MFU"
+    timed = {number: row for number, (*_, row) in enumerate(rows) if not isinstance(row, str)}
+    by_time = _places({number: step.seconds for number, (step, _) in timed.items()})
+    by_price = _places({number: step.seconds * rows[number][0] for number, (step, _) in timed.items()})
+    with_backends = any(backend for _, backend, _ in rows)
+    head = " GPUs" + ("  backend" if with_backends else "") + "  ZeRO  offload  checkp.  micro x accum."
+    head += ("  generation s" if with_backends else "") + "   s/step   tokens/s    MFU"
     head += "" if data is None else "    hours  GPU-hours" + ("" if price is None else "      price")
     lines = [f"{head}  by time  by price  waits most for"]
-    for gpus, row in rows.items():
+    for number, (gpus, backend, row) in enumerate(rows):
+        line = f"{gpus:5}" + (f"  {backend or '':7}" if with_backends else "")
         if isinstance(row, str):
-            lines.append(f"{gpus:5}  {row}")
+            lines.append(f"{line}  {row}")
             continue
         step, way = row
-        line = (
-            f"{gpus:5}  {way.stage:4}  {'yes' if way.offload else 'no':>7}  {'yes' if way.checkpointing else 'no':>7}"
-        )
-        line += f"  {f'{way.micro} x {way.accumulation}':>14}  {step.seconds:7.2f}  {step.tokens_per_second:9,.0f}"
-        line += f"  {step.mfu:5.1%}"
+        line += f"  {way.stage:4}  {'yes' if way.offload else 'no':>7}  {'yes' if way.checkpointing else 'no':>7}"
+        line += f"  {f'{way.micro} x {way.accumulation}':>14}"
+        line += f"  {generation_seconds(step):12.2f}" if with_backends else ""
+        line += f"  {step.seconds:7.2f}  {step.tokens_per_second:9,.0f}  {step.mfu:5.1%}"
         if data is not None:
             took = hours(step, data)
             line += f"  {took:7.2f}  {gpus * took:9,.1f}" + ("" if price is None else f"  {gpus * took * price:9,.0f}")
-        lines.append(f"{line}  {by_time[gpus]:7}  {by_price[gpus]:8}  {step.limit}")
+        lines.append(f"{line}  {by_time[number]:7}  {by_price[number]:8}  {step.limit}")
+    if with_backends:
+        lines += ["", *(f"{name}: {assumed}" for name, assumed in ASSUMED.items())]
     return lines
