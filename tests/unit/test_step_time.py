@@ -7,21 +7,25 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import WITH_EXPERTS, make_model
 from transformers import AutoConfig, LlamaConfig
 
-from utils.planning import machines, plan
+from utils import arguments
+from utils.planning import estimate_time, machines, plan, time_table
 from utils.planning.estimate_time import shape_of
 from utils.planning.machines import HOP, Cluster, Efficiency, Processor, accelerator_named, cluster_of, efficiency_of
 from utils.planning.meta_model import MetaModel, ModelSpec
 from utils.planning.step_time import (
     ADAM_BYTES,
+    Piece,
     Rollouts,
     Shape,
     Sharding,
+    StepTime,
     Updates,
     decode,
     forward,
@@ -137,6 +141,27 @@ def test_vllm_reads_each_prompt_once_and_takes_as_many_waves_as_its_cache_asks_f
     assert seconds(pieces, "generation: weights") == pytest.approx(2 * 2e9 / 2039e9)
 
 
+def test_offloaded_states_and_shards_cross_the_link_to_the_host():
+    machine = cluster(16)  # two nodes
+    [piece] = optimizer_step("m", MODEL, Sharding(3, offload=True), machine)
+    on_host = ADAM_BYTES * 10**9 / 16 * 8 / (machines.HOST_BANDWIDTH * 1e9)  # of the 8 ranks that share a host
+    assert piece.seconds == pytest.approx(on_host + 2 * 10**9 / 16 * 2 / 31.5e9)
+    from_host = 2e9 / 16 / 31.5e9  # a rank's shard
+    for hidden_by, waits in ((0.0, from_host), (from_host / 4, 3 / 4 * from_host), (1.0, 0)):
+        pieces = gather("g", MODEL, Sharding(3, offload=True), machine, hidden_by)
+        assert seconds(pieces, limit="PCIe") == pytest.approx(waits)
+    [whole] = optimizer_step("m", MODEL, Sharding(0), machine)
+    assert whole.seconds == pytest.approx(ADAM_BYTES * 10**9 / 2039e9), "without ZeRO every rank has all states"
+
+
+def test_generation_gathers_as_often_as_it_is_told():
+    once, thrice = (
+        generation(MODEL, Sharding(3), Rollouts(4, 1, 10, 10, gathers=count), cluster(8), "bf16") for count in (1, 3)
+    )
+    name = "generation: weights"
+    assert seconds(thrice, name) == pytest.approx(3 * seconds(once, name)) and seconds(once, name) > 0
+
+
 def test_a_step_adds_its_parts_up():
     one = supervised_step(MODEL, Sharding(), 4, 512, 1, cluster(1), "bf16")
     two = supervised_step(MODEL, Sharding(), 4, 512, 2, cluster(1), "bf16")
@@ -152,6 +177,135 @@ def test_a_step_adds_its_parts_up():
     assert forwards["scoring"] == pytest.approx(2 * 4 * forward("", MODEL, 8, 512, cluster(1), "bf16").seconds)
     assert forwards["actor: forward"] == pytest.approx(8 * forward("", MODEL, 4, 512, cluster(1), "bf16").seconds)
     assert sum(step.by("limit").values()) == pytest.approx(step.seconds)
+
+
+def test_an_update_of_step_3_counts_every_pass_and_every_rank():
+    actor, critic = replace(MODEL, total=2 * 10**9, active=2 * 10**9), MODEL
+    shapes = {"actor": actor, "reference": actor, "critic": critic, "reward": critic, "EMA": actor}
+    ways = dict.fromkeys(shapes, Sharding(3))
+    slow = replace(A100, link=1.0)  # gathers that do not hide
+    machine = cluster(4, slow)
+    step = rlhf_step(shapes, ways, Rollouts(8, 3, 16, 16), Updates(4, epochs=2, accumulation=6), machine, "bf16")
+    parts = step.by("name")
+    assert (step.rows, step.tokens) == (8 * 3 * 4, 8 * 3 * 4 * 32)
+    micro = 2 * 8 * 3 // 4
+    assert parts["actor: optimizer"] == pytest.approx(micro / 6 * ADAM_BYTES * 10**9 / 4 / 2039e9)
+    assert parts["EMA"] == pytest.approx(micro / 6 * 10 * 10**9 / 4 / 2039e9)
+    gathered = sum(
+        seconds(gather("g", shape, Sharding(3), machine, forward("f", shape, 8, 32, machine, "bf16").seconds))
+        for shape in (actor, actor, critic, critic)
+    )
+    assert parts["scoring: ZeRO"] == pytest.approx(3 * gathered)
+    of_actor, of_critic = actor.forward(1, 32), critic.forward(1, 32)
+    made = 8 * 3 * (3 * of_actor + 2 * of_critic)  # generated and scored by actor, reference, critic and reward
+    trained = 2 * 8 * 3 * ((2 + actor.trained_share) * of_actor + 3 * of_critic)
+    assert step.operations == pytest.approx(made + trained)
+    assert step.limit == "network"
+
+
+def test_a_reference_of_dpo_scores_every_micro_batch():
+    machine = cluster(4, replace(A100, link=1.0))
+    both = supervised_step(MODEL, Sharding(3), 2, 64, 3, machine, "bf16", 2, reference=(MODEL, Sharding(3)))
+    alone = supervised_step(MODEL, Sharding(3), 2, 64, 3, machine, "bf16", 2)
+    one = forward("reference", MODEL, 4, 64, machine, "bf16")
+    more = 3 * (one.seconds + seconds(gather("g", MODEL, Sharding(3), machine, one.seconds)))
+    assert both.seconds - alone.seconds == pytest.approx(more)
+    assert both.operations - alone.operations == pytest.approx(3 * MODEL.forward(4, 64))
+
+
+# ---------------------------------------------------------------- what a step's flags become
+
+
+def given_to(monkeypatch, function: str, step, models: dict, *flags: str, on=None):
+    """The arguments with which time_of_step calls a function of step_time."""
+    monkeypatch.setattr(estimate_time, function, lambda *given: given)
+    return estimate_time.time_of_step(arguments.build_parser(step).parse_args(flags), step, models, on or cluster(2))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, num_labels=1
+    )
+    actor, reward = (ModelSpec(config, kind, "bf16") for kind in ("causal", "reward"))
+    return {"actor": MetaModel(actor), "reward": MetaModel(reward)}
+
+
+RL = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "b", "--dtype", "bf16"]
+RL += ["--max_prompt_seq_len", "96", "--max_answer_seq_len", "32", "--per_device_generation_batch_size", "8"]
+RL += ["--per_device_training_batch_size", "4", "--generation_batches", "2", "--num_generations_per_prompt", "2"]
+
+
+def test_flags_of_step_3_become_passes(monkeypatch, tiny):
+    models = {name: tiny["actor" if name in ("actor", "reference") else "reward"] for name in
+              ("actor", "reference", "critic", "reward")}  # fmt: skip
+    flags = [*RL, "--actor_zero_stage", "3", "--critic_zero_stage", "2", "--critic_gradient_checkpointing"]
+    flags += ["--offload_reward_model", "--ppo_epochs", "2", "--gradient_accumulation_steps", "2"]
+    shapes, ways, rollouts, updates, _, dtype, scored_by = given_to(monkeypatch, "rlhf_step", 3, models, *flags)
+    assert ways["actor"] == Sharding(3) and ways["critic"] == Sharding(2, checkpointing=True)
+    assert ways["reference"] == Sharding(3) and ways["reward"] == Sharding(3, offload=True)
+    assert (updates, dtype) == (Updates(4, 2, 2), "bf16")
+    layer_by_layer = Rollouts(8, 2, 96, 32, gathers=32, answers_per_prompt=2)
+    assert rollouts == layer_by_layer, "without the hybrid engine weights are gathered for every token"
+    assert scored_by == ("actor", "reference", "critic", "reward")
+    assert shapes["actor"].vocabulary == 100 and shapes["reward"].vocabulary == 0
+
+    def rollouts_with(*more: str, on=None) -> Rollouts:
+        return given_to(monkeypatch, "rlhf_step", 3, models, *flags, "--enable_hybrid_engine", *more, on=on)[2]
+
+    whole = replace(layer_by_layer, gathers=1)
+    graphs = replace(whole, launch=machines.GRAPH_LAUNCH)
+    assert rollouts_with() == whole and rollouts_with("--unpin_actor_parameters") == layer_by_layer
+    assert rollouts_with("--compile_generation") == graphs
+    on_cpu = cluster(2, replace(A100, name="cpu"))
+    assert rollouts_with("--compile_generation", on=on_cpu) == whole
+    by_vllm = rollouts_with("--hybrid_engine_backend", "vllm", "--vllm_kv_cache_gib", "0.0002")
+    room = int(0.0002 * 2**30) // (2 * 2 * 64 * 2 * 128)  # keys and values of an answer of 128 tokens, 2 layers
+    assert by_vllm == replace(graphs, vllm=True, at_once=room) and room == 3
+    del models["reference"], models["critic"]
+    *_, scored_by = given_to(monkeypatch, "rlhf_step", 3, models, *flags, "--rollout_log_probs")
+    assert scored_by == ("actor", "reward"), "the actor, its adapters left out, is the reference"
+
+
+def test_flags_of_the_other_steps_become_passes(monkeypatch, tiny):
+    flags = ["--model_name_or_path", "a", "--dtype", "bf16", "--zero_stage", "2", "--offload", "--max_seq_len", "48"]
+    flags += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "3"]
+    model, way = tiny["actor"], Sharding(2, offload=True)
+
+    def of(step, *more: str, models=None) -> tuple:
+        given = given_to(monkeypatch, "supervised_step", step, models or {"model": model}, *flags, *more)
+        assert given[1:5] == (replace(way, checkpointing="--gradient_checkpointing" in more), 4, 48, 3)
+        return given[-2:]
+
+    assert of(1) == of(1, "--gradient_checkpointing") == (1, None) and of(2) == (2, None)
+    engine = {"model": model, "reference": tiny["reward"]}  # another shape, to tell them apart
+    assert of("dpo", models=engine) == (2, (shape_of(tiny["reward"]), Sharding(0)))
+    assert of("dpo", "--offload_reference_model", models=engine)[1][1] == Sharding(3, offload=True)
+    assert of("dpo", "--reference_free") == of("dpo", "--precompute_ref_log_probs") == (2, None)
+    lora = ("--lora_dim", "4", "--only_optimize_lora")
+    assert of("dpo", *lora) == (2, (shape_of(model), Sharding(0))), "the model, its adapters left out"
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_tables_say_what_the_figures_are():
+    pieces = [Piece("generation: prefill", 1.0, "compute"), Piece("generation: decode", 5.0, "HBM")]
+    pieces += [Piece("actor: ZeRO", 2.0, "network"), Piece("actor: ZeRO", 1.0, "PCIe")]
+    step = StepTime(tuple(pieces), 0.0, rows=90, tokens=900, peak=1.0)
+    text = "\n".join(time_table.time_lines(step, 4, cluster(4), rows=36000, price=2.5))
+    assert re.search(r"actor: ZeRO +3.000 +33.3%  network", text) and re.search(r"whole step +9.000 +100%  HBM", text)
+    assert "100 tokens/s" in text and "36,000 rows: 1.00 hours, 4.0 GPU-hours, price 10.00" in text
+    way = SimpleNamespace(stage=2, offload=False, checkpointing=True, micro=3, accumulation=5)
+    rows = [(4, "own", (step, way)), (8, "vllm", "why not")]
+    _, own, vllm, *_ = time_table.scaling_table(rows, 36000, 2.5)
+    figures = "4 own 2 no yes 3 x 5 6.00 9.00 100 0.0% 1.00 4.0 10 1 1 HBM"
+    assert own.split() == figures.split() and " ".join(vllm.split()) == "8 vllm why not"
+    [_, _, own, vllm] = time_table.backend_lines({"own": (step, 12.0, False), "vllm": "why not"})
+    assert own.split()[:4] == ["own", "6.00", "9.00", "12.0"] and "too large" in own and vllm.endswith("why not")
+    assert "too large" not in time_table.backend_lines({"own": (step, 12.0, True)})[-1]
+    row = time_table.row_of(step, 4, 36000, 2.5)
+    assert (row["hours"], row["gpu_hours"], row["price"]) == pytest.approx((1, 4, 10))
 
 
 # ---------------------------------------------------------------- against what others published
@@ -271,6 +425,23 @@ def test_a_plan_with_times_ranks_machines_by_time_and_by_price(small, capsys):
     for gpus in (1, 8):
         best = min((row for row in rows if row["gpus"] == gpus), key=lambda row: row["step_seconds"])
         assert best["recommended"]
+
+
+def test_each_number_of_devices_is_planned_as_it_is_alone(small, capsys):
+    flags = ["--model", small, "--gpu", "H100", "--batch_size", "16", "--max_seq_len", "64", "--time", "--json"]
+    flags += ["--gpus_per_node", "2", "--host_memory", "40"]
+
+    def rows(*more: str) -> list[dict]:
+        assert plan.main([*flags, *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    together, alone = rows("--gpus", "1", "2", "8"), {gpus: rows("--gpus", str(gpus)) for gpus in (1, 2, 8)}
+    for gpus, expected in alone.items():
+        assert [row for row in together if row["gpus"] == gpus] == [row | {"gpus": gpus} for row in expected]
+    slower = rows("--gpus", "8", "--network", "0.1")
+    assert all(slow["step_seconds"] > row["step_seconds"] for slow, row in zip(slower, alone[8], strict=True))
+    tuned = rows("--gpus", "1", "--efficiency", "compute=0.9", "launch=0.00001")
+    assert all(quick["step_seconds"] < row["step_seconds"] for quick, row in zip(tuned, alone[1], strict=True))
 
 
 def test_the_objective_memory_takes_the_smallest(small, capsys):
