@@ -439,7 +439,7 @@ def plan_for(options, gpus: int, device, shared: Plan, backend: str | None = Non
     if options.time:
         if device.name == CPU and gpus > 1:
             device = measure_cpu(options.dtype, min(gpus, options.gpus_per_node))
-        cluster = cluster_of(device, gpus, options.gpus_per_node, None)
+        cluster = cluster_of(device, gpus, options.gpus_per_node, options.network)
         cluster = replace(cluster, efficiency=efficiency_of(options.efficiency, cluster.efficiency))
     objective = options.objective or ("time" if options.time else None)
     found = candidates(plan, options.batch_size // gpus, cluster, objective)
