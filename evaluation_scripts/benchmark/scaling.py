@@ -2,8 +2,9 @@
 """How cost grows: tokens per second and memory of a rank against rows, sequence length, model size and ranks.
 
     python evaluation_scripts/benchmark/scaling.py --work /tmp/scaling --axis length --values 128 512 2048
-    python evaluation_scripts/benchmark/scaling.py --work /tmp/scaling --axis step --values 0:1 2:1 2:2 3:2
+    python evaluation_scripts/benchmark/scaling.py --work /tmp/scaling --axis rows length size ranks
     python evaluation_scripts/benchmark/scaling.py --work /tmp/scaling --picture scaling.png
+    python evaluation_scripts/benchmark/scaling.py --work /tmp/steps --axis step
 
 Each value is a run of step 1 in a process of its own, on a CPU with one thread per rank: a few optimizer steps of 4
 rows of 256 tokens through a Llama of 30M parameters in bf16, whatever the axis does not change. Along "rows" it is a
@@ -155,6 +156,11 @@ def measure(work: Path, axis: str, value: str) -> dict:
     return measure_steps(work, **DEFAULTS | {axis: value})
 
 
+def number_of(value: str) -> float:
+    """To sort and draw values by: 135M is 135, 3:2 is 3.2."""
+    return float(value.rstrip("M").replace(":", "."))
+
+
 def table(results: dict) -> str:
     lines = []
     for axis in AXES:
@@ -179,7 +185,7 @@ def draw(results: dict, file: Path) -> None:
     figure, panels = plt.subplots(2, len(axes), figsize=(3.4 * len(axes), 5.2), layout="constrained", squeeze=False)
     for column, axis in enumerate(axes):
         rows = results[axis]
-        x = [float(value.rstrip("M")) for value in rows]
+        x = [number_of(value) for value in rows]
         time_name = "processor" if axis == "rows" else "step"
         for panel, name in zip(panels[:, column], (time_name, "gib"), strict=True):
             y = [row[name] for row in rows.values()]
@@ -207,20 +213,22 @@ def draw(results: dict, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for models, data, cache and results")
-    parser.add_argument("--axis", choices=AXES, help="what grows")
-    parser.add_argument("--values", nargs="+", help="on that axis; default: all that are missing")
+    parser.add_argument("--axis", choices=AXES, nargs="+", default=[], help="what grows")
+    parser.add_argument("--values", nargs="+", help="on a single axis; default: all that are missing")
     parser.add_argument("--picture", type=Path, help="draw the results into this file (matplotlib)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     file = args.work / "scaling.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    for value in (args.values or AXES[args.axis]) if args.axis else ():
-        kept = results.setdefault(args.axis, {})
-        if args.values is None and value in kept:
-            continue
-        kept[value] = measure(args.work, args.axis, value)
-        file.write_text(json.dumps(results, indent=1))
-        print(args.axis, value, kept[value], flush=True)
+    if args.values and len(args.axis) != 1:
+        parser.error("--values are those of a single --axis")
+    for axis in args.axis:
+        kept = results.setdefault(axis, {})
+        for value in args.values or [value for value in AXES[axis] if value not in kept]:
+            kept[value] = measure(args.work, axis, value)
+            results[axis] = kept = dict(sorted(kept.items(), key=lambda item: number_of(item[0])))
+            file.write_text(json.dumps(results, indent=1))
+            print(axis, value, kept[value], flush=True)
     print(table(results))
     if args.picture:
         draw(results, args.picture)

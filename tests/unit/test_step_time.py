@@ -60,6 +60,8 @@ def test_a_gather_passes_all_but_its_own_share_through_the_slowest_link():
     assert cluster(8).gathering(8e9) == pytest.approx(8e9 * 7 / 8 / 300e9 + 7 * HOP)
     # Two nodes: 8 adapters of 25 GB/s bring half of it into each.
     assert cluster(16).gathering(8e9) == pytest.approx(max(8e9 * 15 / 16 / 300e9, 8e9 / 2 / 200e9) + 15 * HOP)
+    thin = replace(cluster(16), network=10)  # GB/s of a node
+    assert thin.gathering(8e9) == pytest.approx(8e9 / 2 / 10e9 + 15 * HOP)
     assert cluster(8, network=0.5).gathering(8e9) == pytest.approx(2 * 8e9 * 7 / 8 / 300e9 + 7 * HOP)
 
 
@@ -107,6 +109,9 @@ def test_what_zero_sends_hides_behind_the_passes_but_not_on_a_cpu():
     assert gather("g", MODEL, Sharding(2), cluster(8)) == []
     on_cpu = cluster(8, replace(A100, name="cpu"))
     assert seconds(gather("g", MODEL, Sharding(3), on_cpu, hidden_by=1.0)) == pytest.approx(gathered)
+    long = ("m", MODEL, 64, 512, 1, Sharding(2))
+    assert seconds(train(*long, cluster(8), "bf16", 1), "m: ZeRO") == 0
+    assert seconds(train(*long, on_cpu, "bf16", 1), "m: ZeRO") == pytest.approx(2 * gathered)
 
 
 def test_checkpointing_and_frozen_weights_change_the_passes():
@@ -201,12 +206,16 @@ def test_an_update_of_step_3_counts_every_pass_and_every_rank():
     trained = 2 * 8 * 3 * ((2 + actor.trained_share) * of_actor + 3 * of_critic)
     assert step.operations == pytest.approx(made + trained)
     assert step.limit == "network"
+    ways = dict.fromkeys(shapes, Sharding(2))
+    whole = rlhf_step(shapes, ways, Rollouts(8, 3, 16, 16), Updates(4, epochs=2, accumulation=6), machine, "bf16")
+    assert whole.by("name")["EMA"] == pytest.approx(4 * parts["EMA"]), "only ZeRO-3 shards the weights"
 
 
 def test_a_reference_of_dpo_scores_every_micro_batch():
     machine = cluster(4, replace(A100, link=1.0))
     both = supervised_step(MODEL, Sharding(3), 2, 64, 3, machine, "bf16", 2, reference=(MODEL, Sharding(3)))
     alone = supervised_step(MODEL, Sharding(3), 2, 64, 3, machine, "bf16", 2)
+    assert (both.rows, both.tokens) == (2 * 3 * 4, 2 * 3 * 4 * 2 * 64)
     one = forward("reference", MODEL, 4, 64, machine, "bf16")
     more = 3 * (one.seconds + seconds(gather("g", MODEL, Sharding(3), machine, one.seconds)))
     assert both.seconds - alone.seconds == pytest.approx(more)
@@ -297,10 +306,12 @@ def test_tables_say_what_the_figures_are():
     assert re.search(r"actor: ZeRO +3.000 +33.3%  network", text) and re.search(r"whole step +9.000 +100%  HBM", text)
     assert "100 tokens/s" in text and "36,000 rows: 1.00 hours, 4.0 GPU-hours, price 10.00" in text
     way = SimpleNamespace(stage=2, offload=False, checkpointing=True, micro=3, accumulation=5)
-    rows = [(4, "own", (step, way)), (8, "vllm", "why not")]
-    _, own, vllm, *_ = time_table.scaling_table(rows, 36000, 2.5)
-    figures = "4 own 2 no yes 3 x 5 6.00 9.00 100 0.0% 1.00 4.0 10 1 1 HBM"
+    slower = replace(step, pieces=(Piece("actor: forward", 17.0, "compute"),))
+    rows = [(4, "own", (step, way)), (8, "vllm", "why not"), (2, "own", (slower, way))]
+    _, own, vllm, fewer, *_ = time_table.scaling_table(rows, 36000, 2.5)
+    figures = "4 own 2 no yes 3 x 5 6.00 9.00 100 0.0% 1.00 4.0 10 1 2 HBM"
     assert own.split() == figures.split() and " ".join(vllm.split()) == "8 vllm why not"
+    assert fewer.split()[-3:] == ["2", "1", "compute"], "slower and cheaper"
     [_, _, own, vllm] = time_table.backend_lines({"own": (step, 12.0, False), "vllm": "why not"})
     assert own.split()[:4] == ["own", "6.00", "9.00", "12.0"] and "too large" in own and vllm.endswith("why not")
     assert "too large" not in time_table.backend_lines({"own": (step, 12.0, True)})[-1]
