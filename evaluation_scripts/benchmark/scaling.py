@@ -180,6 +180,7 @@ def draw(results: dict, file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     axes = [axis for axis in ("rows", "length", "size", "ranks") if results.get(axis)]
     figure, panels = plt.subplots(2, len(axes), figsize=(3.4 * len(axes), 5.2), layout="constrained", squeeze=False)
@@ -199,13 +200,16 @@ def draw(results: dict, file: Path) -> None:
                 yscale="linear" if name == "gib" else "log",
                 xlabel=axis + (" (M parameters)" if axis == "size" else ""),
             )
+            if name != "gib":
+                panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+                panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
             panel.set_xticks(x, rows, fontsize=7, minor=False)
             panel.minorticks_off()
             labels = {"gib": "GiB of a rank", "step": "processor seconds per step", "processor": "processor seconds"}
             panel.set_ylabel(labels[name])
             panel.grid(alpha=0.3)
             if name == "gib":
-                panel.set_ylim(bottom=0)
+                panel.set_ylim(0, 1.1 * max(y))
         panels[0, column].legend(fontsize=7, frameon=False)
     figure.savefig(file, dpi=110)
 
