@@ -37,29 +37,41 @@ def record(answers, worth, ended=None, number=0) -> dict:
 
 def test_the_best_answer_meets_the_worst_and_all_pairs_are_ordered():
     one = record(["a", "b", "c"], [0.1, 0.9, -0.5])
-    assert pairs_of(one, "best_worst", 0.0, Counter()) == [(1, 2)]
-    assert pairs_of(one, "all", 0.0, Counter()) == [(1, 0), (1, 2), (0, 2)]
+    assert pairs_of(one, ["best_worst"], 0.0, Counter()) == [(1, 2)]
+    assert pairs_of(one, ["all"], 0.0, Counter()) == [(1, 0), (1, 2), (0, 2)]
 
 
 def test_ties_repetitions_and_empty_answers_are_left_out_and_counted():
     counts = Counter()
-    assert pairs_of(record(["a", "b"], [1.0, 1.0]), "best_worst", 0.0, counts) == []
+    assert pairs_of(record(["a", "b"], [1.0, 1.0]), ["best_worst"], 0.0, counts) == []
     assert counts["ties"] == 1
-    assert pairs_of(record(["a", "b", "c"], [1.0, 0.8, 0.0]), "all", 0.5, counts) == [(0, 2), (1, 2)]
+    assert pairs_of(record(["a", "b", "c"], [1.0, 0.8, 0.0]), ["all"], 0.5, counts) == [(0, 2), (1, 2)]
     assert counts["ties"] == 2
-    assert pairs_of(record(["a", "a", ""], [1.0, 1.0, -1.0]), "best_worst", 0.0, counts) == []
+    assert pairs_of(record(["a", "a", ""], [1.0, 1.0, -1.0]), ["best_worst"], 0.0, counts) == []
     assert (counts["repeated answers"], counts["empty answers"], counts["prompts with a single answer"]) == (1, 1, 1)
 
 
 def test_an_answer_that_was_cut_off_may_lose_and_never_wins():
     counts, one = Counter(), record(["a", "b", "c"], [0.9, 0.5, 0.1], ended=[False, True, False])
-    assert pairs_of(one, "best_worst", 0.0, counts) == [(1, 2)]
-    assert pairs_of(one, "all", 0.0, counts) == [(1, 2)]
+    assert pairs_of(one, ["best_worst"], 0.0, counts) == [(1, 2)]
+    assert pairs_of(one, ["all"], 0.0, counts) == [(1, 2)]
     assert counts["pairs won by an answer that was cut off"] == 2
-    assert pairs_of(record(["a", "b"], [1, 0], ended=[True, False]), "best_worst", 0.0, counts) == [(0, 1)]
-    assert pairs_of(record(["a", "b"], [0, 1], ended=[True, False]), "best_worst", 0.0, counts) == []
+    assert pairs_of(record(["a", "b"], [1, 0], ended=[True, False]), ["best_worst"], 0.0, counts) == [(0, 1)]
+    assert pairs_of(record(["a", "b"], [0, 1], ended=[True, False]), ["best_worst"], 0.0, counts) == []
     assert best_rows([one], [CHAT])[0]["messages"][-1]["content"] == "b"
     assert best_rows([record(["a"], [1.0], ended=[False])], [CHAT]) == []
+
+
+def test_finished_answers_meet_among_themselves_and_no_pair_comes_twice():
+    counts, one = Counter(), record(["a", "b", "c", "d"], [0.9, 0.5, 0.1, -1.0], ended=[False, True, True, False])
+    assert pairs_of(one, ["finished"], 0.0, counts) == [(1, 2)]
+    assert pairs_of(one, ["best_worst", "finished"], 0.0, counts) == [(1, 3), (1, 2)]
+    assert pairs_of(one, ["finished", "all"], 0.0, counts) == [(1, 2), (1, 3), (2, 3)]
+    finished = record(["a", "b"], [1.0, 0.0])
+    assert pairs_of(finished, ["best_worst", "finished"], 0.0, counts) == [(0, 1)]
+    assert counts["prompts with fewer than two finished answers"] == 0
+    assert pairs_of(record(["a", "b"], [1, 0], ended=[True, False]), ["finished"], 0.0, counts) == []
+    assert counts["prompts with fewer than two finished answers"] == 1
 
 
 def test_conversations_stay_conversations_and_the_steps_read_them(tmp_path):
