@@ -50,5 +50,5 @@ for seed in ${SEEDS:-1 2 3}; do
         --judge_function utils/demo/arithmetic.py:exact utils/demo/arithmetic.py:working \
         --do_sample --top_k 0 --num_return_sequences 4 --max_new_tokens 40 --batch_size 100 \
         --jsonl "$folder/$name/answers.jsonl" >"$folder/$name/answers.txt"
-    grep -A 9 "^judge " "$folder/$name/answers.txt"
+    grep -a -A 9 "^judge " "$folder/$name/answers.txt"
 done
