@@ -10,6 +10,7 @@ Step 2 and DPO read the pairs, step 1 the best answers. An answer is worth the w
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from utils.process.errors import UserError, run_script
 from utils.process.files import check_writable, write_jsonl
 from utils.process.seeds import set_random_seed
 
-BEST_WORST, ALL = "best_worst", "all"
+BEST_WORST, FINISHED, ALL = "best_worst", "finished", "all"
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -70,10 +71,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--pairs",
-        choices=(BEST_WORST, ALL),
-        default=BEST_WORST,
-        help="of each prompt the best answer against the worst, or all pairs of its answers, which depend on each "
-        f"other ({BEST_WORST})",
+        choices=(BEST_WORST, FINISHED, ALL),
+        nargs="+",
+        default=[BEST_WORST],
+        help="of each prompt: best_worst, the best answer against the worst; finished, the same among answers that "
+        "came to an end, so that what they say decides and not only that they end; all pairs of its answers, which "
+        f"depend on each other. Several give the pairs of each, none of them twice ({BEST_WORST})",
     )
     parser.add_argument(
         "--min_margin", type=float, default=0.0, help="scores that differ by no more than this are a tie (0)"
@@ -182,7 +185,7 @@ def ranked(record: dict, counts: Counter) -> list[int]:
     return sorted(first.values(), key=lambda number: (-worth[number], number))
 
 
-def pairs_of(record: dict, which: str, min_margin: float, counts: Counter) -> list[tuple[int, int]]:
+def pairs_of(record: dict, kinds: Sequence[str], min_margin: float, counts: Counter) -> list[tuple[int, int]]:
     """(better, worse) positions of a record's answers; ``counts`` gets what was left out, by its reason.
 
     An answer that was cut off at the limit never wins: training would teach that the end comes there.
@@ -191,19 +194,30 @@ def pairs_of(record: dict, which: str, min_margin: float, counts: Counter) -> li
     if len(order) < 2:
         counts["prompts with a single answer"] += 1
         return []
-    if which == BEST_WORST:
-        ended = [number for number in order if record["ended"][number]]
-        if not ended or ended[0] == order[-1]:
-            counts["prompts whose best finished answer is the worst, or that have none"] += 1
-            return []
-        found = [(ended[0], order[-1])]
-    else:
-        found = list(combinations(order, 2))
-        counts["pairs won by an answer that was cut off"] += sum(not record["ended"][better] for better, _ in found)
-        found = [pair for pair in found if record["ended"][pair[0]]]
+    ended = [number for number in order if record["ended"][number]]
+    found = []
+    if BEST_WORST in kinds:
+        found += extremes(
+            ended[:1], order, counts, "prompts whose best finished answer is the worst, or that have none"
+        )
+    if FINISHED in kinds:
+        found += extremes(ended[:1], ended, counts, "prompts with fewer than two finished answers")
+    if ALL in kinds:
+        every = list(combinations(order, 2))
+        counts["pairs won by an answer that was cut off"] += sum(not record["ended"][better] for better, _ in every)
+        found += [pair for pair in every if record["ended"][pair[0]]]
+    found = list(dict.fromkeys(found))
     apart = [(i, j) for i, j in found if record["worth"][i] - record["worth"][j] > min_margin]
     counts["ties"] += len(found) - len(apart)
     return apart
+
+
+def extremes(best: list[int], order: list[int], counts: Counter, reason: str) -> list[tuple[int, int]]:
+    """``best``, an answer or none, against the last of ``order``; nothing, counted, where they are one."""
+    if not best or best[0] == order[-1]:
+        counts[reason] += 1
+        return []
+    return [(best[0], order[-1])]
 
 
 def written(prompt: Example, answer: str) -> tuple[object, object]:
@@ -292,7 +306,7 @@ def main(argv=None) -> None:
     tell(records, rows, counts)
     if not rows:
         raise UserError("no pair is left: the judges find the answers to each prompt alike, or no answer ended")
-    if len(rows) < len(prompts) / 2 and args.pairs == BEST_WORST:
+    if len(rows) < len(prompts) / 2:
         warn(
             "fewer than half of the prompts gave a pair; try a larger --max_new_tokens or --num_generations_per_prompt"
         )

@@ -9,7 +9,7 @@
 # MODEL                    a folder or hub name of a chat model in place of SmolLM2, which comes out of a Python package
 # JUDGE                    the judge, FILE.py:NAME (default: evaluation_scripts/real_language/sentiment.py:sentiment)
 # PROMPTS                  folder with train.jsonl and test.jsonl (default: evaluation_scripts/real_language/prompts)
-# SAMPLES                  answers to each prompt, the best and the worst of which become a pair (4)
+# SAMPLES                  answers to each prompt: the best against the worst is a pair, and so among those that end (8)
 # ANSWER_LEN               tokens of an answer (48)
 # REWARD_LAYERS            first layers of the model that the reward model is made of; 0: all (12)
 # REWARD_EPOCHS            passes of step 2 over the pairs (2)
@@ -68,8 +68,8 @@ fi
 
 make_pairs() { # make_pairs SPLIT SEED
     python "$project/evaluation_scripts/make_pairs.py" --model_name_or_path "$output/base" \
-        --prompts_file "$prompts/$1.jsonl" --judge_function "$judge" --num_generations_per_prompt "${SAMPLES:-4}" \
-        --max_new_tokens "$length" --batch_size 128 --dtype bf16 --seed "$2" \
+        --prompts_file "$prompts/$1.jsonl" --judge_function "$judge" --num_generations_per_prompt "${SAMPLES:-8}" \
+        --pairs best_worst finished --max_new_tokens "$length" --batch_size 128 --dtype bf16 --seed "$2" \
         --output "$output/pairs/$1.jsonl" --answers "$output/answers_$1.jsonl"
 }
 if stage pairs; then

@@ -44,7 +44,7 @@ run() { # run NAME SEED [VARIANT]
 }
 
 for seed in $seeds; do run "seed_$seed" "$seed"; done
-for variant in ${VARIANTS-ppo_epochs_4 lora zero3_2_ranks rloo grpo}; do
+for variant in ${VARIANTS-ppo_epochs_4 lora zero3_2_ranks rloo grpo dr_grpo}; do
     for seed in ${VARIANT_SEEDS:-$seeds}; do run "${variant}_$seed" "$seed" "$variant"; done
 done
 # shellcheck source=training_scripts/launch.sh

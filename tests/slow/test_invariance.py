@@ -34,6 +34,9 @@ RLHF = {  # name: (stage of the actor, of the critic, other flags)
     "stages 3 and 3, generating layer by layer": (3, 3, "--unpin_actor_parameters"),
     "stages 1 and 2, checkpointing": (1, 2, "--actor_gradient_checkpointing --critic_gradient_checkpointing"),
 }
+GROUPS = "--advantage_estimator grpo --num_generations_per_prompt 2 --loss_mean answer --drop_groups_without_spread"
+GROUPS += " --clip_reward_value 0.05"  # most groups are alike
+GRPO = {"groups, stage 0": (0, 0, GROUPS), "groups, stage 3": (3, 0, GROUPS)}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def runs(tmp_path_factory) -> Path:
             output = folder / str(step) / name
             lists[ranks].append((step, flags(text, model_name_or_path=start, output_dir=output, **places)))
     models = dict(actor_model_name_or_path=base, critic_model_name_or_path=reward)
-    for name, (actor_stage, critic_stage, more) in RLHF.items():
+    for name, (actor_stage, critic_stage, more) in (RLHF | GRPO).items():
         text = f"""
             {common} --max_prompt_seq_len 32 --max_answer_seq_len 8 --num_warmup_steps 0 --enable_hybrid_engine
             --per_device_generation_batch_size 4 --per_device_training_batch_size 4 --actor_learning_rate 1e-3
@@ -105,4 +108,11 @@ def test_step_3_gives_one_trajectory_for_every_pair_of_stages(runs, name):
     wanted, got = (torch.tensor(_trajectory(runs / "3" / run, names)) for run in (next(iter(RLHF)), name))
     assert len(wanted) == 3
     assert abs(wanted[-1, 1]) > 1e-4  # the policy has moved
+    torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-4)
+
+
+def test_groups_without_spread_and_means_over_answers_on_two_ranks_whatever_the_stage(runs):
+    names = ["score", "kl", "groups_without_spread", "actor_grad_norm"]
+    wanted, got = (torch.tensor(_trajectory(runs / "3" / run, names)) for run in GRPO)
+    assert (wanted[:, 2] == 3).any(), "of four groups: one of the ranks has nothing to learn from"
     torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-4)

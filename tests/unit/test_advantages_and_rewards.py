@@ -167,11 +167,11 @@ def test_groups_without_spread_are_counted_and_left_out_of_the_update_alone(fold
     text = f"{GROUPS} --advantage_estimator grpo --kl_ctl 0.5"
     trainer = _trainer(folders, f"{text} --drop_groups_without_spread")
     experience = _experience(trainer, rows=REPEATED)
-    experience.scores[:2], experience.scores[2], experience.scores[3] = 1.0, 0.0, 2.0
+    experience.scores[:] = torch.tensor([7.0, 9.0, 0.0, 2.0])  # 7 and 9 are both 5 once clipped
     trainer.get_advantages_and_returns(trainer.compute_rewards(experience))
     metrics = trainer.experience_metrics(experience)
     assert metrics["groups_without_spread"] == 1
-    assert metrics["score"] == pytest.approx(1.0) and metrics["used_answers"] == 4, "of all answers"
+    assert metrics["score"] == pytest.approx(4.5) and metrics["used_answers"] == 4, "of all answers"
     left = experience.of_groups_with_spread()
     assert left.answer_mask[:2].sum() == 0 and torch.equal(left.answer_mask[2:], experience.answer_mask[2:])
     batch = RLHFBatchSizes.of(trainer.args)

@@ -21,6 +21,20 @@ def test_rows_are_right_by_pythons_own_arithmetic_and_the_same_for_a_seed():
     assert set(arithmetic.exact(answers, answers)) == set(arithmetic.working(answers)) == {1.0}
 
 
+def test_a_share_of_the_rows_that_teach_has_one_wrong_step_from_which_the_rest_goes_on():
+    rows = arithmetic.arithmetic_rows("train", 1000, mistakes=0.3)
+    wrong = [
+        row for row, right in zip(rows, arithmetic.working([row["answer"] for row in rows]), strict=True) if not right
+    ]
+    assert 250 <= len(wrong) <= 350
+    for row in wrong:
+        first, second, final = row["answer"].split(". ")
+        off = [eval(left) - int(right) for left, right in (each.split("=") for each in (first, second))]
+        assert sorted(map(bool, off)) == [False, True] and max(map(abs, off)) <= 2
+        assert second.startswith(first.split("=")[1]) and final == f"#### {second.split('=')[1]}"
+        assert "-" not in final
+
+
 def test_held_out_questions_are_never_trained_on_whatever_the_seed():
     train = {row["question"] for seed in (1, 2) for row in arithmetic.arithmetic_rows("train", 8_000, seed)}
     assert not train & {row["question"] for row in arithmetic.arithmetic_rows("eval", seed=3)}
@@ -59,8 +73,14 @@ def test_its_file_is_one_of_reward_functions_and_its_program_writes_both_splits(
     (function,) = load_reward_functions([f"{arithmetic.__file__}:exact"])
     assert function.wants() == ("answer",)
     assert function([""], ["#### 4"], [{"answer": "#### 4"}]) == [1.0]
-    monkeypatch.setattr("sys.argv", ["arithmetic", "--output", str(tmp_path / "rows"), "--rows", "7"])
+    monkeypatch.setattr("sys.argv", ["arithmetic", "--output", str(tmp_path), "--rows", "70"])
     arithmetic.main()
-    rows = [json.loads(line) for line in (tmp_path / "rows/train.jsonl").read_text().splitlines()]
-    assert rows == arithmetic.arithmetic_rows("train", 7)
-    assert len((tmp_path / "rows/eval.jsonl").read_text().splitlines()) == arithmetic.SIZES["eval"]
+    for folder, mistakes in (("taught", 0.4), ("asked", 0.0)):
+        for split, size in (("train", 70), ("eval", arithmetic.SIZES["eval"])):
+            lines = (tmp_path / folder / f"{split}.jsonl").read_text().splitlines()
+            assert [json.loads(line) for line in lines] == arithmetic.arithmetic_rows(split, size, mistakes=mistakes)
+    assert (
+        0
+        < sum(arithmetic.working([row["answer"] for row in arithmetic.arithmetic_rows("train", 70, mistakes=0.4)]))
+        < 70
+    )

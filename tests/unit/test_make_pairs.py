@@ -11,6 +11,7 @@ import torch
 from helpers import make_model, make_reward_model
 
 from evaluation_scripts.language_report import distinct_2, figures, log_prob_sums, markdown
+from evaluation_scripts.language_report import main as report
 from evaluation_scripts.make_pairs import best_rows, check_one_kind, main, pair_row, pairs_of, parse_args, reward_models
 from evaluation_scripts.sampling import sample
 from utils.data.conversation import Conversation, Texts, system, user
@@ -37,29 +38,41 @@ def record(answers, worth, ended=None, number=0) -> dict:
 
 def test_the_best_answer_meets_the_worst_and_all_pairs_are_ordered():
     one = record(["a", "b", "c"], [0.1, 0.9, -0.5])
-    assert pairs_of(one, "best_worst", 0.0, Counter()) == [(1, 2)]
-    assert pairs_of(one, "all", 0.0, Counter()) == [(1, 0), (1, 2), (0, 2)]
+    assert pairs_of(one, ["best_worst"], 0.0, Counter()) == [(1, 2)]
+    assert pairs_of(one, ["all"], 0.0, Counter()) == [(1, 0), (1, 2), (0, 2)]
 
 
 def test_ties_repetitions_and_empty_answers_are_left_out_and_counted():
     counts = Counter()
-    assert pairs_of(record(["a", "b"], [1.0, 1.0]), "best_worst", 0.0, counts) == []
+    assert pairs_of(record(["a", "b"], [1.0, 1.0]), ["best_worst"], 0.0, counts) == []
     assert counts["ties"] == 1
-    assert pairs_of(record(["a", "b", "c"], [1.0, 0.8, 0.0]), "all", 0.5, counts) == [(0, 2), (1, 2)]
+    assert pairs_of(record(["a", "b", "c"], [1.0, 0.8, 0.0]), ["all"], 0.5, counts) == [(0, 2), (1, 2)]
     assert counts["ties"] == 2
-    assert pairs_of(record(["a", "a", ""], [1.0, 1.0, -1.0]), "best_worst", 0.0, counts) == []
+    assert pairs_of(record(["a", "a", ""], [1.0, 1.0, -1.0]), ["best_worst"], 0.0, counts) == []
     assert (counts["repeated answers"], counts["empty answers"], counts["prompts with a single answer"]) == (1, 1, 1)
 
 
 def test_an_answer_that_was_cut_off_may_lose_and_never_wins():
     counts, one = Counter(), record(["a", "b", "c"], [0.9, 0.5, 0.1], ended=[False, True, False])
-    assert pairs_of(one, "best_worst", 0.0, counts) == [(1, 2)]
-    assert pairs_of(one, "all", 0.0, counts) == [(1, 2)]
+    assert pairs_of(one, ["best_worst"], 0.0, counts) == [(1, 2)]
+    assert pairs_of(one, ["all"], 0.0, counts) == [(1, 2)]
     assert counts["pairs won by an answer that was cut off"] == 2
-    assert pairs_of(record(["a", "b"], [1, 0], ended=[True, False]), "best_worst", 0.0, counts) == [(0, 1)]
-    assert pairs_of(record(["a", "b"], [0, 1], ended=[True, False]), "best_worst", 0.0, counts) == []
+    assert pairs_of(record(["a", "b"], [1, 0], ended=[True, False]), ["best_worst"], 0.0, counts) == [(0, 1)]
+    assert pairs_of(record(["a", "b"], [0, 1], ended=[True, False]), ["best_worst"], 0.0, counts) == []
     assert best_rows([one], [CHAT])[0]["messages"][-1]["content"] == "b"
     assert best_rows([record(["a"], [1.0], ended=[False])], [CHAT]) == []
+
+
+def test_finished_answers_meet_among_themselves_and_no_pair_comes_twice():
+    counts, one = Counter(), record(["a", "b", "c", "d"], [0.9, 0.5, 0.1, -1.0], ended=[False, True, True, False])
+    assert pairs_of(one, ["finished"], 0.0, counts) == [(1, 2)]
+    assert pairs_of(one, ["best_worst", "finished"], 0.0, counts) == [(1, 3), (1, 2)]
+    assert pairs_of(one, ["finished", "all"], 0.0, counts) == [(1, 2), (1, 3), (2, 3)]
+    finished = record(["a", "b"], [1.0, 0.0])
+    assert pairs_of(finished, ["best_worst", "finished"], 0.0, counts) == [(0, 1)]
+    assert counts["prompts with fewer than two finished answers"] == 0
+    assert pairs_of(record(["a", "b"], [1, 0], ended=[True, False]), ["finished"], 0.0, counts) == []
+    assert counts["prompts with fewer than two finished answers"] == 1
 
 
 def test_conversations_stay_conversations_and_the_steps_read_them(tmp_path):
@@ -201,3 +214,28 @@ def test_figures_and_report_hold_what_the_records_say():
     summary = {"models": models, "held_out_prompts": 4, "answers_per_prompt": 1, "seconds": 10.0}
     text = markdown(summary | {"reward_model": {"accuracy": 0.9, "pairs": 10}}, records, "g")
     assert "87.5%" in text and "10 held-out pairs: 90.0% right" in text and "- PPO (+1.00): a b" in text
+
+
+def test_the_report_asks_each_model_that_is_there_and_keeps_all_answers(tmp_path, capsys):
+    for name in ("base", "dpo", "grpo/actor"):
+        make_model(tmp_path / name)
+    prompts, plain, judge = tmp_path / "test.jsonl", tmp_path / "plain.txt", tmp_path / "judge.py"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("red cat", "blue dog", "seven")))
+    plain.write_text("red house\n\nblue cat\n")
+    judge.write_text("def brief(answers):\n    return [-float(len(a)) for a in answers]\n")
+    given = ["--output_dir", str(tmp_path), "--prompts_file", str(prompts), "--judge_function", f"{judge}:brief"]
+    report([*given, "--plain_text", str(plain), "--num_generations_per_prompt", "2", "--max_new_tokens", "6"])
+    summary = json.loads((tmp_path / "report.json").read_text())
+    assert list(summary["models"]) == ["start", "DPO", "GRPO"]
+    kept = [json.loads(line) for line in (tmp_path / "report_answers.jsonl").read_text().splitlines()]
+    assert [(one["title"], one["prompt_number"]) for one in kept] == [
+        (title, number) for title in summary["models"] for number in range(3)
+    ]
+    for title, model in summary["models"].items():
+        scores = [score for one in kept if one["title"] == title for score in one["scores"]["brief"]]
+        answers = [answer for one in kept if one["title"] == title for answer in one["answers"]]
+        assert scores == [-float(len(answer)) for answer in answers] and len(scores) == 6
+        assert model["gold"] == pytest.approx(sum(scores) / 6)
+        assert model["win_rate"] == (None if title == "start" else 0.5)  # the same weights and the same seed
+        assert model["kl"] == pytest.approx(0, abs=1e-4)
+    assert "3 held-out prompts, 2 sampled answers each." in (tmp_path / "report.md").read_text()

@@ -1,23 +1,27 @@
 """Sums in two steps as rows of GSM8K's form, and what rewards their answers: whether the final number is right.
 
-    python -m utils.demo.arithmetic --output DIR [--rows 12000] [--seed 1234]
+    python -m utils.demo.arithmetic --output DIR [--rows 12000] [--mistakes 0.4] [--seed 1234]
 
-{"question": "I had 12 apples, got 5 more and then ate 8. How many are left?", "answer": "12+5=17. 17-8=9. #### 9"}
+{"question": "I had 3 apples, got 5 more and then ate 6. How many are left?", "answer": "3+5=8. 8-6=2. #### 2"}
+
+DIR/taught holds the rows of step 1, whose writers are people: in a share of them one step is a little off. A model that
+imitates them errs as often as they do. DIR/asked holds those of step 3 and of evaluations, whose answers are right.
 
 As a file of reward functions: ``--reward_function utils/demo/arithmetic.py:exact``; ``working`` is for reading alone.
 GSM8K, Cobbe et al. 2021, https://arxiv.org/abs/2110.14168, whose answers end with "#### " and the number.
 """
 
 import argparse
-import json
 import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from utils.process.files import write_jsonl
+
 SIZES = {"train": 12_000, "eval": 200}
-LARGEST = 20  # no number on the way is larger, none is below 0
+LARGEST = 10  # no number on the way is larger, none is below 0
 HELD_OUT = 10  # one question of so many is asked in evaluations alone
 # Signs of the two steps -> how they are asked.
 FORMS = {
@@ -50,32 +54,48 @@ def step(number: int, sign: str, other: int) -> int:
     return number + other if sign == "+" else number - other
 
 
-def arithmetic_rows(split: str, size: int | None = None, seed: int = 1234) -> list[dict[str, str]]:
+def arithmetic_rows(
+    split: str, size: int | None = None, seed: int = 1234, mistakes: float = 0.0
+) -> list[dict[str, str]]:
     """``size`` rows {question, answer} (SIZES if None). No question of eval is ever one of train, whatever the seed.
+
+    Args:
+        mistakes: share of the rows in whose answer one of the two results is off.
 
     Raises:
         KeyError: an unknown split.
     """
     size = SIZES[split] if size is None else size
-    rng = random.Random(f"arithmetic, {split}, {seed}")
+    rng = random.Random(f"arithmetic, {split}, {seed}, {mistakes}")
     rows = []
-    for question, answer in _questions(rng):
+    for question, numbers, signs in _questions(rng):
         if len(rows) == size:
             return rows
         if (zlib.crc32(question.encode()) % HELD_OUT == 0) == (split == "eval"):
-            rows.append({"question": question, "answer": answer})
+            wrong = rng.choice((1, 2)) if rng.random() < mistakes else None
+            rows.append({"question": question, "answer": _answer(numbers, signs, wrong, rng)})
 
 
-def _questions(rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Questions and answers without end."""
+def _questions(rng: random.Random) -> Iterator[tuple[str, tuple[int, int, int], str]]:
+    """Questions without end, with their three numbers and two signs."""
     while True:
         signs = rng.choice(list(FORMS))
         a, b, c = rng.randint(2, LARGEST), rng.randint(1, 9), rng.randint(1, 9)
         between = step(a, signs[0], b)
-        final = step(between, signs[1], c)
-        if 0 <= between <= LARGEST and 0 <= final <= LARGEST:
-            question = rng.choice(FORMS[signs]).format(a=a, b=b, c=c)
-            yield question, f"{a}{signs[0]}{b}={between}. {between}{signs[1]}{c}={final}. #### {final}"
+        if 0 <= between <= LARGEST and 0 <= step(between, signs[1], c) <= LARGEST:
+            yield rng.choice(FORMS[signs]).format(a=a, b=b, c=c), (a, b, c), signs
+
+
+def _answer(numbers: tuple[int, int, int], signs: str, wrong: int | None, rng: random.Random) -> str:
+    """The working and the final number. ``wrong``: the step whose result is off by 1 or 2, which the rest goes on from;
+    None for none."""
+    a, b, c = numbers
+    while True:
+        off = rng.choice((-2, -1, 1, 2))
+        between = step(a, signs[0], b) + off * (wrong == 1)
+        final = step(between, signs[1], c) + off * (wrong == 2)
+        if between >= 0 and final >= 0:
+            return f"{a}{signs[0]}{b}={between}. {between}{signs[1]}{c}={final}. #### {final}"
 
 
 def final_number(text: str) -> float | None:
@@ -100,15 +120,17 @@ def working(completions: Sequence[str]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl and eval.jsonl")
-    parser.add_argument("--rows", type=int, default=SIZES["train"], help="rows of train.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="folder for taught/ and asked/")
+    parser.add_argument("--rows", type=int, default=SIZES["train"], help="rows of each train.jsonl")
+    parser.add_argument("--mistakes", type=float, default=0.4, help="share of wrong answers in taught/")
     parser.add_argument("--seed", type=int, default=1234, help="of the rows")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    for split in SIZES:
-        rows = arithmetic_rows(split, args.rows if split == "train" else None, args.seed)
-        (args.output / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print(f"wrote {args.rows} and {SIZES['eval']} sums to {args.output}")
+    for folder, mistakes, seed in (("taught", args.mistakes, args.seed), ("asked", 0.0, args.seed)):
+        (args.output / folder).mkdir(parents=True, exist_ok=True)
+        for split in SIZES:
+            rows = arithmetic_rows(split, args.rows if split == "train" else None, seed, mistakes)
+            write_jsonl(args.output / folder / f"{split}.jsonl", rows)
+    print(f"wrote {args.rows} and {SIZES['eval']} sums to {args.output}/taught, as many to {args.output}/asked")
 
 
 if __name__ == "__main__":
