@@ -233,7 +233,9 @@ def test_torchrun_goes_on_with_one_node_when_the_other_is_gone_and_with_two_when
 
     wait_for((nodes.folder / "checkpoints/latest").exists)
     second.kill()
-    wait_for(lambda: "/step-" in first.log.read_text().partition("1 rank instead of 2")[2].partition("steps are done")[2])
+    wait_for(
+        lambda: "/step-" in first.log.read_text().partition("1 rank instead of 2")[2].partition("steps are done")[2]
+    )
     # So short a run would be over before the other node is back: its rank stands still until then.
     descendants = psutil.Process(first.process.pid).children(recursive=True)
     [rank] = [child for child in descendants if child.cmdline()[1:3] == ["-u", str(STEPS[1])]]
