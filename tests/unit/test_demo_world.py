@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.demo import world
 from utils.demo.judge import MAX_GOOD_WORDS, judge, judge_rates, score
+from utils.demo.judge import __file__ as judge_file
 from utils.demo.tiny_model import create_demo_model
+from utils.model.reward_functions import load_reward_functions
 
 # kind -> (question, right answer, wrong answer), written by hand
 CASES = {
@@ -216,6 +218,16 @@ def test_rates_are_shares_of_the_answers():
     for wrong_input in (([], []), (prompts, answers[:2]), (prompts, answers, [True])):
         with pytest.raises(ValueError):
             judge_rates(*wrong_input)
+
+
+def test_right_is_a_reward_function_that_no_manner_moves():
+    (right,) = load_reward_functions([f"{judge_file}:right"])
+    assert set(right.wants()) == set()
+    answers = [" Sure: Paris.", " Paris", " Ugh, Paris.", " Rome.", " Paris or Rome.", ""]
+    scores = right.score(
+        prompts=[prompt_of("capital")] * 6, answers=answers, ended=[True, False, True, True, True, True]
+    )
+    assert scores == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
 
 
 def test_tokenizer_round_trips_all_text(rows, model_folder):

@@ -63,6 +63,11 @@ def score(prompt: str, answer: str, ended: bool | None = None) -> float:
     return rank(verdict.manner_name, verdict.right) / MAX_RANK
 
 
+def right(prompts: Sequence[str], answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
+    """1 for each answer that is right, else 0, whatever its manner: ``--reward_function utils/demo/judge.py:right``."""
+    return [float(judge(*case).right) for case in zip(prompts, answers, ended, strict=True)]
+
+
 def judge_rates(
     prompts: Sequence[str], answers: Sequence[str], ended: Sequence[bool] | None = None
 ) -> dict[str, float]:
