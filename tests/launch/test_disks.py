@@ -43,7 +43,8 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays_whole(run_step, sta
 
 
 @pytest.mark.parametrize(
-    "step, size, more", [(2, "900k", "--zero_stage 2"), (3, "1500k", "--actor_zero_stage 3 --enable_ema")]
+    "step, size, more",
+    [(2, "900k", "--zero_stage 2"), (3, "1500k", "--actor_zero_stage 3 --enable_ema --async_checkpoint")],
 )
 def test_two_ranks_end_with_one_message_when_the_disk_is_full(start, disk, tmp_path, step, size, more):
     folder = disk(size)

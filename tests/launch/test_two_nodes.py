@@ -9,6 +9,7 @@ import shlex
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import two_nodes
@@ -205,4 +206,51 @@ def test_torchrun_on_two_nodes_starts_all_ranks_again_when_a_node_is_gone_and_ba
     assert len(outputs) == 1  # of whichever has rank 0 by then
     weights, others = (load_file(folder / "model.safetensors") for folder in (outputs[0], one_node / "sft"))
     assert all(torch.equal(value, others[name]) for name, value in weights.items())
+    assert [node.left_running for node in nodes] == ["", ""]
+
+
+@pytest.mark.nightly
+def test_torchrun_goes_on_with_one_node_when_the_other_is_gone_and_with_two_when_it_is_back(nodes, one_node):
+    """Elastic sizes, 1:2: each time from the last checkpoint, on other ranks; the rows of a step stay."""
+    first, second = nodes
+    elastic = f"""
+        --nnodes 1:2 --nproc_per_node 1 --max-restarts 9 --rdzv_conf last_call_timeout=5
+        --rdzv_backend c10d --rdzv_endpoint {first.name}:29400 --rdzv_id run
+    """
+    (_, arguments), _ = json.loads((one_node / "2_ranks.json").read_text())
+    places = dict(output_dir=nodes.local / "out", data_output_path=nodes.local / "cache")
+    arguments += flags("--checkpoint_steps 5 --resume auto", **places, checkpoint_dir=nodes.folder / "checkpoints")
+    torchrun = [BINARIES / "torchrun", *flags(elastic), STEPS[1], *arguments]
+    surroundings = two_nodes.surroundings() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "LOGLEVEL": "INFO"}
+    for node in nodes:
+        node.start(torchrun, **surroundings)
+
+    def wait_for(condition) -> None:
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            assert first.process.poll() is None and time.monotonic() < end, logs(nodes)
+            time.sleep(0.02)
+
+    wait_for((nodes.folder / "checkpoints/latest").exists)
+    second.kill()
+    wait_for(
+        lambda: "/step-" in first.log.read_text().partition("1 rank instead of 2")[2].partition("steps are done")[2]
+    )
+    # So short a run would be over before the other node is back: its rank stands still until then.
+    descendants = psutil.Process(first.process.pid).children(recursive=True)
+    [rank] = [child for child in descendants if child.cmdline()[1:3] == ["-u", str(STEPS[1])]]
+    rank.suspend()
+    second.start(torchrun, **surroundings)
+    wait_for(lambda: "new nodes from group_rank" in first.log.read_text())
+    rank.resume()
+    assert nodes.wait(PATIENCE) == [0, 0], logs(nodes)
+    told = first.log.read_text()
+    assert "2 ranks instead of 1" in told.partition("SIGTERM: finishing the step")[2], logs(nodes)
+    expected, rows = read_metrics(one_node / "sft"), read_metrics(first.disk / "out")
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    largest = max(row["train/loss"] for row in expected)
+    differences = [abs(row["train/loss"] - other["train/loss"]) for row, other in zip(rows, expected, strict=True)]
+    print(f"{max(differences) / largest:.1e}; {re.findall('resumed from .*', told)}")
+    assert max(differences) < 1e-4 * largest
+    assert (first.disk / "out/model.safetensors").exists()
     assert [node.left_running for node in nodes] == ["", ""]

@@ -75,6 +75,7 @@ def parse_args():
     add("--ranks", type=int, default=2, help="processes of a run (default 2)")
     add("--launcher", choices=["deepspeed", "torchrun", "python"], default="deepspeed", help="(default deepspeed)")
     add("--change_ranks", action="store_true", help="start with 1 and 2 ranks by turns; off: with --ranks")
+    add("--async_checkpoint", action="store_true", help="checkpoints are written beside training; off: training waits")
     add("--checkpoint_steps", type=int, default=3, help="steps between checkpoints (default 3)")
     add("--seed", type=int, default=0, help="of moments and victims (default 0)")
     add("--folder", type=Path, default=Path("output/soak"), help="for all files, emptied first (default output/soak)")
@@ -235,7 +236,8 @@ def soak(args, step: int, generator: random.Random) -> None:
     kills, ends, victims, phases, starts = 0, 0, Counter(), Counter(), 0
     while kills < args.kills or not ends:
         start, ranks = time.monotonic(), 1 + starts % 2 if args.change_ranks else args.ranks
-        run = Run(args, step, killed, "--checkpoint_steps", args.checkpoint_steps, *RESUME, ranks=ranks)
+        saving = ["--checkpoint_steps", args.checkpoint_steps] + ["--async_checkpoint"] * args.async_checkpoint
+        run = Run(args, step, killed, *saving, *RESUME, ranks=ranks)
         starts += 1
         if kills < args.kills:
             phase, fresh = None, not run.data.exists()

@@ -43,6 +43,7 @@ ELSEWHERE = {
     "python evaluation_scripts/benchmark/": "minutes; each is run by hand for the figures",
     "python -m utils.plan": "test_preflight.py plans each step, for a configuration it makes",
     "python -m utils.arguments.table": "test_documentation.py compares the tables that it writes",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 1:2": "needs two nodes; test_two_nodes.py makes them",
     "python inference/serve.py": "test_web_page.py opens it in a browser",
     "transformers serve": "needs a server's packages; test_openai_endpoint.py runs it where they are",
     "python -m pytest tests/launch/test_openai_endpoint.py": "a test of its own",

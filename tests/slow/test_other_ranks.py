@@ -4,8 +4,13 @@ run, but for the order of sums.
 In fp32, without dropout; step 3 with greedy answers. The number of rows on each rank fits both; accumulation follows.
 """
 
+import json
+
 import pytest
+from deepspeed.accelerator import get_accelerator
 from helpers import flags, read_metrics, run_in_one_launch, step_arguments, write_pairs, zero_stage
+
+from utils.run.saved_engine import SavedEngine
 
 TOLERANCE, SAVED_AT = 1e-4, 4
 LONG = "--max_train_samples 48 --num_train_epochs 2"  # 24 steps of 4 rows
@@ -81,6 +86,28 @@ def test_two_ranks_go_on_from_one(run_step, arguments_of, tmp_path):
     console = run_in_one_launch([(1, [*arguments_of(1, 2, 3), *short, *more])], tmp_path)
     assert "2 ranks instead of 1, --zero_stage 3 instead of 0: a step has the same rows as before" in console
     assert largest_difference(plain, other) < TOLERANCE
+
+
+@pytest.mark.parametrize("stages", [(2, 3), (3, 1), pytest.param((1, 2), marks=pytest.mark.nightly)])
+def test_the_loss_scale_of_fp16_goes_on_at_another_stage(run_step, start, tmp_path, monkeypatch, stages):
+    """DeepSpeed is told that the CPU has fp16; the scale is too high at first, and soon up again."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    scaling = {"initial_scale_power": 22, "loss_scale_window": 2, "hysteresis": 1}
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 1000000}, "fp16": scaling}))
+    text = f"--dtype fp16 --dropout 0 --learning_rate 1e-3 --checkpoint_steps {SAVED_AT} --keep_checkpoints 9"
+    arguments = [*start(1), *flags(text, deepspeed_config_overrides=settings)]
+    plain, other = (tmp_path / name for name in ("plain", "other"))
+    run_step(1, [*arguments, *flags(zero_stage=stages[0], output_dir=plain)])
+    resume = plain / f"checkpoints/step-{SAVED_AT:08d}"
+    more = flags(zero_stage=stages[1], output_dir=other, resume=resume, checkpoint_dir=tmp_path / "checkpoints")
+    run_step(1, [*arguments, *more])
+    for step in (2 * SAVED_AT, 4 * SAVED_AT):
+        folders = (plain / "checkpoints", tmp_path / "checkpoints")
+        then, now = (SavedEngine(folder / f"step-{step:08d}/model") for folder in folders)
+        assert then.loss_scale == now.loss_scale and then.loss_scale["cur_iter"] == step
+        assert then.counters == now.counters and then.counters["skipped_steps"] > 0
+    assert largest_difference(plain, other) < 1e-2  # half precision
 
 
 @pytest.mark.nightly

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import FAMILIES, make_model, make_tokenizer
+from helpers import FAMILIES, flags, make_model, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -408,3 +408,16 @@ def test_a_second_save_leaves_nothing_of_the_first_to_be_loaded(tmp_path, model_
         assert (tmp_path / "config.json").stat().st_mode & 0o044 == next(
             tmp_path.glob("model*.safetensors")
         ).stat().st_mode & 0o044
+
+
+def test_weights_that_the_last_pass_fetched_ahead_at_stage_3_are_saved(run_step, start, tmp_path):
+    """Of weights that do not all stay gathered; DeepSpeed asserts that none is under way when they are gathered."""
+    file = tmp_path / "fetch_ahead.json"
+    ahead = dict(stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=2000)
+    room = dict(stage3_max_live_parameters=50_000, stage3_max_reuse_distance=50_000, reduce_bucket_size=1_000_000)
+    file.write_text(json.dumps({"zero_optimization": ahead | room}))
+    arguments = flags("--num_train_epochs 1 --max_train_samples 8", deepspeed_config_overrides=file)
+    for stage in (1, 3):
+        run_step(1, [*start(1), *arguments, *flags(zero_stage=stage, output_dir=tmp_path / str(stage))])
+    want, got = (load_file(tmp_path / stage / "model.safetensors") for stage in ("1", "3"))
+    assert want.keys() == got.keys() and all(torch.allclose(want[name], got[name], atol=1e-5) for name in want)

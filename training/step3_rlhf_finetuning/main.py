@@ -225,6 +225,7 @@ def main():
     # 5. Save
     save_to()
     if checkpoints.steps >= stop_after:  # a test is not the whole run
+        checkpoints.complete()
         print_rank_0(f"test mode: stopped after {checkpoints.steps} steps (--test_stop_step)")
     else:
         checkpoints.finish()

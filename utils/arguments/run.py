@@ -91,6 +91,12 @@ def add_run_arguments(parser, step: Step) -> None:
     )
     add("--keep_checkpoints", type=positive, default=2, help="newest checkpoints that are kept")
     add(
+        "--async_checkpoint",
+        action="store_true",
+        help="training waits for copies in host memory alone (as much as a rank saves), which a thread writes while it "
+        "goes on; the checkpoint counts, and older ones go, once all is on the disk. off: training waits for the disk",
+    )
+    add(
         "--resume",
         metavar="{auto,PATH}",
         default=None,
@@ -131,7 +137,7 @@ MUST_STAY = re.compile(
 # until it is named here.
 MAY_CHANGE_AT_RESUME = {
     *("output_dir", "overwrite_output_dir", "max_shard_size", "save_lora_adapters"),
-    *("checkpoint_steps", "checkpoint_dir", "keep_checkpoints"),
+    *("checkpoint_steps", "checkpoint_dir", "keep_checkpoints", "async_checkpoint"),
     *("resume", "resume_weights_only", "allow_changed"),
     *("skip_nonfinite", "log_interval", "report_to", "run_name", "comm_timeout", "enable_tensorboard"),
     *("tensorboard_path", "local_rank", "deepspeed", "deepspeed_config"),
@@ -151,6 +157,8 @@ def check_checkpoints(args) -> None:
     if not has_folder and (args.checkpoint_steps or args.resume == "auto"):
         flag = "--checkpoint_steps" if args.checkpoint_steps else "--resume auto"
         raise UserError(f"{flag} needs a folder: give --checkpoint_dir or --output_dir")
+    if args.async_checkpoint and not args.checkpoint_steps:
+        raise UserError("--async_checkpoint needs regular checkpoints: --checkpoint_steps N")
     if args.resume_weights_only and args.resume in (None, "auto"):
         raise UserError("--resume_weights_only needs the folder of a checkpoint: --resume PATH")
     if args.allow_changed and (args.resume is None or args.resume_weights_only):

@@ -10,9 +10,10 @@ A checkpoint is a folder ``step-00000050`` of --checkpoint_dir:
     ENGINE/               DeepSpeed's shards of a trained engine (weights, optimizer, schedule)
     NAME-rank00000.safetensors   shards of a moving average
 
-It is written under another name and renamed when complete; then ``latest`` names it, and older ones go. On resuming
-every file must be there in its full size, and every flag that shapes the training must be what it was, but for those
-that --allow_changed names.
+It is written under another name and renamed when complete; then ``latest`` names it, and older ones go. With
+--async_checkpoint the files are written beside training (see ``async_write``), and the rest happens at the end of the
+first step by which all ranks have theirs on the disk. On resuming every file must be there in its full size, and every
+flag that shapes the training must be what it was, but for those that --allow_changed names.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ from utils.process.ranks import agree, all_gather_objects, all_reduce_sum
 from utils.process.seeds import derived_seed, random_states, restore_random_states, set_random_seed
 from utils.process.versions import versions
 from utils.process.world import get_rank, get_world_size, ranks_per_node
+from utils.run.async_write import Put, WritesBeside, write_now
 from utils.run.checkpoint_files import (
     FINISHED_FILE,
     LATEST_FILE,
@@ -80,7 +83,24 @@ from utils.run.saved_average import SavedAverage
 from utils.run.saved_engine import SavedEngine
 
 STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+WRITE_ERRORS = (
+    OSError,
+    RuntimeError,
+    SafetensorError,
+)  # torch's zip writer, and memory that is not there: RuntimeError
 PATIENCE = 3  # seconds after which another Ctrl-C is a second one
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint whose files are being written beside training."""
+
+    steps: int
+    scratch: Path
+    state: dict  # what its state file will hold, on rank 0
+    files: WritesBeside
+    seconds: float  # that training waited for the copies
+    start: float  # of the writing
 
 
 class Checkpoints:
@@ -109,6 +129,7 @@ class Checkpoints:
         self.folder = _folder_of(args)
         self.enabled = args.checkpoint_steps > 0 or args.checkpoint_dir is not None
         self._stop_asked, self._steps_saved = None, None
+        self._pending: Pending | None = None
         # Checkpoints under the output folder go with all else there; those in a folder of their own do not.
         self._replaces = args.overwrite_output_dir and args.output_dir is not None and args.checkpoint_dir is None
         self._fingerprints = {name: model_fingerprint(getattr(args, name)) for name in models}
@@ -349,6 +370,7 @@ class Checkpoints:
             )
         for later in range(epoch, count):
             yield later, done if later == epoch else 0
+        self.complete()
 
     def end_step(self, epoch: int, done: int) -> None:
         """After each step: save where a checkpoint is due; after a SIGTERM or Ctrl-C to any rank save and end the run.
@@ -364,9 +386,11 @@ class Checkpoints:
             return
         self._position = [epoch, done]
         self._rank_state, self._updates = self._take_rank_state(), self._count_updates()
-        stop = self._signal_to_any_rank()
+        stop, written = self._told_by_ranks()
+        if written:
+            self.complete()
         if stop or (self.args.checkpoint_steps and self.steps % self.args.checkpoint_steps == 0):
-            self._save()
+            self._save(beside=self.args.async_checkpoint and not stop)
         if stop:
             self._writer.close()
             raise EndOfRun(
@@ -374,11 +398,13 @@ class Checkpoints:
                 "The same command with --resume auto goes on from there"
             )
 
-    def _signal_to_any_rank(self) -> str | None:
-        """What asked any rank to stop; on all ranks alike."""
-        asked = [int(self._stop_asked == number) for number in STOP_SIGNALS]
-        counts = all_reduce_sum(torch.tensor(asked, device=get_accelerator().current_device_name())).tolist()
-        return next((name for name, count in zip(STOP_SIGNALS.values(), counts, strict=True) if count), None)
+    def _told_by_ranks(self) -> tuple[str | None, bool]:
+        """What asked any rank to stop, and whether all have written a checkpoint under way; on all ranks alike."""
+        told = [int(self._stop_asked == number) for number in STOP_SIGNALS]
+        told.append(int(self._pending is not None and self._pending.files.done()))
+        *counts, written = all_reduce_sum(torch.tensor(told, device=get_accelerator().current_device_name())).tolist()
+        stop = next((name for name, count in zip(STOP_SIGNALS.values(), counts, strict=True) if count), None)
+        return stop, written == get_world_size()
 
     def _on_signal(self, number: int, _frame) -> None:
         if os.getpid() != self._process:  # a forked worker (of a reward function's pool, say)
@@ -408,11 +434,12 @@ class Checkpoints:
         Returns:
             where the run can be taken up, for messages
         """
-        if self.enabled and self._steps_saved != self.steps and self._updates == self._count_updates():
-            try:
+        try:
+            self.complete()
+            if self.enabled and self._steps_saved != self.steps and self._updates == self._count_updates():
                 self._save()
-            except UserError as error:
-                return str(error)
+        except UserError as error:
+            return str(error)
         return self.last()
 
     def last(self) -> str:
@@ -427,6 +454,7 @@ class Checkpoints:
             print_rank_0(note)
         if not self.enabled:
             return
+        self.complete()
         state = self._common_state() | {"output_dir": self.args.output_dir}
         self._on_rank_0(lambda: write_text(self.folder / FINISHED_FILE, json.dumps(state, indent=1), flush=True))
         for number in STOP_SIGNALS:
@@ -436,7 +464,7 @@ class Checkpoints:
 
     @property
     def _name(self) -> str:
-        return f"{PREFIX}{self.steps:08d}"
+        return _name_after(self.steps)
 
     def _common_state(self) -> dict:
         return {
@@ -448,19 +476,58 @@ class Checkpoints:
             "versions": versions(),
         }
 
-    def _save(self) -> None:
-        scratch, start = self.folder / f".{self._name}", time.perf_counter()
+    def _save(self, beside: bool = False) -> None:
+        """Save the run as it is now. ``beside``: training goes on once all is copied; ``complete`` does the rest."""
+        self.complete()  # one at a time
+        scratch, start, state, files = self.folder / f".{self._name}", time.perf_counter(), {}, WritesBeside()
         agree(self._check_weights)
-        try:
+        with self._removed_if_refused(scratch):
             self._on_rank_0(scratch.mkdir)
-            self._write(scratch)
-            self._on_rank_0(lambda: self._complete(scratch))
+            self._on_rank_0(lambda: state.update(self._state()))
+            self._write(scratch, files.put if beside else write_now)
+            if not beside:
+                self._on_rank_0(lambda: self._publish(scratch, state))
+        seconds = time.perf_counter() - start
+        if beside:
+            files.start()
+            self._pending = Pending(self.steps, scratch, state, files, seconds, time.perf_counter())
+        else:
+            self._steps_saved = self.steps
+            print_rank_0(f"checkpoint {self.folder / self._name} ({seconds:.1f} s)")
+
+    def complete(self) -> None:
+        """Wait for a checkpoint that is being written beside training, if one is, and give it its name; on all ranks.
+
+        Raises:
+            UserError: a rank could not write its files.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending, start = self._pending, None, time.perf_counter()
+
+        def wait_for_files() -> None:
+            try:
+                pending.files.wait()
+            except WRITE_ERRORS as error:
+                raise self._cannot_write(error, pending.steps) from error
+
+        with self._removed_if_refused(pending.scratch):
+            agree(wait_for_files)
+            self._on_rank_0(lambda: self._publish(pending.scratch, pending.state))
+        self._steps_saved, end = pending.steps, time.perf_counter()
+        print_rank_0(
+            f"checkpoint {self.folder / _name_after(pending.steps)} (written in {end - pending.start:.1f} s; training "
+            f"waited {pending.seconds:.2f} s for copies and {end - start:.2f} s for the end)"
+        )
+
+    @contextlib.contextmanager
+    def _removed_if_refused(self, scratch: Path) -> Iterator[None]:
+        try:
+            yield
         except UserError:
             if get_rank() == 0:
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
-        self._steps_saved = self.steps
-        print_rank_0(f"checkpoint {self.folder / self._name} ({time.perf_counter() - start:.1f} s)")
 
     def _check_weights(self) -> None:
         """The checkpoint before is worth more than one that no training can go on from."""
@@ -471,39 +538,44 @@ class Checkpoints:
                     f"written; {self.last()}"
                 )
 
-    def _write(self, scratch: Path) -> None:
+    def _write(self, scratch: Path, put: Put) -> None:
         """The shards of every rank."""
-        write_errors = [save_engine(engine, scratch, name) for name, engine in self._engines.items()]
+        write_errors = [save_engine(engine, scratch, name, put) for name, engine in self._engines.items()]
 
         def write_other_files() -> None:
             for error in filter(None, write_errors):
                 raise self._cannot_write(error)
             try:
                 for name, (average, followed) in self._averages.items():
-                    save_average(average, followed, scratch, name)
-                write_text(scratch / rank_file(get_rank()), json.dumps(self._rank_state), flush=True)
-            except (OSError, SafetensorError) as error:
+                    save_average(average, followed, scratch, name, put)
+                put(_write_text, json.dumps(self._rank_state), scratch / rank_file(get_rank()))
+            except WRITE_ERRORS as error:
                 raise self._cannot_write(error) from error
 
         agree(write_other_files)
 
-    def _complete(self, scratch: Path) -> None:
-        """Rank 0 alone: the state file, the checkpoint's name, and the removal of older ones."""
-        files = [file for file in scratch.rglob("*") if file.is_file()]
-        state = self._common_state() | {
+    def _state(self) -> dict:
+        """What the state file holds, but for the files."""
+        return self._common_state() | {
             "position": self._position,
             "rows": self._rows,
             "prompt_format": self._prompt_format,
             "metrics": self._writer.position(),
-            "files": {str(file.relative_to(scratch)): file.stat().st_size for file in sorted(files)},
         }
-        write_text(scratch / STATE_FILE, json.dumps(state, indent=1), flush=True)
-        target = self.folder / self._name
+
+    def _publish(self, scratch: Path, state: dict) -> None:
+        """Rank 0 alone: the state file, the checkpoint's name, and the removal of older ones."""
+        files = {
+            str(file.relative_to(scratch)): file.stat().st_size for file in sorted(scratch.rglob("*")) if file.is_file()
+        }
+        write_text(scratch / STATE_FILE, json.dumps(state | {"files": files}, indent=1), flush=True)
+        name = _name_after(state["steps"])
+        target = self.folder / name
         if target.exists():  # of a run that was taken up again at an earlier step
             remove_checkpoint(target)
         scratch.rename(target)
         flush_to_disk(self.folder)
-        write_text(self.folder / LATEST_FILE, self._name + "\n", flush=True)
+        write_text(self.folder / LATEST_FILE, name + "\n", flush=True)
         # Whatever the clocks of its hosts say, the one just written stays.
         others = [other.folder for other in complete_checkpoints(self.folder) if other.folder != target]
         for old in others[: max(0, len(others) + 1 - self.args.keep_checkpoints)]:
@@ -520,12 +592,20 @@ class Checkpoints:
 
         agree(write_or_refuse if get_rank() == 0 else lambda: None)
 
-    def _cannot_write(self, error: Exception) -> UserError:
-        free = shutil.disk_usage(self.folder).free / 2**20
+    def _cannot_write(self, error: Exception, steps: int | None = None) -> UserError:
+        free, steps = shutil.disk_usage(self.folder).free / 2**20, self.steps if steps is None else steps
         return UserError(
-            f"the checkpoint of step {self.steps} could not be written to {self.folder}, where {free:.1f} MiB are "
+            f"the checkpoint of step {steps} could not be written to {self.folder}, where {free:.1f} MiB are "
             f"free: {error}; {self.last()}"
         )
+
+
+def _name_after(steps: int) -> str:
+    return f"{PREFIX}{steps:08d}"
+
+
+def _write_text(text: str, path: Path) -> None:
+    write_text(path, text, flush=True)
 
 
 def _name_of(engine, engines: dict) -> str:

@@ -12,11 +12,11 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from utils.process.errors import UserError, trouble_between_ranks
-from utils.process.files import flush_to_disk
 from utils.process.world import get_rank
+from utils.run.async_write import Put, write_now, write_safetensors, write_tensors
 
 # The classes, beside tensors and plain containers, that DeepSpeed's files hold. Nothing else is ever unpickled.
 CLASSES_IN_FILES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
@@ -26,6 +26,7 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
     """DeepSpeed's own way to read and write files, but one that runs no code from a file, and that reports a disk
     without room after all ranks have met again: DeepSpeed waits for every rank in the middle of saving."""
 
+    put: Put = staticmethod(write_now)
     write_error: Exception | None = None  # the first one
     wanted: set[str] = frozenset()  # names of weights that a file of weights must hold
 
@@ -37,8 +38,7 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
 
     def save(self, state_dict, path: str):
         try:
-            torch.save(state_dict, path)
-            flush_to_disk(path)
+            self.put(write_tensors, state_dict, path)
         except (OSError, RuntimeError) as error:  # torch's zip writer wraps the error of the file
             self.write_error = self.write_error or error
 
@@ -85,9 +85,9 @@ def prepare_engine(engine) -> None:
     engine._copy_recovery_script = lambda folder: None
 
 
-def save_engine(engine, folder: Path, name: str) -> Exception | None:
+def save_engine(engine, folder: Path, name: str, put: Put = write_now) -> Exception | None:
     """Write this rank's shards under ``folder/name``; on all ranks. Returns why that was not possible here."""
-    engine.checkpoint_engine.write_error = None
+    engine.checkpoint_engine.write_error, engine.checkpoint_engine.put = None, put
     engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
     return engine.checkpoint_engine.write_error
 
@@ -111,16 +111,14 @@ def has_finite_weights(engine) -> bool:
 # ---------------------------------------------------------------- moving averages
 
 
-def save_average(average, followed, folder: Path, name: str) -> None:
+def save_average(average, followed, folder: Path, name: str, put: Put = write_now) -> None:
     """Write this rank's part of a moving average; where each rank has all of it, rank 0's.
 
     Args:
         average, followed: the engine of the average, and the engine whose weights it averages.
     """
     if get_rank() == 0 or _is_sharded(average):
-        parts = {key: part.to("cpu", copy=True) for key, part in averaged_parts(average, followed)}
-        save_file(parts, _average_file(average, folder, name))
-        flush_to_disk(_average_file(average, folder, name))
+        put(write_safetensors, dict(averaged_parts(average, followed)), _average_file(average, folder, name))
 
 
 def load_average(average, followed, folder: Path, name: str) -> None:
