@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same_run, flags, killed_after
+from transformers import AutoConfig
 
+from utils import arguments
+from utils.planning.engine_memory import GIB, Bytes, Machine
+from utils.planning.estimate import engines_of_step, models_of_step
 from utils.process.errors import EndOfRun, UserError
 from utils.run import async_write, engine_state
 from utils.run.async_write import WritesBeside, host_copy
@@ -162,3 +166,19 @@ def test_a_test_run_and_a_stopped_one_wait_for_theirs(run_step, start, tmp_path,
 def test_it_is_refused_where_no_checkpoint_would_be_due(run_step, start, tmp_path):
     with pytest.raises(UserError, match="--async_checkpoint needs regular checkpoints: --checkpoint_steps N"):
         run_step(1, [*start(1), *flags("--async_checkpoint", output_dir=tmp_path)])
+
+
+@pytest.mark.parametrize("step, more", [(1, "--zero_stage 2"), (2, "--zero_stage 0"), (1, "--zero_stage 3"), (3, RLHF)])
+def test_the_copies_that_a_dry_run_counts_are_as_large_as_the_files(run_step, start, tmp_path, step, more):
+    given = [*start(step), *flags(f"{more} --checkpoint_steps 4 --keep_checkpoints 1 --async_checkpoint")]
+    given += ["--num_train_epochs", "1", "--output_dir", tmp_path]
+    args = arguments.settle(arguments.build_parser(step).parse_args([str(word) for word in given]), step)
+    names = {"actor": "actor_model_name_or_path", "critic": "critic_model_name_or_path"}
+    names = names if step == 3 else {"model": "model_name_or_path"}
+    configs = {name: AutoConfig.from_pretrained(getattr(args, flag)) for name, flag in names.items()}
+    models = models_of_step(args, step, configs)
+    engines = engines_of_step(args, step, models, Machine(1, 1, True, GIB, GIB, Bytes()))
+    copied = sum(engine.resident.get("copy for a checkpoint", Bytes()).host for engine in engines.values())
+    run_step(step, given)
+    files = [file for file in (tmp_path / "checkpoints").rglob("*") if file.suffix in (".pt", ".safetensors")]
+    assert copied == pytest.approx(sum(file.stat().st_size for file in files), rel=0.1)

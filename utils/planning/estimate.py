@@ -154,11 +154,17 @@ def engines_of_step(args, step: Step, models: dict[str, MetaModel], machine: Mac
             args.offload and stage > 0, args.dtype, stage, grad_accum_dtype=args.grad_accum_dtype
         )
         config = merge_config_file(config, args.deepspeed_config_overrides)
-        return trained_engine(name, models[name], config, machine, accumulation)
+        engine = trained_engine(name, models[name], config, machine, accumulation)
+        if args.async_checkpoint:
+            engine.resident["copy for a checkpoint"] = Bytes(host=_copied_for_checkpoint(engine, stage))
+        return engine
 
     def frozen(name: str, of_trained: int, offload: bool, dtype: str) -> EngineMemory:
         config = get_eval_ds_config(offload, dtype, 3 if of_trained == 3 or offload else 0)
-        return frozen_engine(name, models[name], config, machine)
+        engine = frozen_engine(name, models[name], config, machine)
+        if args.async_checkpoint and name == "EMA":
+            engine.resident["copy for a checkpoint"] = Bytes(host=engine.states.device + engine.states.host)
+        return engine
 
     stage = args.zero_stage if step != 3 else args.actor_zero_stage  # of the policy
     makers = {
@@ -170,6 +176,14 @@ def engines_of_step(args, step: Step, models: dict[str, MetaModel], machine: Mac
         "reward": lambda: frozen("reward", args.critic_zero_stage, args.offload_reward_model, args.dtype),
     }
     return {name: makers[name]() for name in models}
+
+
+def _copied_for_checkpoint(engine: EngineMemory, stage: int) -> int:
+    """Bytes of rank 0's copy with --async_checkpoint: the optimizer's states and, below stage 3, the trained weights
+    in the model's precision (DeepSpeed's two files of a rank)."""
+    saved = (engine.resident.get(part, Bytes()) for part in ("fp32 weights", "optimizer states"))
+    weights = engine.model.sizes.trained * engine.model.itemsize if stage < 3 else 0
+    return sum(size.device + size.host for size in saved) + weights
 
 
 VLLM_ITSELF = 190 * 2**20  # measured with version 0.32 on a CPU around a model of 0.1 MB, when it had answered
