@@ -26,7 +26,8 @@ flags() { # flags VARIANT: what it changes in the quickstart's step 3
     dr_grpo) echo "--advantage_estimator grpo --no-scale_group_rewards $group" ;;
     right) # what is right is rewarded, by the world's own judge, and nothing else; no reward model
         echo "--advantage_estimator grpo --no-scale_group_rewards --drop_groups_without_spread --num_generations_per_prompt 8" \
-            "--reward_function utils/demo/judge.py:right --reward_model_weight 0 --missing_eos_penalty 0.5 --generation_batches 4" \
+            "--reward_function utils/demo/judge.py:right --reward_model_weight 0 --no-normalize_reward" \
+            "--missing_eos_penalty 0.5 --generation_batches 4" \
             "--max_train_samples 1920 --num_warmup_steps 5 --ppo_epochs 1 --actor_learning_rate 2e-4 --kl_ctl 0.02"
         ;;
     *) echo "error: no variant $1" >&2 && return 1 ;;
