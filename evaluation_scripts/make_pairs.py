@@ -293,10 +293,11 @@ def main(argv=None) -> None:
 
     records = answer_all(prompts, args)
     judge(records, prompts, rows_of_prompts, models, functions, args)
-    counts, rows = Counter(), []
+    counts, rows, with_pairs = Counter(), [], 0
     for record in records:
         pairs = pairs_of(record, args.pairs, args.min_margin, counts)
         rows += [pair_row(prompts[record["prompt_number"]], record, *pair) for pair in pairs]
+        with_pairs += bool(pairs)
     if args.answers:
         write_jsonl(args.answers, records)
     if args.best_of_n:
@@ -306,7 +307,7 @@ def main(argv=None) -> None:
     tell(records, rows, counts)
     if not rows:
         raise UserError("no pair is left: the judges find the answers to each prompt alike, or no answer ended")
-    if len(rows) < len(prompts) / 2:
+    if with_pairs < len(prompts) / 2:
         warn(
             "fewer than half of the prompts gave a pair; try a larger --max_new_tokens or --num_generations_per_prompt"
         )

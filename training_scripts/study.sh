@@ -5,7 +5,8 @@
 #   bash training_scripts/study.sh [OUTPUT]         default: output/study
 #
 # SEEDS      of the runs (default "1234 1 2 3 4")
-# VARIANTS   other ways, by the names below (default: all of them); VARIANT_SEEDS  which seeds they run with (default: all of SEEDS)
+# VARIANTS   other ways, by the names below (default: all but right, which rewards something else)
+# VARIANT_SEEDS   which seeds they run with (default: all of SEEDS)
 # RANKS, ANSWERS   as in quickstart.sh (ANSWERS: 8)
 #
 # A run that is done is not run again (OUTPUT/RUN/summary.json says so).

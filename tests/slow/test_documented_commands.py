@@ -35,7 +35,7 @@ ELSEWHERE = {
     "bash tests/run.sh": "what runs this",
     "UPDATE_REFERENCE=1 bash tests/run.sh": "would write the reference curves",
     "bash training_scripts/study.sh": "hours; run by hand for the figures",
-    "VARIANTS=right bash training_scripts/study.sh": "an hour; run by hand for the figures",
+    'RANKS=1 ANSWERS=4 SEEDS="1 2 1234" VARIANTS=right bash training_scripts/study.sh': "an hour; run by hand",
     "torchrun --nnodes 1:2": "the name of a mode in a text; test_two_nodes.py runs it",
     "bash training_scripts/real_language.sh": "needs a model of 135 M parameters from a package; run by hand",
     "bash training_scripts/real_model.sh": "needs a model of 135 M parameters from a package; run by hand",
