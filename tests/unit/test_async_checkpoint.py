@@ -116,9 +116,9 @@ def test_it_counts_at_the_end_of_the_first_step_by_which_it_is_on_the_disk(run_s
     end_step, folder, known = Checkpoints.end_step, tmp_path / "checkpoints", {}
 
     def watched(self, *position):
-        if self._pending is not None:
-            assert self._pending.steps == 2 and not (folder / "step-00000002").exists()
-            self._pending.files._written.result()
+        if self._writer._pending is not None:
+            assert self._writer._pending.steps == 2 and not (folder / "step-00000002").exists()
+            self._writer._pending.files._written.result()
         end_step(self, *position)
         known[self.steps] = (folder / "latest").exists()
 
