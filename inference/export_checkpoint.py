@@ -2,9 +2,10 @@
 
     python inference/export_checkpoint.py output/sft/checkpoints/step-00000500 exported
 
-Any step, ZeRO stage and number of ranks; LoRA is folded in. The model is never built: its weights go from the files of
-the checkpoint to the new ones layer by layer. What the run did not train comes from the model that it started from,
-which must still be there, for its configuration and tokenizer too. Nothing but tensors and numbers is ever unpickled.
+Any step, ZeRO stage and number of ranks; LoRA is folded in, into the unquantised base after --quantize, and of a soft
+prompt the vectors are written. The model is never built: its weights go from the files of the checkpoint to the new
+ones layer by layer. What the run did not train comes from the model that it started from, which must still be there,
+for its configuration and tokenizer too. Nothing but tensors and numbers is ever unpickled.
 """
 
 import argparse
@@ -23,11 +24,15 @@ from transformers import AutoModelForCausalLM
 from utils.arguments.kinds import size
 from utils.data import prompt_format
 from utils.engine.build import load_tokenizer, model_options
+from utils.model.adapters import save_lora_adapter
 from utils.model.loading import Checkpoint, find_checkpoint
+from utils.model.merging import read_adapter, save_merged_model
 from utils.model.model_utils import add_lora_layers, create_critic_model, create_hf_model
 from utils.model.reward_model import SCORE_SCALE
 from utils.model.saving import save_pretrained_model
 from utils.model.shards import MAX_SHARD_SIZE
+from utils.model.soft_prompt import make_soft_prompt_model, save_soft_prompt
+from utils.module.lora import lora_layers, only_optimize_lora_parameters
 from utils.process.errors import UserError
 from utils.process.files import check_output_dir
 from utils.process.launch import run_main
@@ -69,6 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=prompt_format.FORMATS,
         default=None,
         help="of the training rows, for checkpoints of earlier versions; None for what the checkpoint notes",
+    )
+    add(
+        "--save_lora_adapters",
+        action="store_true",
+        help="save the LoRA factors too, to OUT/adapter, as the flag of the run does; after --quantize always",
     )
     add("--max_shard_size", type=size, default=MAX_SHARD_SIZE, help=f"largest file of weights ({MAX_SHARD_SIZE})")
     add("--trust_remote_code", action="store_true", help="run code that comes with the model; off: refuse such models")
@@ -123,7 +133,12 @@ def make_skeleton(args, tokenizer, part: Part, path: str, is_reward: bool):
         model = create_critic_model(path, tokenizer, **options)
     else:
         model = create_hf_model(AutoModelForCausalLM, path, tokenizer, **options)
-    return add_lora_layers(model, args, part.prefix)
+    if getattr(args, "soft_prompt", None) is not None:
+        return make_soft_prompt_model(model, tokenizer, args, start=False)
+    model = add_lora_layers(model, args, part.prefix)
+    if args.only_optimize_lora and lora_layers(model):
+        only_optimize_lora_parameters(model, ["v_head.weight"] if is_reward else ())
+    return model
 
 
 def empty_weights(module) -> None:
@@ -132,7 +147,8 @@ def empty_weights(module) -> None:
 
     def emptied(tensor):
         empty = torch.empty(0, dtype=tensor.dtype)
-        empty = torch.nn.Parameter(empty, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else empty
+        if isinstance(tensor, torch.nn.Parameter):
+            empty = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
         empty.ds_shape = tensor.shape
         return made.setdefault(id(tensor), empty)
 
@@ -201,6 +217,14 @@ class Weights:
                 tensor.data = torch.empty(0, dtype=tensor.dtype)
 
 
+def load_prompt_encoder(model, saved: SavedEngine) -> None:
+    """Give a soft prompt the vectors, or the network that makes them, of a checkpoint. Raises UserError: not there."""
+    for name, weight in model.prompt_encoder.named_parameters(prefix="prompt_encoder"):
+        if name not in saved or saved.shape(name) != weight.shape:
+            raise UserError(f"{saved.folder} holds no {name} of {list(weight.shape)}, which these flags ask for")
+        weight.data.copy_(saved.weight(name))
+
+
 def remember_format(tokenizer, checkpoint: SavedCheckpoint, given: str | None) -> None:
     """Note the prompt format of the training rows in the tokenizer, as the run does when it has read them."""
     noted = checkpoint.state.get("prompt_format")
@@ -226,6 +250,29 @@ def add_score_scale(config, checkpoint: SavedCheckpoint) -> None:
         config.reward_score_mean, config.reward_score_std = map(float, scale)
 
 
+def save(module, tokenizer, args, path: str, saved: SavedEngine | SavedAverage, options) -> None:
+    """Every form of the model that the run would save."""
+    folder = Path(options.output_dir)
+    if options.save_lora_adapters and not (args.only_optimize_lora and lora_layers(module)):
+        raise UserError(
+            "--save_lora_adapters: the run did not train LoRA layers alone (--only_optimize_lora), so that an adapter "
+            "would not hold all of it"
+        )
+    if getattr(args, "soft_prompt", None) is not None:
+        load_prompt_encoder(module, saved)
+        save_soft_prompt(module, tokenizer, folder)
+        return
+    empty_weights(module)
+    gather = Weights(module, saved, find_checkpoint(path)).gathered
+    quantised = args.quantize is not None
+    if not quantised:
+        save_pretrained_model(module, tokenizer, folder, options.max_shard_size, alone=True, gather=gather)
+    if quantised or options.save_lora_adapters:
+        save_lora_adapter(module, tokenizer, path, folder / "adapter", args.trust_remote_code, gather=gather)
+    if quantised:
+        save_merged_model(path, read_adapter(folder / "adapter"), folder, options.max_shard_size)
+
+
 def export(options, checkpoint: SavedCheckpoint) -> None:
     part = Part.of(checkpoint, options.engine)
     with refused_content(checkpoint.folder / STATE_FILE):
@@ -234,12 +281,7 @@ def export(options, checkpoint: SavedCheckpoint) -> None:
         flags = checkpoint.state["flags"]
         args = SimpleNamespace(**flags | own)
         path, first = options.model or flags[part.start], flags.get("actor_model_name_or_path")
-        for flag in ("quantize", "soft_prompt"):
-            if flags.get(flag) is not None:
-                raise UserError(
-                    f"{checkpoint.folder} is of a run with --{flag}: its model is saved by the run itself; go on from "
-                    "it with --resume and stop it with Ctrl-C, or let it end"
-                )
+        setattr(args, part.start, path)
         check_start(checkpoint, part.start, path)
         tokenizer = load_tokenizer(args, first if part.name == "critic" else path)
         remember_format(tokenizer, checkpoint, options.prompt_format)
@@ -248,13 +290,9 @@ def export(options, checkpoint: SavedCheckpoint) -> None:
         else:
             saved = SavedEngine(checkpoint.folder / part.name)
         module = make_skeleton(args, tokenizer, part, path, is_reward="v_head.weight" in saved)
-    empty_weights(module)
-    weights = Weights(module, saved, find_checkpoint(path))
     if "rm_loss" in flags:
         add_score_scale(module.config, checkpoint)
-    save_pretrained_model(
-        module, tokenizer, Path(options.output_dir), options.max_shard_size, alone=True, gather=weights.gathered
-    )
+    save(module, tokenizer, args, path, saved, options)
     print(f"saved the {part.name} after {checkpoint.state['steps']} steps to {options.output_dir}")
 
 

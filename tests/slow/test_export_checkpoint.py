@@ -25,6 +25,12 @@ CASES = {
     "sft, LoRA and all else": (1, "--lora_dim 2 --zero_stage 2"),
     "reward, LoRA alone": (2, LORA),
     "dpo, LoRA alone, bf16": ("dpo", f"{LORA} --dtype bf16"),
+    "sft, QLoRA": (1, f"{LORA} --quantize int8 --only_optimize_lora"),
+    "sft, QLoRA, nf4": (1, f"--zero_stage 1 {LORA} --quantize nf4 --quantize_double"),
+    "reward, QLoRA": (2, f"{LORA} --quantize int8 --zero_stage 2"),
+    "sft, prompt tuning": (1, "--soft_prompt prompt_tuning --num_virtual_tokens 3 --zero_stage 3"),
+    "sft, p-tuning": (1, "--soft_prompt p_tuning --num_virtual_tokens 3 --dtype bf16 --zero_stage 2"),
+    "rlhf, LoRA and adapters": (3, "--actor_lora_dim 2 --only_optimize_lora --save_lora_adapters --enable_ema"),
     "rlhf, LoRA alone, EMA": (3, "--actor_lora_dim 2 --critic_lora_dim 2 --enable_ema --only_optimize_lora"),
 }
 
@@ -47,7 +53,7 @@ def export(monkeypatch, tmp_path):
 def assert_same_files(saved: Path, exported: Path) -> None:
     names = {file.name for file in saved.iterdir() if file.is_file()} - {"README.md", "metrics.jsonl", "samples.jsonl"}
     names -= {"run_config.yaml", "best.json"}
-    assert names == {file.name for file in exported.iterdir()}
+    assert names == {file.name for file in exported.iterdir() if file.is_file()}
     for name in names:
         if name.endswith(".safetensors"):
             want, got = load_file(saved / name), load_file(exported / name)
@@ -57,6 +63,9 @@ def assert_same_files(saved: Path, exported: Path) -> None:
             assert json.loads((saved / name).read_text()) == json.loads((exported / name).read_text()), name
         else:
             assert (saved / name).read_bytes() == (exported / name).read_bytes(), name
+    assert (saved / "adapter").is_dir() == (exported / "adapter").is_dir()
+    if (saved / "adapter").is_dir():
+        assert_same_files(saved / "adapter", exported / "adapter")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -70,7 +79,8 @@ def test_a_last_checkpoint_becomes_the_model_of_the_run(run_step, start, small_m
         assert_same_files(tmp_path / "run", export(checkpoints))
         return
     for engine in ("actor", "critic", "actor_ema"):
-        exported = export(newest_checkpoint(checkpoints).folder, "--engine", engine, output=engine)
+        more = ["--save_lora_adapters"] if "adapters" in text and engine != "critic" else []
+        exported = export(newest_checkpoint(checkpoints).folder, "--engine", engine, *more, output=engine)
         assert_same_files(tmp_path / "run" / engine, exported)
 
 
@@ -87,6 +97,7 @@ def test_what_cannot_be_exported_is_refused(saved, small_models, export, tmp_pat
     for more, message in (
         (["--engine", "critic"], "holds no critic; it holds model: leave --engine out"),
         (["--model", small_models / "reward"], "does not hold the weights that the run .* started from"),
+        (["--save_lora_adapters"], "--save_lora_adapters: the run did not train LoRA layers alone"),
     ):
         with pytest.raises(UserError, match=message):
             export(checkpoint, *more)

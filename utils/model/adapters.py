@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
-import deepspeed
 import torch
 from safetensors.torch import save_file
 
 from utils.model.loading import load_config
 from utils.model.reward_model import SCORE_SCALE
-from utils.model.saving import LORA_FACTORS, save_on_rank_0, write_readme
+from utils.model.saving import LORA_FACTORS, gathered_by_zero, save_on_rank_0, write_readme
 from utils.module.lora import LinearLayer_LoRA, lora_layers
 from utils.process.errors import UserError
 from utils.process.world import get_rank
@@ -45,7 +44,13 @@ def base_model_reference(model_name_or_path) -> str:
 
 
 def save_lora_adapter(
-    model, tokenizer, base_model_name_or_path: str, folder: Path, trust_remote_code=False, readme: str | None = None
+    model,
+    tokenizer,
+    base_model_name_or_path: str,
+    folder: Path,
+    trust_remote_code=False,
+    readme: str | None = None,
+    gather=gathered_by_zero,
 ) -> None:
     """Write the LoRA factors, what trained beside them and the tokenizer to ``folder``; every rank must call this.
 
@@ -55,11 +60,12 @@ def save_lora_adapter(
     Args:
         base_model_name_or_path: what the model was made from.
         readme: the text of README.md, on rank 0; None for none.
+        gather: a context manager of some weights, in which they are whole.
     """
     target, rename = model.for_saving() if hasattr(model, "for_saving") else (model, lambda name: name)
     base_config = load_config(base_model_name_or_path, trust_remote_code)
     whole = _whole_weights(model, base_config.get_text_config().vocab_size)
-    tensors = _copied_factors(model) | _copied(whole)
+    tensors = _copied_factors(model, gather) | _copied(whole, gather)
     tensors = {KEY_PREFIX + rename(name): tensor for name, tensor in tensors.items()}
     config = _peft_config(model, target, rename, whole, base_model_reference(base_model_name_or_path))
     changed = {key: getattr(target.config, key, None) for key in SCORE_SCALE}
@@ -75,21 +81,21 @@ def save_lora_adapter(
     save_on_rank_0(folder, "adapter", write, replaces=())
 
 
-def _copied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _copied(weights: dict[str, torch.Tensor], gather) -> dict[str, torch.Tensor]:
     """Whole copies in host memory on rank 0, one gathered at a time; {} elsewhere. Every rank must call this."""
     copies = {}
     for name, weight in weights.items():
-        with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+        with gather([weight]):
             if get_rank() == 0:
                 copies[name] = weight.detach().to("cpu", copy=True)
     return copies
 
 
-def _copied_factors(model) -> dict[str, torch.Tensor]:
+def _copied_factors(model, gather) -> dict[str, torch.Tensor]:
     """LoRA's factors by PEFT's names, A [r, in] and B [out, r], as ``_copied``."""
     right = {f"{name}.lora_A.weight": layer.lora_right_weight for name, layer in lora_layers(model)}
     left = {f"{name}.lora_B.weight": layer.lora_left_weight for name, layer in lora_layers(model)}
-    return {name: factor.T.contiguous() for name, factor in _copied(right | left).items()}
+    return {name: factor.T.contiguous() for name, factor in _copied(right | left, gather).items()}
 
 
 def _whole_weights(model, base_rows: int) -> dict[str, torch.nn.Parameter]:

@@ -56,7 +56,8 @@ def _folds(module, name: str) -> bool:
     return own_name == "weight" and isinstance(module.get_submodule(part), LinearLayer_LoRA)
 
 
-def _gathered_by_zero(weights):
+def gathered_by_zero(weights):
+    """Weights that ZeRO-3 has sharded are whole while this is open; every rank must open it."""
     sharded = [weight for weight in weights if hasattr(weight, "ds_id")]
     return deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded))
 
@@ -71,7 +72,7 @@ def gathered_layers(module, names, on_all_ranks: bool = False, gather=None) -> I
     Args:
         gather: a context manager of some weights, in which they are whole; None: as ZeRO-3 gathers them.
     """
-    gather = gather or _gathered_by_zero
+    gather = gather or gathered_by_zero
     weights, layers = _weights(module), {}
     for name in names:
         layers.setdefault(_layer_of(name), []).append(name)

@@ -68,7 +68,8 @@ class SoftPromptModel(nn.Module):
 
     def virtual_tokens(self) -> torch.Tensor:
         """The vectors, [n, embedding width]."""
-        return self.prompt_encoder(torch.arange(self.num_virtual_tokens, device=self.device))
+        device = next(self.prompt_encoder.parameters()).device
+        return self.prompt_encoder(torch.arange(self.num_virtual_tokens, device=device))
 
     def _with_prompt(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [batch, n + length, width] and their mask [batch, n + length]."""
@@ -129,8 +130,12 @@ def check_soft_prompt_inputs(args, tokenizer) -> None:
         raise UserError("--soft_prompt_init_text holds no token; leave it out to start from random tokens")
 
 
-def make_soft_prompt_model(base_model, tokenizer, args) -> SoftPromptModel:
-    """Put a fresh soft prompt of the kind ``args.soft_prompt`` before a language model."""
+def make_soft_prompt_model(base_model, tokenizer, args, start: bool = True) -> SoftPromptModel:
+    """Put a fresh soft prompt of the kind ``args.soft_prompt`` before a language model.
+
+    Args:
+        start: read the vectors of prompt tuning out of the embedding; off: leave them to be loaded.
+    """
     from peft import PromptEmbedding, PromptEncoder, PromptEncoderConfig, PromptTuningConfig
 
     shared = dict(
@@ -145,14 +150,15 @@ def make_soft_prompt_model(base_model, tokenizer, args) -> SoftPromptModel:
         encoder = PromptEncoder(config)
     else:
         text = args.soft_prompt_init_text
-        start = {"prompt_tuning_init": "RANDOM"}
+        source = {"prompt_tuning_init": "RANDOM"}
         if text is not None:
-            start = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text}
-            start["tokenizer_name_or_path"] = shared["base_model_name_or_path"]
+            source = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text}
+            source["tokenizer_name_or_path"] = shared["base_model_name_or_path"]
         # In inference mode peft leaves the vectors alone: its own start would read rows that ZeRO-3 has sharded.
-        config = PromptTuningConfig(**shared, **start, inference_mode=True)
+        config = PromptTuningConfig(**shared, **source, inference_mode=True)
         encoder = PromptEmbedding(config, None)
-        encoder.embedding.weight.data.copy_(_initial_rows(base_model, tokenizer, args))
+        if start:
+            encoder.embedding.weight.data.copy_(_initial_rows(base_model, tokenizer, args))
     # A loader must not make the encoder's network anew: the files hold what it made.
     config.inference_mode = True
     return SoftPromptModel(base_model, encoder.to(base_model.dtype), args.num_virtual_tokens, config)
