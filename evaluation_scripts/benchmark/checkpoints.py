@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""What checkpoints cost: the same run of step 1 with and without, by turns, and how long going on from one takes.
+"""What checkpoints cost: the same run of step 1 without, with, and with --async_checkpoint, by turns; then how long going
+on from one takes, and what the export of its model takes in time and memory.
 
     python evaluation_scripts/benchmark/checkpoints.py --work /tmp/checkpoints --size 30M --steps 200
 
 The model is a Llama with random weights, made here; data is the quickstart's. Training time is taken from the metrics
 file, from the row of the first step to that of the last, so that it holds what lies between: steps and checkpoints.
-Both runs evaluate once on a few rows, outside of it. The fastest of each kind counts: others may use the machine.
+All runs evaluate once on a few rows, outside of it. The fastest of each kind counts: others may use the machine.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT))
 
 from evaluation_scripts.benchmark.memory import SIZES, launcher, make_models
 from utils.arguments import SCRIPTS
@@ -74,37 +76,65 @@ def training_seconds(output: Path) -> float:
     return times[-1] - times[0]
 
 
+def measured(command: list[str]) -> tuple[float, float]:
+    """(seconds, most MiB of host memory) of a process of its own."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with {process.returncode}")
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def measure_export(folder: Path, output: Path) -> str:
+    """What the export of the newest checkpoint takes, in words; memory above that of its imports."""
+    program = [sys.executable, str(PROJECT / "inference/export_checkpoint.py")]
+    _, imports = measured([*program, "--help"])
+    shutil.rmtree(output, ignore_errors=True)
+    seconds, peak = measured([*program, str(folder), str(output)])
+    return f"{seconds:8.1f} s   {peak - imports:.0f} MiB above the {imports:.0f} of its imports"
+
+
 def main():
     args = parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    plain, saving, folder = args.work / "plain", args.work / "saving", args.work / "saving/checkpoints"
-    run([*command_of(args, plain), "--max_train_samples", str(args.rows * args.ranks)])  # prepares what can be prepared
-    seconds = {plain: [], saving: []}
-    fresh, writing = [], []
+    saving = ["--checkpoint_steps", str(args.every)]
+    kinds = {"plain": [], "saving": saving, "beside": [*saving, "--async_checkpoint"]}
+    seconds, waits = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
+    fresh, folder = [], args.work / "saving/checkpoints"
+    run([*command_of(args, args.work / "plain"), "--max_train_samples", str(args.rows * args.ranks)])  # fills caches
     for _ in range(args.repeats):
-        for output, flags in ((plain, []), (saving, ["--checkpoint_steps", str(args.every)])):
+        for kind, flags in kinds.items():
+            output = args.work / kind
             shutil.rmtree(output, ignore_errors=True)
             console, begins = run([*command_of(args, output), *flags])
-            seconds[output].append(training_seconds(output))
+            seconds[kind].append(training_seconds(output))
             fresh.append(begins)
-            writing += [float(time) for time in re.findall(r"^checkpoint .* \(([\d.]+) s\)$", console, re.MULTILINE)]
+            for line in re.findall(r"^checkpoint .* \((.*)\)$", console, re.MULTILINE):
+                times = re.findall(r"([\d.]+) s", line)
+                waits[kind].append(sum(map(float, times[1:] or times)))  # beside training: what it waited, twice
     size = sum(newest_checkpoint(folder).state["files"].values())
+    export = measure_export(folder, args.work / "exported")
     resumed = []
     for _ in range(args.repeats):
         (folder / FINISHED_FILE).unlink()
-        command = [*command_of(args, saving), "--checkpoint_steps", str(args.every), "--resume", "auto"]
-        console, begins = run(command)
+        console, begins = run([*command_of(args, args.work / "saving"), *saving, "--resume", "auto"])
         resumed.append((begins, float(re.search(r"read in ([\d.]+) s", console)[1])))
-    without, within = min(seconds[plain]), min(seconds[saving])
-    what = f"{args.size}, {args.ranks} rank(s), ZeRO-{args.zero_stage}, {args.dtype}"
-    runs = {output: ", ".join(f"{number:.1f}" for number in numbers) for output, numbers in seconds.items()}
-    print(f"{what}, {args.steps} steps of {without / args.steps:.2f} s")
-    print(f"  training without checkpoints   {without:8.1f} s   of {runs[plain]}")
-    print(f"  one every {args.every:3} steps            {within:8.1f} s   of {runs[saving]}")
-    print(f"  ratio                          {within / without:8.3f}")
-    print(f"  a checkpoint                   {sum(writing) / len(writing):8.2f} s   {size / 2**20:.0f} MiB")
-    print(f"  start to training, fresh       {min(fresh):8.1f} s")
-    print(f"  start to training, resumed     {min(resumed)[0]:8.1f} s   of which reading {min(resumed)[1]:.2f} s")
+    without = min(seconds["plain"])
+    print(f"{args.size}, {args.ranks} rank(s), ZeRO-{args.zero_stage}, {args.dtype}, {args.steps} steps:")
+    for kind, name in (
+        ("plain", "without checkpoints"),
+        ("saving", f"one every {args.every} steps"),
+        ("beside", "async"),
+    ):
+        runs = ", ".join(f"{number:.1f}" for number in seconds[kind])
+        wait = f"; waited {sum(waits[kind]) / len(waits[kind]):.2f} s for each" if waits[kind] else ""
+        print(f"  {name:<26} {min(seconds[kind]):8.1f} s   ratio {min(seconds[kind]) / without:.3f}   of {runs}{wait}")
+    print(f"  a checkpoint holds         {size / 2**20:8.0f} MiB")
+    print(f"  start to training, fresh   {min(fresh):8.1f} s")
+    print(f"  start to training, resumed {min(resumed)[0]:8.1f} s   of which reading {min(resumed)[1]:.2f} s")
+    print(f"  export                     {export}")
 
 
 if __name__ == "__main__":

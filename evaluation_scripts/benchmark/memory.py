@@ -37,6 +37,7 @@ SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "30M": (384, 1024, 8, 6, 6, 32768),
     "135M": (576, 1536, 30, 9, 3, 49152),  # as SmolLM2-135M
     "360M": (960, 2560, 32, 15, 5, 49152),  # as SmolLM2-360M
+    "436M": (1024, 2816, 30, 16, 16, 49152),
 }
 CHECKPOINTING, LORA = ["--gradient_checkpointing"], ["--lora_dim", "16", "--only_optimize_lora"]
 RL_CHECKPOINTING = ["--actor_gradient_checkpointing", "--critic_gradient_checkpointing"]
