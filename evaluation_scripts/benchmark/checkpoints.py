@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""What checkpoints cost: the same run of step 1 without, with, and with --async_checkpoint, by turns; then how long going
-on from one takes, and what the export of its model takes in time and memory.
+"""What checkpoints cost: the same run of step 1 without, with, and with --async_checkpoint, by turns; then how long
+going on from one takes, and what the export of its model takes in time and memory.
 
     python evaluation_scripts/benchmark/checkpoints.py --work /tmp/checkpoints --size 30M --steps 200
 
@@ -123,11 +123,8 @@ def main():
         resumed.append((begins, float(re.search(r"read in ([\d.]+) s", console)[1])))
     without = min(seconds["plain"])
     print(f"{args.size}, {args.ranks} rank(s), ZeRO-{args.zero_stage}, {args.dtype}, {args.steps} steps:")
-    for kind, name in (
-        ("plain", "without checkpoints"),
-        ("saving", f"one every {args.every} steps"),
-        ("beside", "async"),
-    ):
+    names = {"plain": "without checkpoints", "saving": f"one every {args.every} steps", "beside": "the same, async"}
+    for kind, name in names.items():
         runs = ", ".join(f"{number:.1f}" for number in seconds[kind])
         wait = f"; waited {sum(waits[kind]) / len(waits[kind]):.2f} s for each" if waits[kind] else ""
         print(f"  {name:<26} {min(seconds[kind]):8.1f} s   ratio {min(seconds[kind]) / without:.3f}   of {runs}{wait}")
