@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.data.conversation import Conversation, Message, Texts
+from utils.data.errors import DataError
 from utils.data.own_files import PathDataset, get_raw_dataset
 from utils.data.raw_datasets import PromptRawDataset, find_known_dataset
-from utils.data.readers import DataError, Rows
 from utils.data.row_texts import SkipRow
+from utils.data.rows import Rows
 from utils.data.splits import EVAL_SPLITS, Flags, is_hub_name, open_splits
 from utils.model.reward_functions import PROMPT_MESSAGES
 from utils.process.errors import UserError

@@ -28,9 +28,9 @@ from evaluation_scripts.prompts import PAIRS, Example, open_dataset, readable, r
 from utils.data.batching import pad_rows
 from utils.data.conversation import Conversation, Message, Texts, assistant, user
 from utils.data.encoding import REWARD, Pair, RewardRowMaker, TokenRules
+from utils.data.errors import DataError
 from utils.data.prompt_format import is_formatted
 from utils.data.raw_datasets import PromptRawDataset
-from utils.data.readers import DataError
 from utils.data.row_texts import RowReport, SkipRow
 from utils.generation.asking import UNNAMED, AskedFormat, choose_format
 from utils.generation.saved_model import (

@@ -16,7 +16,7 @@ from utils.data.chat_templates import (
     template_names,
     training_form,
 )
-from utils.data.readers import DataError
+from utils.data.errors import DataError
 from utils.data.text_encoder import TextEncoder
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from utils.data import readers
-from utils.data.readers import ArrowFile, DataError, TextFile, TsvFile, file_kind, open_file
+from utils.data.errors import DataError
+from utils.data.readers import ArrowFile, TextFile, TsvFile, file_kind, open_file
 from utils.data.splits import open_splits
 
 ROWS = [{"prompt": f'q{i}\t"é"\nline', "chosen": f"ja {i}"} for i in range(700)]

@@ -30,8 +30,8 @@ from utils import arguments
 from utils.arguments.run import settle_common
 from utils.data import chat_template_guard
 from utils.data.encoding import SFT
+from utils.data.errors import DataError
 from utils.data.preparation import create_prompt_dataset
-from utils.data.readers import DataError
 from utils.ds_utils import get_train_ds_config, merge_config_file
 from utils.generation.saved_model import choosing_settings, load_language_model
 from utils.model.convert_gguf import convert

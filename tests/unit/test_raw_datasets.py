@@ -19,21 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from utils.data import raw_datasets, readers, splits
+from utils.data.errors import DataError
+from utils.data.fingerprints import content_fingerprint
 from utils.data.own_files import PathDataset, get_raw_dataset
 from utils.data.raw_datasets import KNOWN_DATASETS, PromptRawDataset, QuestionDataset, find_known_dataset
-from utils.data.readers import (
-    ConcatRows,
-    CsvFile,
-    DataError,
-    JsonArrayFile,
-    JsonLinesFile,
-    ListRows,
-    ParquetFile,
-    SubsetRows,
-    content_fingerprint,
-    open_file,
-)
+from utils.data.readers import CsvFile, JsonArrayFile, JsonLinesFile, ParquetFile, open_file
 from utils.data.row_texts import text
+from utils.data.rows import ConcatRows, ListRows, SubsetRows
 
 SEED = 1234
 PAIR = {"prompt": "q", "chosen": "good", "rejected": "bad"}

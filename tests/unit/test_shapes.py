@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from utils.data.chat_templates import named_template
 from utils.data.encoding import RowEncoder, TokenRules
+from utils.data.errors import DataError
 from utils.data.own_files import get_raw_dataset
 from utils.data.preparation import create_dataset_split, encode_rows
-from utils.data.readers import DataError
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<bos>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"]
 TEMPLATES = {"chatml": named_template("chatml"), "gemma2": sample("gemma2"), "qwen3": sample("qwen3")}

@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from utils.data import splits
+from utils.data.errors import DataError
 from utils.data.own_files import get_raw_dataset
-from utils.data.readers import DataError
 from utils.data.splits import choose_splits, open_splits
 
 PREFS = ["train_prefs", "train_sft", "test_prefs", "test_sft", "train_gen"]

@@ -12,8 +12,8 @@ from utils.data.batching import learned_labels
 from utils.data.chat_templates import rewrites_turns, training_form
 from utils.data.conversation import Conversation, assistant, system, user
 from utils.data.encoding import REWARD, RLHF, SFT, RowEncoder, TokenRules
-from utils.data.readers import ListRows
 from utils.data.row_texts import SkipRow
+from utils.data.rows import ListRows
 
 NO_SYSTEM = ("mistral_v0.2", "gemma2")
 QUESTIONS, ANSWERS = ("say red", "say blue, please", "cat"), ("red", "blue blue", "dog and house")

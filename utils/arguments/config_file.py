@@ -24,7 +24,8 @@ from pathlib import Path
 import yaml
 
 from utils.arguments.kinds import Parser, size, size_text
-from utils.data.readers import DataError, parse_json
+from utils.data.errors import DataError
+from utils.data.parsing import parse_json
 from utils.process.console import now
 from utils.process.errors import UserError
 from utils.process.files import write_text

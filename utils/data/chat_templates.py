@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from utils.data.chat_template_guard import check_template_ends
-from utils.data.readers import DataError
+from utils.data.errors import DataError
 
 Messages = Sequence[dict[str, Any]]
 Spans = list[tuple[int, int]]

@@ -15,8 +15,8 @@ import pyarrow as pa
 from utils.data import prompt_format
 from utils.data.batching import ranked_pairs
 from utils.data.conversation import Conversation, Texts
+from utils.data.errors import DataError
 from utils.data.raw_datasets import PromptRawDataset
-from utils.data.readers import DataError
 from utils.data.rendering import ConversationWriter, Rendered, as_it_stands, as_written, one_per_answer, shorter
 from utils.data.row_texts import RowReport, SkipRow
 from utils.data.text_encoder import EncodedText, TextEncoder

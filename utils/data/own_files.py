@@ -9,9 +9,12 @@ from pathlib import Path
 
 from utils.data import prompt_format
 from utils.data.conversation import Conversation, Texts
+from utils.data.errors import DataError
+from utils.data.fingerprints import text_fingerprint
 from utils.data.raw_datasets import KNOWN_DATASETS, PromptRawDataset, find_known_dataset
-from utils.data.readers import READERS, DataError, Rows, text_fingerprint
+from utils.data.readers import READERS
 from utils.data.row_texts import Row, SkipRow
+from utils.data.rows import Rows
 from utils.data.shapes import MESSAGES_COLUMNS, SHAPES, Shape, recognise
 from utils.data.splits import EVAL_SPLITS, Splits, is_hub_name, no_such_columns, open_splits, splits_of_hub
 

@@ -19,10 +19,11 @@ from utils.data import prompt_format
 from utils.data.batching import IGNORE_INDEX, learned_labels
 from utils.data.cache import PromptDataset, cache_writer, content_key, print_counts
 from utils.data.encoding import NEEDED_TEXTS, SFT, RowEncoder, TokenRules, check_rows
+from utils.data.errors import DataError
 from utils.data.own_files import get_raw_dataset
 from utils.data.raw_datasets import PromptRawDataset, find_known_dataset
-from utils.data.readers import DataError, ListRows, Rows, SubsetRows
 from utils.data.row_texts import RowReport
+from utils.data.rows import ListRows, Rows, SubsetRows
 from utils.data.sources import DataSource, sources_of_step
 from utils.data.split_index import get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
 from utils.process.console import print_rank_0, progress

@@ -21,8 +21,10 @@ from typing import Any, ClassVar
 
 from utils.data import prompt_format
 from utils.data.conversation import Conversation, Message, Texts, user
-from utils.data.readers import DataError, ListRows, Rows, SubsetRows, content_fingerprint, text_fingerprint
+from utils.data.errors import DataError
+from utils.data.fingerprints import content_fingerprint, text_fingerprint
 from utils.data.row_texts import Row, RowReport, SkipRow, as_path, none_if_skipped, number, text, usable
+from utils.data.rows import ListRows, Rows, SubsetRows
 from utils.data.split_index import get_raw_dataset_split_index
 from utils.data.splits import ALL, EVAL_SPLITS, Splits, open_splits, splits_of_files, splits_of_hub
 from utils.demo.world import demo_rows

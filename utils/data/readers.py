@@ -16,27 +16,28 @@ line. Whether the fields of a row are usable is not decided here: see utils.data
 import csv
 import errno
 import gzip
-import hashlib
 import io
 import json
-import operator
 import os
 import sys
 import tempfile
 import weakref
 import zlib
 from array import array
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from utils.data.errors import DataError, kind_of
+from utils.data.parsing import decode_text, parse_json, parse_object
+from utils.data.rows import PEEK_ROWS, Rows, keys_of
 
 BOM = b"\xef\xbb\xbf"
 CHUNK_BYTES = 4 << 20
@@ -45,187 +46,8 @@ PACKINGS: dict[str, Callable[[str], Any]] = {
     ".gz": gzip.GzipFile,
     ".zst": lambda path: pa.CompressedInputStream(pa.OSFile(path), "zstd"),
 }
-PEEK_ROWS = 100  # of JSON, in which column names are looked for
 # Lines up to this length are looked at for being blank; a longer line of blanks only is reported as invalid JSON.
 LONGEST_BLANK_LINE = 16
-
-
-class DataError(ValueError):
-    """Input data that cannot be used. The message names file, line or row, field, what was expected and found."""
-
-
-def kind_of(value: Any) -> str:
-    """The JSON name of a value's type, for messages."""
-    if value is None:
-        return "null"
-    names = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
-
-
-def error_line(error: Exception) -> str:
-    """What an error of a library says, in one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def content_fingerprint(path_or_paths: str | os.PathLike | Iterable[str | os.PathLike]) -> str:
-    """32 hex digits that depend on the bytes of the given files, in the given order, and on nothing else.
-
-    The place and time stamps of a file do not count, so a copied file keeps its fingerprint on every machine.
-    A folder stands for all files in it, with their names relative to the folder.
-    """
-    paths = [path_or_paths] if isinstance(path_or_paths, (str, os.PathLike)) else list(path_or_paths)
-    digest = hashlib.blake2b(digest_size=16)
-    for path in map(Path, paths):
-        if path.is_dir():
-            for file in sorted(item for item in path.rglob("*") if item.is_file()):
-                digest.update(file.relative_to(path).as_posix().encode(errors="surrogateescape") + b"\0")
-                _hash_file(file, digest)
-        else:
-            _hash_file(path, digest)
-    return digest.hexdigest()
-
-
-def _hash_file(path: Path, digest: "hashlib.blake2b") -> None:
-    """Adds size and bytes of one file; the size keeps ["ab", "c"] and ["a", "bc"] apart."""
-    try:
-        with open(path, "rb") as file:
-            digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def text_fingerprint(parts: Sequence[str]) -> str:
-    """32 hex digits that depend on the given texts."""
-    return hashlib.blake2b("\n".join(parts).encode(errors="surrogatepass"), digest_size=16).hexdigest()
-
-
-class Rows(Sequence):
-    """A sequence of dictionaries that can say where each of them stands."""
-
-    column_names: list[str]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        position = operator.index(index)
-        if position < 0:
-            position += len(self)
-        if not 0 <= position < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return self._row(position)
-
-    def _row(self, position: int) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def where(self, index: int) -> str:
-        """The place of row `index` in words, counted from 1: "train.jsonl, line 12"."""
-        raise NotImplementedError
-
-    def keep_columns(self, names: Iterable[str]) -> None:
-        """Says that only these columns are needed. Readers leave the others out where that saves work."""
-
-    def head(self, count: int) -> list[dict[str, Any]]:
-        """The first rows, or fewer, at little cost: to see what the columns hold."""
-        return [self[i] for i in range(min(count, len(self)))]
-
-
-class ListRows(Rows):
-    """Rows that are in memory already."""
-
-    def __init__(self, rows: list[dict[str, Any]], label: str):
-        self.rows = rows
-        self.label = label
-        self.column_names = _keys_of(rows[:PEEK_ROWS])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _row(self, position: int) -> dict[str, Any]:
-        return self.rows[position]
-
-    def where(self, index: int) -> str:
-        return f"{self.label}, row {int(index) + 1}"
-
-
-class SubsetRows(Rows):
-    """The rows of `rows` at `indices`, in the order of `indices`."""
-
-    def __init__(self, rows: Rows, indices: np.ndarray):
-        self.rows = rows
-        self.indices = np.asarray(indices)
-        self.column_names = rows.column_names
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def _row(self, position: int) -> dict[str, Any]:
-        return self.rows[self.indices[position]]
-
-    def where(self, index: int) -> str:
-        return self.rows.where(self.indices[index])
-
-
-class ConcatRows(Rows):
-    """The rows of several sources, one after the other."""
-
-    def __init__(self, parts: list[Rows]):
-        self.parts = parts
-        self.column_names = list(dict.fromkeys(name for part in parts for name in part.column_names))
-        self._first_rows: list[int] | None = None
-
-    def _starts(self) -> list[int]:
-        if self._first_rows is None:
-            self._first_rows = [0, *accumulate(len(part) for part in self.parts)]
-        return self._first_rows
-
-    def _locate(self, position: int) -> tuple[Rows, int]:
-        starts = self._starts()
-        part = bisect_right(starts, position) - 1
-        return self.parts[part], position - starts[part]
-
-    def __len__(self) -> int:
-        return self._starts()[-1]
-
-    def _row(self, position: int) -> dict[str, Any]:
-        part, row = self._locate(position)
-        return part[row]
-
-    def where(self, index: int) -> str:
-        part, row = self._locate(int(index))
-        return part.where(row)
-
-    def keep_columns(self, names: Iterable[str]) -> None:
-        for part in self.parts:
-            part.keep_columns(names)
-
-    def head(self, count: int) -> list[dict[str, Any]]:
-        return self.parts[0].head(count)
-
-
-class HuggingFaceRows(Rows):
-    """Rows of a datasets.Dataset, which keeps them in memory-mapped Arrow files."""
-
-    def __init__(self, dataset: Any, label: str):
-        if len(dataset) == 0:
-            raise DataError(f"{label}: expected at least one row, found none")
-        self.column_names = list(dataset.column_names)
-        self.label = label
-        self.dataset = self._whole = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def _row(self, position: int) -> dict[str, Any]:
-        try:
-            return self.dataset[position]
-        except (ValueError, OSError) as error:
-            raise DataError(f"{self.where(position)}: expected a readable row, found: {error}") from error
-
-    def where(self, index: int) -> str:
-        return f"{self.label}, row {int(index) + 1}"
-
-    def keep_columns(self, names: Iterable[str]) -> None:
-        self.dataset = self._whole.select_columns([name for name in self.column_names if name in names])
 
 
 class _FileRows(Rows):
@@ -295,7 +117,7 @@ class JsonLinesFile(_FileRows):
         rows = self.head(PEEK_ROWS)
         if not rows:
             raise DataError(f"{self.path}: expected at least one row, found only blank lines")
-        return _keys_of(rows)
+        return keys_of(rows)
 
     def head(self, count: int) -> list[dict[str, Any]]:
         rows = []
@@ -338,7 +160,7 @@ class TextFile(JsonLinesFile):
         return ["text"]
 
     def _parsed(self, line: bytes, where: Callable[[], str]) -> dict[str, Any]:
-        return {"text": _decode_text(line, where).rstrip("\r\n")}
+        return {"text": decode_text(line, where).rstrip("\r\n")}
 
 
 class JsonArrayFile(Rows):
@@ -353,7 +175,7 @@ class JsonArrayFile(Rows):
                 raise DataError(f"{self.path}, row {number}: expected a JSON object, found {kind_of(row)}")
         if not rows:
             raise DataError(f"{self.path}: expected at least one row, found an empty array")
-        self.column_names = _keys_of(rows[:PEEK_ROWS])
+        self.column_names = keys_of(rows[:PEEK_ROWS])
         self.rows = rows
 
     def __len__(self) -> int:
@@ -407,7 +229,7 @@ class CsvFile(_FileRows):
     def _decoded(self, file: BinaryIO) -> Iterator[str]:
         # Decoded line by line, because a text file decodes ahead and could not tell the line of a bad byte.
         for number, line in enumerate(file, start=1):
-            yield _decode_text(line.removeprefix(BOM) if number == 1 else line, f"{self.path}, line {number}")
+            yield decode_text(line.removeprefix(BOM) if number == 1 else line, f"{self.path}, line {number}")
 
     def _open(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         records = self._records()
@@ -544,61 +366,6 @@ def _batch_rows(batch: pa.RecordBatch, path: str, rows_before: int) -> list[dict
                 place = f"{path}, row {rows_before + offset + 1}"
                 raise DataError(f"{place}: expected UTF-8 text, found: {error.reason}") from error
         raise
-
-
-def parse_object(data: bytes, where: str | Callable[[], str]) -> dict[str, Any]:
-    """One JSON object from the bytes of a line; `where` (text, or a function that makes it) begins error messages."""
-    place = where if callable(where) else lambda: where
-    row = parse_json(data, place)
-    if not isinstance(row, dict):
-        raise DataError(f"{place()}: expected one JSON object per line, found {kind_of(row)}")
-    return row
-
-
-def parse_json(data: bytes, place: Callable[[], str]) -> Any:
-    """json.loads with duplicate keys refused, and every way to fail turned into a DataError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) < len(pairs):
-            key = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise DataError(f"{place()}: expected each key once, found {key!r} twice")
-        return row
-
-    try:
-        return json.loads(_decode(data, place), object_pairs_hook=unique)
-    except DataError:
-        raise
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise DataError(f"{place()}: expected valid JSON, found: {error.msg} ({at})") from error
-    except RecursionError:
-        raise DataError(f"{place()}: expected valid JSON, found: nested too deeply") from None
-    except ValueError as error:
-        raise DataError(f"{place()}: expected valid JSON, found: {error}") from error
-
-
-def _decode(data: bytes, where: str | Callable[[], str]) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        place = where() if callable(where) else where
-        line = data.count(b"\n", 0, error.start)
-        within = f" (line {line + 1} of it)" if line else ""
-        found = f"byte 0x{data[error.start]:02x} at position {error.start}{within}"
-        raise DataError(f"{place}: expected UTF-8, found {found}: {error.reason}") from error
-
-
-def _decode_text(data: bytes, where: str | Callable[[], str]) -> str:
-    """A line of a text file, where a zero byte means that it is none."""
-    text = _decode(data, where)
-    if "\0" in text:
-        raise DataError(f"{where() if callable(where) else where}: expected text, found a zero byte")
-    return text
-
-
-def _keys_of(rows: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def _packing(path: str | os.PathLike) -> str | None:

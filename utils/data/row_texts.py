@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.data.readers import DataError, Rows, kind_of
+from utils.data.errors import DataError, kind_of
+from utils.data.rows import Rows
 from utils.data.splits import columns_text
 
 Row = Mapping[str, Any]

@@ -31,8 +31,8 @@ from utils.data.conversation import (
     user,
     without_last_answer,
 )
-from utils.data.readers import Rows
 from utils.data.row_texts import Row, SkipRow, common_start, expect, number, text, usable
+from utils.data.rows import Rows
 
 Example = Texts | Conversation
 ASKING = ("user", "tool")  # roles of the turn before an answer

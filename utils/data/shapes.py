@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from utils.data.conversation import Message, MessageReader, is_messages, loaded_json, user
-from utils.data.readers import ConcatRows, Rows, TextFile
+from utils.data.readers import TextFile
 from utils.data.row_texts import Row, SkipRow, expect, number, text
+from utils.data.rows import ConcatRows, Rows
 from utils.data.shape_kinds import (
     Comparison,
     ImplicitPrompt,

@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 
+from utils.data.errors import DataError, kind_of
+from utils.data.parsing import parse_json
 from utils.data.raw_datasets import find_known_dataset
-from utils.data.readers import DataError, kind_of, parse_json
 from utils.data.split_index import split_boundaries
 from utils.data.splits import is_hub_name
 from utils.process.errors import UserError

@@ -14,18 +14,10 @@ from typing import Any, NamedTuple
 
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from utils.data.readers import (
-    READERS,
-    ConcatRows,
-    DataError,
-    HuggingFaceRows,
-    Rows,
-    content_fingerprint,
-    error_line,
-    file_kind,
-    open_file,
-    text_fingerprint,
-)
+from utils.data.errors import DataError, error_line
+from utils.data.fingerprints import content_fingerprint, text_fingerprint
+from utils.data.readers import READERS, file_kind, open_file
+from utils.data.rows import ConcatRows, HuggingFaceRows, Rows
 from utils.process.console import print_rank_0
 from utils.process.hub import HUB_NAME, trouble_with_hub
 

@@ -9,9 +9,12 @@ import pyarrow as pa
 from utils.data.batching import DataCollatorSFT
 from utils.data.cache import PromptDataset, cache_writer, content_key, print_counts
 from utils.data.encoding import SFT, PreparationCounts, block_batch
+from utils.data.errors import DataError
+from utils.data.fingerprints import content_fingerprint
 from utils.data.preparation import ROWS_PER_CHUNK
-from utils.data.readers import ConcatRows, DataError, Rows, TextFile, content_fingerprint, file_kind
+from utils.data.readers import TextFile, file_kind
 from utils.data.row_texts import RowReport, SkipRow, text
+from utils.data.rows import ConcatRows, Rows
 from utils.data.splits import ALL, Flags, open_splits, splits_of_hub
 from utils.data.text_encoder import TextEncoder
 from utils.process.console import progress

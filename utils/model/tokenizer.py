@@ -5,7 +5,7 @@ from transformers.utils import cached_file
 
 from utils.data import prompt_format
 from utils.data.chat_templates import missing_tokens, named_template
-from utils.data.readers import DataError
+from utils.data.errors import DataError
 from utils.data.special_tokens import special_token_ids
 from utils.model.loading import check_there, load_config
 from utils.process.console import print_rank_0
