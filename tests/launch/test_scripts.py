@@ -50,7 +50,9 @@ def parsed(line: str):
 @pytest.mark.parametrize("script", RECIPES, ids=lambda path: "/".join(path.parts[-4:]))
 def test_a_recipe_s_command_is_one_its_step_understands(script, monkeypatch):
     # The recipe of ZeRO++ is for CUDA alone, which the check rightly asks for.
-    monkeypatch.setattr("utils.arguments.rlhf.get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
+    monkeypatch.setattr(
+        "utils.arguments.rlhf_checks.get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda")
+    )
     step = step_of(next(folder for folder in script.parents if folder.parent == PROJECT / "training_scripts"))
     models = ["actor dir", "critic"] if step == 3 else []
     plain = dry_run(script, *models)

@@ -465,7 +465,7 @@ def test_vllm_is_planned_where_it_is_not_installed(small, capsys, monkeypatch):
     def missing(flag):
         raise UserError("not installed")
 
-    monkeypatch.setattr("utils.arguments.rlhf.check_vllm", missing)
+    monkeypatch.setattr("utils.arguments.rlhf_checks.check_vllm", missing)
     flags = ["--model", small, "--step", "3", "--gpu", "H100", "--gpus", "2", "--batch_size", "8"]
     assert plan.main([*flags, "--time"]) == 0
     printed = capsys.readouterr().out
@@ -482,7 +482,7 @@ def test_vllm_is_planned_where_it_is_not_installed(small, capsys, monkeypatch):
 
 @pytest.fixture
 def vllm_anywhere(monkeypatch):
-    monkeypatch.setattr("utils.arguments.rlhf.check_vllm", lambda flag: None)
+    monkeypatch.setattr("utils.arguments.rlhf_checks.check_vllm", lambda flag: None)
 
 
 STEP_3 = ["--step", "3", "--gpu", "H100", "--gpus", "1", "4", "--batch_size", "4", "--max_seq_len", "64", "--time"]

@@ -160,7 +160,7 @@ def test_an_engine_that_keeps_an_old_weight_fails_the_check_at_the_start(monkeyp
     ],
 )
 def test_flags_that_vllm_cannot_serve_are_refused(monkeypatch, flags, complaint):
-    monkeypatch.setattr("utils.arguments.rlhf.check_vllm", lambda flag: None)
+    monkeypatch.setattr("utils.arguments.rlhf_checks.check_vllm", lambda flag: None)
     given = [
         "--actor_model_name_or_path",
         "a",

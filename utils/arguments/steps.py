@@ -18,7 +18,8 @@ from utils.arguments.model import (
     check_supervised,
     warn_num_padding,
 )
-from utils.arguments.rlhf import add_rlhf_arguments, check_rlhf
+from utils.arguments.rlhf import add_rlhf_arguments
+from utils.arguments.rlhf_checks import check_rlhf
 from utils.arguments.run import add_run_arguments, check_output, nothing_saved, settle_common
 from utils.arguments.step_names import DPO, Step
 from utils.arguments.watching import add_watching_arguments, check_watching
