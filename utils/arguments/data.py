@@ -32,27 +32,30 @@ def add_data_arguments(parser, step: int) -> None:
         "--dataset_split",
         nargs="*",
         default=None,
-        help="where a dataset has several training splits: which one, as in train_prefs (test_prefs is then found); "
-        "also with its evaluation split, as in train_a,test_b. One value for all datasets, or one for each, - for none",
+        help="which training split to read where a dataset has several, as in train_prefs (test_prefs is then found); "
+        "also with its evaluation split, as in train_a,test_b. One value for all datasets, or one for each, with - "
+        "where there is nothing to choose",
     )
     add(
         "--dataset_config",
         nargs="*",
         default=None,
-        help="where a dataset has several configurations (folders or variants): which one, as in main; several with "
-        "commas between them; all. One value for all datasets, or one for each, - for none",
+        help="which configuration (folder or variant) to read where a dataset has several, as in main; several with "
+        "commas between them; all. One value for all datasets, or one for each, with - where there is nothing to "
+        "choose",
     )
     add(
         "--data_split",
         default="2,4,4",
-        help="shares of the data for step 1, 2 and 3, as in 6,2,2; only this step's share is read",
+        help="shares of the data for step 1, 2 (or DPO) and 3; only this step's share is read. For a file that is "
+        "meant for one step alone: 1,0,0, 0,1,0 or 0,0,1",
     )
     if step == 1:
         add(
             "--sft_only_data_path",
             nargs="*",
             default=[],
-            help="datasets used whole, in this step only; none to turn off",
+            help="further datasets, used whole and in this step only; none to turn off",
         )
     add("--data_output_path", default=cache_folder(), help="where the split indices and the tokenised cache are kept")
     add(
@@ -65,15 +68,15 @@ def add_data_arguments(parser, step: int) -> None:
         add(
             f"--{name}_column",
             default=None,
-            help=f"column of your own files that holds {name}; None for its usual name",
+            help=f"column of your own files to read as {name}; None for its usual names",
         )
     add(
         "--prompt_format",
         choices=FORMATS,
         default=None,
-        help="how every prompt is written; None for the format that the model remembers from its training, else texts "
-        "as the data has them and conversations as human_assistant. It is saved with the model, and what reads the "
-        "model later follows it",
+        help="how every prompt is written; None for the format that was saved with the model, else texts as the data "
+        "has them and conversations as human_assistant. The format is saved with the model; later steps, chat and "
+        "evaluation follow it",
     )
     add(
         "--chat_template",
@@ -88,14 +91,16 @@ def add_data_arguments(parser, step: int) -> None:
         "--show_rows",
         type=not_negative,
         default=0,
-        help="print so many training rows as the model sees them, what is learned between brackets; 0 for none",
+        help="print this many training rows as the model sees them, with what is learned between double brackets; 0 "
+        "for none",
     )
     add(
         "--allow_special_tokens",
         action="store_true",
-        help="texts of the data that spell a special token (<|endoftext|>, </s> ...) mean it; off: they are plain text",
+        help="read spellings of special tokens in the data (<|endoftext|>, </s> ...) as these tokens; off: as plain "
+        "text",
     )
-    add("--rebuild_cache", action="store_true", help="tokenise again even if the cache has this very data")
+    add("--rebuild_cache", action="store_true", help="tokenise again even if this data is in the cache")
     add("--max_train_samples", type=positive, default=None, help="use at most this many training rows; None for all")
     add("--max_eval_samples", type=positive, default=None, help="use at most this many evaluation rows; None for all")
     add(

@@ -13,7 +13,7 @@ def add_dpo_arguments(group) -> None:
         "--beta",
         type=above_zero,
         default=0.1,
-        help="how strongly the policy is held to the reference: a reward is beta x log-ratio. Usual: 0.01 to 0.5; "
+        help="how strongly the policy is kept near the reference: a reward is beta x log-ratio. Usual: 0.01 to 0.5; "
         "2 to 2.5 with --reference_free, whose log-probs are means",
     )
     add(
@@ -34,32 +34,33 @@ def add_dpo_arguments(group) -> None:
         "--rpo_alpha",
         type=non_negative_float,
         default=0.0,
-        help="weight of the chosen answer's mean negative log-prob in the loss: SFT beside the comparison, so that its "
-        "probability does not fall with the other's; 1 in the source; 0 for off",
+        help="weight of the chosen answer's mean negative log-prob in the loss: an SFT term, so that its probability "
+        "does not fall along with the rejected answer's; 1 in the source; 0 for off",
     )
     add(
         "--reference_free",
         action="store_true",
-        help="compare mean log-probs per token, without a reference (SimPO): less memory and time, and nothing that "
-        "holds the policy back but a low learning rate",
+        help="compare mean log-probs per token, without a reference (SimPO): less memory and time, and only a low "
+        "learning rate keeps the policy near its start",
     )
     add(
         "--simpo_gamma",
         type=non_negative_float,
         default=0.0,
-        help="margin that beta x difference shall exceed with --reference_free, as in 1 (SimPO: half of beta to all of "
-        "it); 0 for off",
+        help="with --reference_free: margin by which beta x difference should exceed 0, as in 1 (SimPO: from half of "
+        "beta to beta); 0 for off",
     )
     add(
         "--precompute_ref_log_probs",
         action="store_true",
         help="compute the reference's log-probs of all answers once, before training, and keep them in "
-        "--data_output_path for the next run: then no second model is in memory",
+        "--data_output_path for later runs, so that no second model is in memory",
     )
     add(
         "--separate_ref",
         action="store_true",
-        help="a reference of its own even under --only_optimize_lora, where the model without its adapters is one",
+        help="keep a separate copy as the reference even with --only_optimize_lora, where the model without its "
+        "adapters could serve",
     )
     add("--offload_reference_model", action="store_true", help="keep the reference's weights in host memory, by ZeRO-3")
     add("--print_loss", action="store_true", help="print the loss of every step on every rank")

@@ -37,20 +37,20 @@ def add_dtype_argument(parser) -> None:
         "--grad_accum_dtype",
         choices=["bf16", "fp16", "fp32"],
         default=None,
-        help="precision that the gradients of micro-batches are added up in; fp32 keeps small ones that bf16 rounds "
+        help="precision in which the gradients of micro-batches are summed; fp32 keeps small ones that bf16 rounds "
         "away over many micro-batches, for 2 bytes more per trained weight; None for that of --dtype",
     )
     parser.add_argument(
         "--attn_implementation",
         choices=["sdpa", "eager", "flash_attention_2"],
         default=None,
-        help="attention kernels; flash_attention_2 wants the package flash-attn; None for the model's default",
+        help="attention kernels; flash_attention_2 needs the package flash-attn; None for the model's default",
     )
     parser.add_argument(
         "--deepspeed_config_overrides",
         metavar="FILE",
         default=None,
-        help="JSON file laid over the configuration of the trained engines, as --deepspeed_config is too",
+        help="JSON file merged into the DeepSpeed configuration of the trained engines, as --deepspeed_config is too",
     )
     parser.add_argument(
         "--compute_fp32_loss",
@@ -116,7 +116,8 @@ def add_schedule_arguments(group) -> None:
         default=SchedulerType.COSINE,
         choices=[SchedulerType(name) for name in SCHEDULERS],
         metavar="NAME",
-        help="linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup",
+        help="schedule of the learning rate: linear, cosine, cosine_with_restarts, polynomial, constant, "
+        "constant_with_warmup",
     )
     one_of_both = group.add_mutually_exclusive_group()
     one_of_both.add_argument(
@@ -129,7 +130,7 @@ def add_schedule_arguments(group) -> None:
         "--warmup_ratio",
         type=probability,
         default=WARMUP_RATIO,
-        help="the same as a share of the run's optimizer steps; 0 for no warmup",
+        help="warmup as a share of the run's optimizer steps, where --num_warmup_steps is not given; 0 for no warmup",
     )
 
 
@@ -142,7 +143,7 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
         f"--{prefix}lora_dim",
         type=not_negative,
         default=0,
-        help="rank of the trained update; 0 to train the full weights",
+        help="rank of LoRA; 0 to train the full weights",
     )
     add(
         f"--{prefix}lora_module_name",
@@ -154,8 +155,8 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
         f"--{prefix}lora_scaling",
         type=above_zero,
         default=1.0,
-        help=f"the update counts this / --{prefix}lora_dim: PEFT's lora_alpha; 1 as published, and twice the rank is "
-        "PEFT users' habit (with a learning rate to match)",
+        help=f"PEFT's lora_alpha: the update is multiplied by this / --{prefix}lora_dim; 1 as published, and twice "
+        "the rank as PEFT users often take it (with a learning rate to match)",
     )
     add(
         f"--{prefix}lora_dropout",
@@ -170,12 +171,12 @@ def add_lora_arguments(parser, prefix: str = "") -> None:
         add(
             "--only_optimize_lora",
             action="store_true",
-            help="of each model that has LoRA, freeze everything but it (and a reward model's value head)",
+            help="freeze everything but the LoRA factors (and a reward model's value head) in each model that has LoRA",
         )
         add(
             "--save_lora_adapters",
             action="store_true",
-            help="beside the whole model, save the LoRA factors alone in PEFT's format, in its folder adapter; "
+            help="also save the LoRA factors by themselves, in PEFT's format, in the folder adapter beside the model; "
             "needs --only_optimize_lora",
         )
 
@@ -187,19 +188,20 @@ def add_quantize_arguments(parser) -> None:
         "--quantize",
         choices=QUANTIZATIONS,
         default=None,
-        help="pack the frozen weights of all linear layers but the head in 4 or 8 bits; needs --lora_dim; None: off",
+        help="quantise the frozen weights of all linear layers but the head to 4 or 8 bits; needs --lora_dim; None: "
+        "off",
     )
     add(
         "--quantize_double",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="nf4: pack the scales of its blocks too, 0.37 bits less per weight",
+        help="nf4: quantise the scales of its blocks too (double quantisation), 0.37 bits less per weight",
     )
     add(
         "--quantize_compute_dtype",
         choices=["fp16", "bf16", "fp32"],
         default=None,
-        help="precision of products with packed weights; None for --dtype",
+        help="precision of products with quantised weights; None for --dtype",
     )
     add(
         "--paged_optimizer",
@@ -249,9 +251,10 @@ def add_soft_prompt_arguments(parser) -> None:
         "--soft_prompt",
         choices=list(SOFT_PROMPT_LEARNING_RATES),
         default=None,
-        help="freeze the model and train virtual tokens before every row, alone or through a small network; None: off",
+        help="freeze the model and train virtual tokens in front of every row: directly (prompt_tuning) or through a "
+        "small network (p_tuning); None: off",
     )
-    add("--num_virtual_tokens", type=positive, default=20, help="virtual tokens of the soft prompt")
+    add("--num_virtual_tokens", type=positive, default=20, help="number of virtual tokens of the soft prompt")
     add(
         "--soft_prompt_init_text",
         default=None,

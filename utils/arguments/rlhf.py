@@ -34,7 +34,8 @@ def add_rlhf_arguments(parser) -> None:
     add(
         "--separate_ref",
         action="store_true",
-        help="a reference of its own even under --only_optimize_lora, where the actor without its adapters is one",
+        help="keep a separate copy as the reference even with --only_optimize_lora, where the actor without its "
+        "adapters could serve",
     )
     add("--actor_dropout", type=probability, default=None, help="dropout of the actor; None for 0, as PPO wants")
     add("--critic_dropout", type=probability, default=None, help="dropout of the critic; None for 0")
@@ -102,7 +103,7 @@ def add_rlhf_arguments(parser) -> None:
         default=1.0,
         help="sample from the smallest set of tokens with this probability; 1 for all",
     )
-    add("--top_k", type=not_negative, default=0, help="sample from this many tokens; 0 for all")
+    add("--top_k", type=not_negative, default=0, help="sample from this many of the most probable tokens; 0 for all")
     add("--kl_ctl", type=non_negative_float, default=0.1, help="weight of the KL penalty per token; 0 to turn off")
     add(
         "--kl_estimator",
@@ -114,9 +115,9 @@ def add_rlhf_arguments(parser) -> None:
         "--kl_target",
         type=above_zero,
         default=None,
-        help="nats per answer the KL weight is steered to; None for a fixed weight",
+        help="KL in nats per answer that an adaptive KL weight steers to; None for a fixed weight",
     )
-    add("--kl_horizon", type=positive, default=10000, help="answers over which the KL weight adapts")
+    add("--kl_horizon", type=positive, default=10000, help="with --kl_target: answers over which the KL weight adapts")
     add("--clip_reward_value", type=above_zero, default=5.0, help="scores are clipped to plus or minus this")
     add(
         "--normalize_reward",
@@ -137,14 +138,16 @@ def add_rlhf_arguments(parser) -> None:
         "--advantage_estimator",
         choices=["gae", "rloo", "grpo"],
         default="gae",
-        help="gae: PPO with a critic. Without one, an answer against the others to its prompt: rloo, less their mean "
-        "reward; grpo, less the group's mean and over its std, the KL penalty (k3) in the loss",
+        help="gae: PPO with a critic. Without a critic an answer is compared with the others to its prompt: rloo "
+        "subtracts their mean reward; grpo subtracts the group's mean and divides by its std, with the KL penalty "
+        "(k3) in the loss",
     )
     add(
         "--whiten_advantages",
         action=on_off,
         default=None,
-        help="mean 0, std 1 over all ranks; None for on with gae (published scripts: off), off with rloo and grpo",
+        help="normalise advantages to mean 0 and std 1 over all ranks; None for on with gae (published scripts: off), "
+        "off with rloo and grpo",
     )
     add(
         "--scale_group_rewards",
@@ -156,8 +159,8 @@ def add_rlhf_arguments(parser) -> None:
     add(
         "--drop_groups_without_spread",
         action="store_true",
-        help="rloo, grpo: leave prompts out of the update whose answers all got one score (all right, say): they teach "
-        "nothing and thin the mean of the loss; groups_without_spread in the metrics counts them; off: keep them",
+        help="rloo, grpo: leave out of the update the prompts whose answers all got the same score: they teach "
+        "nothing and dilute the mean of the loss; groups_without_spread in the metrics counts them; off: keep them",
     )
     add(
         "--loss_mean",
@@ -185,17 +188,22 @@ def add_rlhf_arguments(parser) -> None:
         nargs="+",
         default=[],
         metavar="FILE.py:NAME[:WEIGHT]",
-        help="functions that give each answer a score, added to the reward model's; each gets what its parameters are "
-        "called: prompts, answers, columns of the data; none for off",
+        help="functions that score each answer, added to the reward model's score; the names of a function's "
+        "parameters say what it gets: prompts, answers, columns of the data; none for off",
     )
     add(
         "--reward_model_weight",
         type=finite,
         default=1.0,
-        help="how much the reward model's score counts beside --reward_function; 0 to do without the model",
+        help="weight of the reward model's score beside --reward_function; 0 to do without the reward model",
     )
     add("--enable_ema", action="store_true", help="keep an fp32 moving average of the actor and save it too")
-    add("--ema_decay", type=probability, default=0.992, help="how much of the average stays at each applied step")
+    add(
+        "--ema_decay",
+        type=probability,
+        default=0.992,
+        help="decay of the moving average: the share of it that stays at each applied step",
+    )
 
     add = parser.add_argument_group("unsupervised text (PPO-ptx)").add_argument
     add(
@@ -242,9 +250,9 @@ def add_rlhf_arguments(parser) -> None:
         "--hybrid_engine_backend",
         choices=["auto", "own", "transformers", "deepspeed", "vllm"],
         default="auto",
-        help="who generates: own (this project's loop), transformers (its generate()), deepspeed (its kernels, CUDA "
-        "only), vllm (an engine of vLLM in each rank, fed with the actor's weights before each phase); auto: own where "
-        "its greedy tokens equal those of generate() on a check batch, else transformers",
+        help="what generates: own (this project's loop), transformers (its generate()), deepspeed (its kernels, CUDA "
+        "only), vllm (an engine of vLLM in each rank, which gets the actor's weights before each round); auto: own "
+        "where its greedy tokens equal those of generate() on a check batch, else transformers",
     )
     add(
         "--vllm_gpu_memory_utilization",
@@ -263,25 +271,34 @@ def add_rlhf_arguments(parser) -> None:
     add(
         "--compile_generation",
         action="store_true",
-        help="compile the step that makes one token (torch.compile; CUDA graphs on a GPU), over a cache of the full "
-        "length: a minute or more at the start; off: as it is",
+        help="compile the decoding step (torch.compile; CUDA graphs on a GPU), over a KV cache of the full length: "
+        "takes a minute or more at the start; off: not compiled",
     )
     add(
         "--rollout_log_probs",
         action="store_true",
-        help="take the log-probs that the sampler noted for those of the policy, a forward pass of the actor less per "
-        "round (exact up to rounding: watch rollout_log_prob_gap, measured every --log_interval); off: from a pass of "
-        "their own",
+        help="use the log-probs that were noted while sampling as the old policy's, which saves a forward pass of the "
+        "actor per round (exact up to rounding: watch rollout_log_prob_gap, measured every --log_interval); off: "
+        "compute them in a pass of their own",
     )
     add(
         "--rollout_is_clip",
         type=above_zero,
         default=None,
-        help="where kernels of the sampler differ (vLLM, 16 bit): each token's policy loss times its probability in "
-        "the actor over that in the sampler, at most this (truncated importance sampling; 2 is usual); None for off",
+        help="truncated importance sampling, where the sampler computes otherwise than training does (vLLM, 16 bit): "
+        "each token's policy loss is multiplied by its probability in the actor over that in the sampler, at most "
+        "this; 2 is usual; None for off",
     )
-    add("--unpin_actor_parameters", action="store_true", help="gather layer by layer after all: slower, less memory")
-    add("--release_inference_cache", action="store_true", help="give cached memory back after each generation phase")
+    add(
+        "--unpin_actor_parameters",
+        action="store_true",
+        help="gather ZeRO-3 weights layer by layer while generating: slower, less memory",
+    )
+    add(
+        "--release_inference_cache",
+        action="store_true",
+        help="give the GPU's cached memory back after each round of generation",
+    )
     add(
         "--inference_tp_size",
         type=positive,

@@ -34,13 +34,13 @@ def add_run_arguments(parser, step: Step) -> None:
     add(
         "--output_dir",
         default=None,
-        help="where the model and metrics.jsonl go, a folder of this run alone; None to save nothing",
+        help="folder for the model and metrics.jsonl, of this run alone; None to save nothing",
     )
     add(
         "--overwrite_output_dir",
         action="store_true",
-        help="remove what an earlier run left in --output_dir (models, checkpoints, metrics; no other file) when this "
-        "one writes its first row there; off: refuse to write, unless --resume is given",
+        help="replace what an earlier run left in --output_dir: its models, checkpoints and metrics (no other file) "
+        "are removed when this run writes its first row; off: such a folder is refused, unless --resume is given",
     )
     add(
         "--max_shard_size",
@@ -48,7 +48,7 @@ def add_run_arguments(parser, step: Step) -> None:
         default="5GB",
         help="largest file of saved weights, as in 500MB; a larger model becomes several files with an index",
     )
-    add("--seed", type=not_negative, default=1234, help="of data order, fresh weights, dropout and sampling")
+    add("--seed", type=not_negative, default=1234, help="seed of data order, fresh weights, dropout and sampling")
     add(
         "--dry_run",
         action="store_true",
@@ -58,8 +58,8 @@ def add_run_arguments(parser, step: Step) -> None:
         "--skip_nonfinite",
         type=not_negative,
         default=0,
-        help="optimizer steps with a loss or gradient that is not finite to leave out, without an update; 0 to stop at "
-        "the first. What the loss scale of fp16 leaves out does not count",
+        help="how many optimizer steps with a non-finite loss or gradient may be skipped, without an update; 0 to stop "
+        "at the first. Overflows that the loss scale of fp16 handles do not count",
     )
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     add(
@@ -74,10 +74,10 @@ def add_run_arguments(parser, step: Step) -> None:
         nargs="*",
         choices=TRACKERS,
         default=[],
-        help="where the numbers of metrics.jsonl go too: tensorboard, wandb, trackio (the last two are packages to "
-        "install); nothing after it, or no flag: nowhere",
+        help="trackers that also get the numbers of metrics.jsonl (wandb and trackio are packages to install); none: "
+        "no tracker",
     )
-    add("--run_name", default=None, help="of the run in wandb or trackio; None for the last part of --output_dir")
+    add("--run_name", default=None, help="name of the run in wandb or trackio; None for the last part of --output_dir")
     add("--enable_tensorboard", action="store_true", help="the same as --report_to tensorboard")
     add("--tensorboard_path", default=f"{NAMES[step]}_tensorboard", help="folder of the TensorBoard files")
     deepspeed.add_config_arguments(parser)
@@ -86,37 +86,38 @@ def add_run_arguments(parser, step: Step) -> None:
     add(
         "--checkpoint_dir",
         default=None,
-        help="where they go, on storage that all nodes share; given alone: one when SIGTERM stops the run. None for "
-        "checkpoints under --output_dir",
+        help="folder of the checkpoints, on storage that all nodes share; without --checkpoint_steps: for the one that "
+        "SIGTERM or Ctrl-C leaves. None for checkpoints under --output_dir",
     )
-    add("--keep_checkpoints", type=positive, default=2, help="newest checkpoints that are kept")
+    add("--keep_checkpoints", type=positive, default=2, help="how many of the newest checkpoints are kept")
     add(
         "--async_checkpoint",
         action="store_true",
-        help="training waits for copies in host memory alone (as much as a rank saves), which a thread writes while it "
-        "goes on; the checkpoint counts, and older ones go, once all is on the disk. off: training waits for the disk",
+        help="write checkpoints while training goes on: training waits only for a copy in host memory (as large as "
+        "what a rank saves), which a thread writes; the checkpoint counts once all of it is on the disk. off: "
+        "training waits for the disk",
     )
     add(
         "--resume",
         metavar="{auto,PATH}",
         default=None,
-        help="go on from a checkpoint: auto for the newest (none: a fresh start), or the folder of one; None for a "
-        "fresh start. The number of ranks and the ZeRO stage may be other ones than then",
+        help="continue from a checkpoint: auto for the newest (a fresh start where there is none), or the folder of "
+        "one; None for a fresh start. The number of ranks and the ZeRO stage may differ from the checkpoint's",
     )
     add(
         "--resume_weights_only",
         action="store_true",
-        help="take the weights alone from the checkpoint that --resume PATH names: a run of its own, with any flags, "
-        "whose optimizer, schedule, data order and metrics begin anew; off: go on with all of it",
+        help="take only the weights from the checkpoint that --resume PATH names, for a new run with any flags, whose "
+        "optimizer, schedule, data order and metrics begin anew; off: continue with all of it",
     )
     add(
         "--allow_changed",
         type=flag_names,
         default=[],
         metavar="NAME,NAME",
-        help="flags that may differ from the checkpoint's, as in learning_rate,num_train_epochs: their values of now "
-        "count from the next step on, and a schedule of the learning rate goes by its rule over the new length. Not "
-        "those that shape the model, the rows or their order; nothing: any difference is refused",
+        help="flags that may differ from the checkpoint's, as in learning_rate,num_train_epochs: the new values hold "
+        "from the next step on, and the schedule of the learning rate is computed for the new length. Flags that "
+        "shape the model, the rows or their order cannot differ; none: any difference is refused",
     )
 
 

@@ -4,6 +4,7 @@ python -m utils.arguments.table            writes them; a test says when that wa
 """
 
 import argparse
+import re
 
 from utils.arguments.kinds import cache_folder
 from utils.arguments.steps import SCRIPTS, build_parser
@@ -21,8 +22,24 @@ def _default(action: argparse.Action) -> str:
         return {True: "on", False: "off", None: "none"}[value]
     if value is None or value == []:
         return "none"
+    if value is False:
+        return "off"
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return f"`{text.replace(cache_folder(), '~/.cache/three-steps-to-chat/data_files')}`"
+    text = text.replace(cache_folder(), "~/.cache/three-steps-to-chat/data_files")
+    return f"`{_in_a_cell(text)}`"
+
+
+def _choices(action: argparse.Action) -> str:
+    """The values that may be given, in brackets, unless the help names them all."""
+    choices = [str(choice) for choice in action.choices or ()]
+    if not choices or action.metavar or all(re.search(rf"\b{choice}\b", action.help or "") for choice in choices):
+        return ""
+    return f" ({', '.join(choices)})"
+
+
+def _in_a_cell(text: str) -> str:
+    """A bar would end the cell, even in code."""
+    return text.replace("|", r"\|")
 
 
 def table(parser: argparse.ArgumentParser) -> str:
@@ -35,11 +52,8 @@ def table(parser: argparse.ArgumentParser) -> str:
         lines += ["", f"**{group.title}**", "", "| flag | default | |", "|---|---|---|"]
         for action in actions:
             names = [f"`{name}`" for name in action.option_strings]
-            choices = f" ({', '.join(str(c) for c in action.choices)})" if action.choices and not action.metavar else ""
-            help_text = (
-                (action.help or "").removesuffix(" (default: %(default)s)").replace("%%", "%").replace("|", r"\|")
-            )
-            lines.append(f"| {' '.join(names)} | {_default(action)} | {help_text}{choices} |")
+            help_text = _in_a_cell((action.help or "").removesuffix(" (default: %(default)s)").replace("%%", "%"))
+            lines.append(f"| {' '.join(names)} | {_default(action)} | {help_text}{_choices(action)} |")
     return "\n".join(lines[1:])
 
 

@@ -49,8 +49,8 @@ def add_watching_arguments(parser, step: Step) -> None:
         "--console",
         choices=["classic", "brief"],
         default="classic",
-        help="classic: the lines of DeepSpeed-Chat, which programs read; brief: for people, a line for each "
-        "--log_interval, what a stage does, and what to do with its result",
+        help="classic: the lines of DeepSpeed-Chat, which programs read; brief: for people, one line per "
+        "--log_interval, what the step does, and what to do with its result",
     )
     if step != 3:
         add(
@@ -63,7 +63,8 @@ def add_watching_arguments(parser, step: Step) -> None:
             "--eval_iters",
             type=not_negative,
             default=0 if step == 1 else 100,
-            help="batches per rank that an evaluation reads, all but the last of the run; 0 for the whole split",
+            help="batches that each rank reads in an evaluation; 0 for the whole split. The last evaluation of a run "
+            "always reads the whole split",
         )
     else:
         add(
@@ -77,7 +78,7 @@ def add_watching_arguments(parser, step: Step) -> None:
     add(
         "--skip_initial_evaluation",
         action="store_true",
-        help="leave out the evaluation before training; off: with it, the end of the run says if it got worse",
+        help="do not evaluate before training; off: evaluate, and say at the end of the run if the model got worse",
     )
     add(
         "--save_best",
@@ -85,28 +86,28 @@ def add_watching_arguments(parser, step: Step) -> None:
         choices=METRICS[step],
         const=METRICS[step][0],
         default=None,
-        help="keep the model of the best evaluation since training began in the folder best of --output_dir, beside "
-        f"the last; by what: without a word {METRICS[step][0]}; None for off",
+        help="also keep the model of the best evaluation (the one before training does not count) in the folder best "
+        f"of --output_dir; judged by this metric, without a value by {METRICS[step][0]}; None for off",
     )
     add(
         "--early_stopping_patience",
         type=positive,
         default=None,
-        help=f"end the run after so many evaluations without a better value of --save_best ({METRICS[step][0]} where "
-        "that is not given); None for off",
+        help=f"end the run after this many evaluations without a better value of the metric of --save_best (by itself "
+        f"{METRICS[step][0]}); None for off",
     )
     add(
         "--save_interval",
         type=positive,
         default=None,
-        help="optimizer steps (step 3: updates) between models saved to folders step-000500 of --output_dir, to load "
-        "and try; they do not resume a run, as --checkpoint_steps do; None for off",
+        help="optimizer steps (step 3: updates) between models saved to folders such as step-000500 of --output_dir, "
+        "to load and try; no run can resume from them (--checkpoint_steps is for that); None for off",
     )
     add(
         "--save_total_limit",
         type=positive,
         default=None,
-        help="newest folders of --save_interval that are kept; None for all",
+        help="how many of the newest folders of --save_interval are kept; None for all",
     )
 
 
