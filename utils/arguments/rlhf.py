@@ -309,7 +309,7 @@ def add_rlhf_arguments(parser) -> None:
         "--tp_gather_partition_size",
         type=positive,
         default=8,
-        help="layers gathered at a time with --inference_tp_size above 1",
+        help="accepted for old command lines and ignored: weights are gathered once per round of generation",
     )
     add(
         "--enable_mixed_precision_lora",
