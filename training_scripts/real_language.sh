@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Does RLHF make a real chat model better? A proof with a known truth: SmolLM2-135M-Instruct answers short prompts, a judge that
-# is not ours (VADER's sentiment, for answers that end and hold 5 to 60 words) ranks the answers, a reward model learns from the
+# Does RLHF make a real chat model better? A test with a gold judge: SmolLM2-135M-Instruct answers short prompts, an independent
+# judge (VADER's sentiment, for answers that end and hold 5 to 60 words) ranks the answers, a reward model learns from the
 # pairs, and PPO sees the reward model alone. DPO learns from the same pairs, GRPO from the judge itself. At the end the judge
 # reads what each model answers to held-out prompts.
 #

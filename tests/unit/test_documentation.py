@@ -76,10 +76,10 @@ def test_paths_and_tests_that_a_page_names_exist(page):
 
 def test_the_map_of_utils_has_a_line_for_every_module():
     lines = (PROJECT / "utils/README.md").read_text().partition("## At the top")[2]
-    room, named = "utils", set()
+    folder, named = "utils", set()
     for line in lines.splitlines():
-        if heading := re.match(r"## `(\w+)/` \(floor \d\)", line):
-            room = f"utils/{heading[1]}"
+        if heading := re.match(r"## `(\w+)/` \(layer \d\)", line):
+            folder = f"utils/{heading[1]}"
         elif row := re.match(r"\| `(\w+\.py)` \|", line):
-            named.add(f"{room}/{row[1]}")
+            named.add(f"{folder}/{row[1]}")
     assert named == {name_of(file) for file in (PROJECT / "utils").rglob("*.py") if file.name != "__init__.py"}

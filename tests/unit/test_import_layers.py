@@ -1,11 +1,11 @@
-"""Each room imports from its own floor or lower ones, at the top of its modules, and never in a circle."""
+"""Each package imports from its own layer or lower ones, at the top of its modules, and never in a circle."""
 
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-FLOORS = {
+LAYERS = {
     "utils.process": 1,
     "utils.data": 2,
     "utils.module": 2,
@@ -14,9 +14,9 @@ FLOORS = {
     "utils.precision": 2,
     "utils.model": 3,
 }
-FLOORS |= {f"utils.{room}": 4 for room in ("arguments", "generation", "engine", "perf")}
-FLOORS |= {"utils.run": 5, "utils.utils": 5, "utils.planning": 6, "utils.plan": 6}
-FLOORS |= {"training": 7, "inference": 7, "evaluation_scripts": 7}
+LAYERS |= {f"utils.{package}": 4 for package in ("arguments", "generation", "engine", "perf")}
+LAYERS |= {"utils.run": 5, "utils.utils": 5, "utils.planning": 6, "utils.plan": 6}
+LAYERS |= {"training": 7, "inference": 7, "evaluation_scripts": 7}
 SOURCES = [
     file for top in ("utils", "training", "inference", "evaluation_scripts") for file in PROJECT.glob(f"{top}/**/*.py")
 ]
@@ -36,17 +36,17 @@ def imports(tree: ast.AST) -> set[str]:
     return names & MODULES.keys()
 
 
-def floor(module: str) -> int:
+def layer(module: str) -> int:
     return next(
-        (FLOORS[room] for room in (module, module.rpartition(".")[0]) if room in FLOORS),
-        FLOORS.get(module.partition(".")[0], 0),
+        (LAYERS[package] for package in (module, module.rpartition(".")[0]) if package in LAYERS),
+        LAYERS.get(module.partition(".")[0], 0),
     )
 
 
-def test_rooms_import_downwards_at_the_top_and_never_in_a_circle():
+def test_packages_import_downwards_at_the_top_and_never_in_a_circle():
     trees = {module: ast.parse(file.read_text()) for module, file in MODULES.items()}
     graph = {module: imports(tree) - {module} for module, tree in trees.items()}
-    upwards = [f"{module} -> {used}" for module in graph for used in graph[module] if floor(used) > floor(module)]
+    upwards = [f"{module} -> {used}" for module in graph for used in graph[module] if layer(used) > layer(module)]
     functions = {
         m: [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
         for m, tree in trees.items()
