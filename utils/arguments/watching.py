@@ -78,7 +78,8 @@ def add_watching_arguments(parser, step: Step) -> None:
     add(
         "--skip_initial_evaluation",
         action="store_true",
-        help="do not evaluate before training; off: evaluate, and say at the end of the run if the model got worse",
+        help="do not evaluate before training; off: evaluate, so that the end of the run can say if the model got "
+        "worse",
     )
     add(
         "--save_best",
