@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from utils import arguments
+from utils.process.errors import UserError
 
 
 @pytest.fixture
@@ -43,3 +44,11 @@ def test_a_settled_run_settles_to_itself(given):
 def test_the_token_that_ends_answers_is_another_only_where_it_is_asked_for(given):
     assert arguments.end_token(given(1, "--eot_token <x>")) is None
     assert arguments.end_token(given(1, "--eot_token <x> --add_eot_token")) == "<x>"
+
+
+@pytest.mark.parametrize("greedy", ["--no-do_sample", "--temperature 0"])
+@pytest.mark.parametrize("limit", ["--top_p 0.9", "--top_k 5"])
+def test_limits_of_sampling_are_refused_where_nothing_is_sampled(given, greedy, limit):
+    with pytest.raises(UserError, match=f"do nothing with {greedy}"):
+        arguments.settle(given(3, f"{greedy} {limit}"), 3)
+    arguments.settle(given(3, greedy), 3)

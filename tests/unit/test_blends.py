@@ -140,6 +140,15 @@ def test_a_file_without_evaluation_split_says_where_its_rows_went(tmp_path, toke
     assert f"1 of 30 rows used (3 to evaluate with, {origin}: 1)" in told
 
 
+def test_the_usual_shares_of_a_file_that_step_2_cannot_read_are_spoken_of(tmp_path, tokenizer, capsys):
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"question": f"what is {i}?", "answer": "a number"}) + "\n" for i in range(30)))
+    pairs = write(tmp_path, "pairs")
+    for path, split, told in ((file, "2,4,4", True), (file, "1,0,0", False), (pairs, "2,4,4", False)):
+        prepare(tmp_path, tokenizer, [str(path)], data_split=split)
+        assert ("--data_split 1,0,0 gives step 1 all of the rows" in capsys.readouterr().out) == told
+
+
 def test_weights_give_the_most_rows_that_hold_the_proportions(tmp_path, tokenizer, capsys):
     assert rows_of_blend([100, 100], [1, 3], None, 0) == [33, 100]
     assert rows_of_blend([100, 100], [0.1, 0.1], None, 0) == [100, 100]

@@ -7,7 +7,9 @@ import pytest
 
 from training.step3_rlhf_finetuning.diagnostics import WINDOW, Answers, Diagnostics, findings
 
-ARGS = SimpleNamespace(missing_eos_penalty=1.0, kl_ctl=0.1, kl_target=None, max_answer_seq_len=48)
+ARGS = SimpleNamespace(
+    missing_eos_penalty=1.0, kl_ctl=0.1, kl_target=None, max_answer_seq_len=48, reward_model_weight=1.0
+)
 FIGURES = {"used_answers": 64, "eos_rate": 0.6, "kl": 0.1, "score": 0.0, "score_std": 1.0}
 
 
@@ -36,6 +38,9 @@ def test_each_thing_is_told_once_with_its_flag():
     eos, kl, length = lines
     assert "10 % of the answers end by themselves, 60 % did" in eos and "--missing_eos_penalty 2 (now 1)" in eos
     assert "12.0 nats per answer" in kl and "--kl_ctl 0.2 (now 0.1)" in kl
+    assert "the reward model is no judge" in kl
+    no_reward_model = SimpleNamespace(**vars(ARGS) | {"reward_model_weight": 0.0})
+    assert "reward model" not in _told(no_reward_model, **worse)["kl"]
     assert "from 0.00 to 1.00 while 90 % of the answers are cut at --max_answer_seq_len 48" in length
 
 
@@ -64,7 +69,7 @@ def test_thresholds(figures, flags, names):
 
 
 def test_advice_follows_the_flags_of_the_run():
-    off = SimpleNamespace(missing_eos_penalty=0.0, kl_ctl=0.0, kl_target=None, max_answer_seq_len=48)
+    off = SimpleNamespace(**vars(ARGS) | {"missing_eos_penalty": 0.0, "kl_ctl": 0.0})
     told = _told(off, eos_rate=0.0, kl=50.0)
     assert "--missing_eos_penalty 1 (now 0)" in told["eos"] and "--kl_ctl 0.05 (now 0)" in told["kl"]
 

@@ -157,8 +157,9 @@ def test_what_would_do_nothing_is_refused(run_step, start, tmp_path, step, text,
 # ---------------------------------------------------------------- worse than at the start
 
 
-def test_a_run_that_made_its_model_worse_says_so_at_its_end(run_step, start, capsys):
-    run_step(1, [*start(1), *flags("--learning_rate 1 --lr_scheduler_type constant")])
+@pytest.mark.parametrize("more", ["", "--eval_iters 1 --per_device_eval_batch_size 1"])
+def test_a_run_that_made_its_model_worse_says_so_at_its_end(run_step, start, capsys, more):
+    run_step(1, [*start(1), *flags(f"--learning_rate 1 --lr_scheduler_type constant {more}")])
     said = [line for line in capsys.readouterr().out.splitlines() if "ended worse than it began" in line]
     assert len(said) == 1 and said[0].startswith("the evaluation ended worse than it began: loss ")
     assert "before training" in said[0] and "lower --learning_rate" in said[0]

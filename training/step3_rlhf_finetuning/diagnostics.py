@@ -65,9 +65,10 @@ def findings(first: Answers, now: Answers, args) -> dict[str, str]:
     limit = max(HIGH_KL, 1.5 * (args.kl_target or 0.0))
     if now.kl > max(limit, first.kl):
         weight = f"--kl_ctl {2 * args.kl_ctl:g} (now {args.kl_ctl:g})" if args.kl_ctl else "--kl_ctl 0.05 (now 0)"
+        why = ": so far away the reward model is no judge any more" if args.reward_model_weight else ""
         found["kl"] = (
-            f"KL to the reference is {now.kl:.1f} nats per answer, {first.kl:.1f} in the first steps: so far away the "
-            f"reward model is no judge any more. {weight} or a lower --actor_learning_rate holds the policy back"
+            f"KL to the reference is {now.kl:.1f} nats per answer, {first.kl:.1f} in the first steps{why}. "
+            f"{weight} or a lower --actor_learning_rate holds the policy back"
         )
     rise = now.score - first.score
     error = _error(first.score_std**2, first.count, now.score_std**2, now.count)

@@ -29,6 +29,7 @@ class StepTimes:
         return self.experience + self.training
 
 
+ALGORITHMS = {"gae": "PPO", "rloo": "RLOO", "grpo": "GRPO"}  # --advantage_estimator -> what people call it
 LARGE_GAP = 0.05  # nats on average between the sampler's log-probs and a scoring pass's
 
 
@@ -64,7 +65,8 @@ class Reporter:
         judges += [function.name for function in self.trainer.reward_functions]
         print_brief(
             f"step 3, reinforcement learning: {args.actor_model_name_or_path} answers {prompts:,} prompts, "
-            f"{' and '.join(judges)} scores the answers, and PPO makes better ones likelier, in {self._total:,} steps"
+            f"{' and '.join(judges)} {'score' if len(judges) > 1 else 'scores'} the answers, and "
+            f"{ALGORITHMS[args.advantage_estimator]} makes better ones likelier, in {self._total:,} steps"
         )
         print_classic(f"***** Running training (total iterations = {self._total}) *****")
 

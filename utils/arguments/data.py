@@ -7,6 +7,7 @@ from utils.arguments.kinds import cache_folder, not_negative, positive
 from utils.data.chat_templates import template_names
 from utils.data.prompt_format import CHAT_TEMPLATE, FORMATS
 from utils.data.sources import sources_of_step
+from utils.data.split_index import DATA_SPLIT
 from utils.process.errors import UserError
 
 DEFAULT_DATA_PATH = ["Dahoas/rm-static"]
@@ -46,7 +47,7 @@ def add_data_arguments(parser, step: int) -> None:
     )
     add(
         "--data_split",
-        default="2,4,4",
+        default=DATA_SPLIT,
         help="shares of the data for step 1, 2 (or DPO) and 3; only this step's share is read. For a file that is "
         "meant for one step alone: 1,0,0, 0,1,0 or 0,0,1",
     )
@@ -91,8 +92,8 @@ def add_data_arguments(parser, step: int) -> None:
         "--show_rows",
         type=not_negative,
         default=0,
-        help="print this many training rows as the model sees them, with what is learned between double brackets; 0 "
-        "for none",
+        help="print this many training rows as the model sees them, in step 1 with what is learned between double "
+        "brackets; 0 for none",
     )
     add(
         "--allow_special_tokens",

@@ -52,7 +52,12 @@ def check_rlhf(args, ranks: int | None = None) -> None:
     _check_precision(args)
     for stage in (args.actor_zero_stage, args.critic_zero_stage):
         check_config_file(args, stage)
-    if args.do_sample and args.top_p == 0:
+    greedy = "--no-do_sample" if not args.do_sample else "--temperature 0" if args.temperature == 0 else None
+    if greedy is not None and (args.top_p != 1 or args.top_k):
+        raise UserError(
+            f"--top_p and --top_k limit what is sampled from; they do nothing with {greedy}: leave them out"
+        )
+    if args.top_p == 0:
         raise UserError("--top_p 0 leaves no token to sample from; 1 samples from all")
     if args.enable_test_mode and args.test_stop_step < 1:
         raise UserError("--enable_test_mode needs --test_stop_step 1 or more")

@@ -25,7 +25,7 @@ from utils.data.raw_datasets import PromptRawDataset, find_known_dataset
 from utils.data.row_texts import RowReport
 from utils.data.rows import ListRows, Rows, SubsetRows
 from utils.data.sources import DataSource, sources_of_step
-from utils.data.split_index import get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
+from utils.data.split_index import DATA_SPLIT, get_raw_dataset_split_index, get_shuffle_idx, split_boundaries
 from utils.process.console import print_rank_0, progress
 from utils.process.errors import UserError
 from utils.process.files import write_text
@@ -323,6 +323,11 @@ class _OpenSource:
             self.raw.keep_also(rules.keep_columns)
             by_template = rules.prompt_format == prompt_format.CHAT_TEMPLATE
             print_rank_0(f"data: {self.raw.describe()}; read as {self.raw.recognised()}")
+            if rules.train_phase == SFT and source.data_split == DATA_SPLIT and not self.raw.has_rejected:
+                print_rank_0(
+                    f"note: {self.raw.dataset_name} has no rejected answers, so step 2 cannot read its share of it "
+                    f"(--data_split {DATA_SPLIT}); --data_split 1,0,0 gives step 1 all of the rows"
+                )
             self._content = [self.raw.fingerprint(), tokenizer.chat_template if by_template else None]
         except DataError as error:
             raise UserError(str(error)) from error

@@ -7,6 +7,8 @@ import numpy as np
 from utils.process.errors import UserError
 from utils.process.files import scratch_beside
 
+DATA_SPLIT = "2,4,4"  # shares of the three steps, where the flag does not say others
+
 
 def get_shuffle_idx(seed, size) -> np.ndarray:
     """arange(size), shuffled by RandomState(seed); uint32 below 2**32 - 2 rows, as published, since dtype matters."""

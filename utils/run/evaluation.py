@@ -96,8 +96,7 @@ class Evaluations:
         """The figures of the model that a fresh run starts from; they take no part in the comparison."""
         if resumed is None and self._evaluates and not self.args.skip_initial_evaluation:
             self._evaluate(0, 0, self._limit)
-            if not self._limit:  # on fewer batches than at the end a difference could be that of the rows
-                self._start = self.figures
+            self._start = self.figures
 
     def after_step(self, steps: int, epoch: int) -> None:
         """After each optimizer step, before the run's checkpoint of it: what the flags ask for.
@@ -124,14 +123,18 @@ class Evaluations:
 
     def at_end(self, steps: int, epoch: int) -> None:
         """When the run ends, early or not: on all batches, unless that is done. Says what got worse."""
-        if self._evaluates and (self._steps != steps or not self._whole):
-            compared = self._steps == steps  # on fewer batches, as those before it
+        if not self._evaluates:
+            return
+        as_at_start = self.figures if self._steps == steps else None  # on as many batches as before training
+        if self._steps != steps or not self._whole:
             self._evaluate(steps, epoch, 0)
-            if not compared:
+            if as_at_start is None:
                 self._compare()
-        if self._evaluates:
-            for line in worse_than_at_start(self.args, self._step, self._start, self.figures):
-                print_rank_0(line)
+        if self._start and self._limit and as_at_start is None:
+            with random_states_kept():  # of other rows a difference would say nothing
+                as_at_start = self._measure(self._limit)
+        for line in worse_than_at_start(self.args, self._step, self._start, as_at_start or self.figures):
+            print_rank_0(line)
 
     # ------------------------------------------------------------ what
 
