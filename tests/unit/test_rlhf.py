@@ -201,6 +201,21 @@ def test_a_missing_eos_costs_the_penalty(folders, monkeypatch):
     assert (_experience(trainer).scores - with_penalty).tolist() == pytest.approx([0, 2.5, 0, 2.5])
 
 
+@pytest.mark.parametrize(
+    ("penalty", "scale", "want"),
+    [
+        (1.0, (2.0, 0.5), [2, -1, -2, -3]),  # without an end at most the mean, which is 0, less the penalty
+        (0.0, (2.0, 0.5), [2, 2, -2, -2]),
+        (1.0, None, [3, 2, 1, 0]),
+    ],
+)
+def test_an_answer_without_an_end_does_not_pay(folders, penalty, scale, want):
+    trainer = _trainer(folders, f"--missing_eos_penalty {penalty}")
+    trainer.reward_scale = scale
+    scores = torch.tensor([[3.0], [3.0], [1.0], [1.0]]), torch.tensor([True, False, True, False])
+    assert trainer._final_scores(*scores).tolist() == want
+
+
 @pytest.fixture(scope="module")
 def folders_with_two_ends(tmp_path_factory):
     """As ``folders``, where <|turn|> ends answers beside EOS, for the generation settings alone."""

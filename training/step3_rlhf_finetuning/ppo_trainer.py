@@ -203,7 +203,11 @@ class DeepSpeedPPOTrainer:
         return torch.stack(parts, dim=1)
 
     def _final_scores(self, score_parts, ended) -> torch.Tensor:
-        """[B, n], [B] bool -> [B]: the weighted sum, the reward model's share scaled, a missing EOS paid for."""
+        """[B, n], [B] bool -> [B]: the weighted sum, the reward model's share scaled, a missing EOS paid for.
+
+        A reward model has learned from answers that end. Of the others its score is a guess, often a high one, and
+        counts as its mean at most: answers that never end must not pay.
+        """
         parts = list(score_parts.float().unbind(1))
         weights = [function.weight for function in self.reward_functions]
         if self.reward_model is not None:
@@ -211,6 +215,8 @@ class DeepSpeedPPOTrainer:
             if self.reward_scale is not None:
                 mean, std = self.reward_scale
                 parts[0] = (parts[0] - mean) / std
+                if self.args.missing_eos_penalty:
+                    parts[0] = torch.where(ended, parts[0], parts[0].clamp(max=0.0))
         scores = sum(weight * part for weight, part in zip(weights, parts, strict=True))
         return scores - self.args.missing_eos_penalty * (~ended).float()
 

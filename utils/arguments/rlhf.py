@@ -129,8 +129,9 @@ def add_rlhf_arguments(parser) -> None:
         "--missing_eos_penalty",
         type=non_negative_float,
         default=1.0,
-        help="taken off the score of an answer without EOS, in units of the score (with --normalize_reward: its "
-        "standard deviation); 0 for nothing",
+        help="subtracted from the score of an answer without EOS, in units of the score; with --normalize_reward those "
+        "are standard deviations, and the reward model's score of such an answer counts as its mean at most; 0 for "
+        "neither",
     )
     add("--gamma", type=probability, default=1.0, help="discount per token; 1 for none")
     add("--lam", type=probability, default=0.95, help="GAE's lambda: 0 trusts the critic, 1 the rewards")
