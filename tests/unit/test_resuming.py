@@ -95,6 +95,26 @@ def test_checkpoints_of_another_run_are_never_replaced(run_step, stopped, tmp_pa
         run_step(1, [*arguments, "--resume", folder / "step-00000002"])
 
 
+def test_a_half_written_checkpoint_goes_though_a_dying_process_adds_to_it(tmp_path, monkeypatch):
+    scratch, rmtree, late = tmp_path / ".step-00000003", shutil.rmtree, iter((True, False))
+
+    def remove(folder, **options):
+        if next(late):
+            (folder / "rank00001.json").write_text("{}")  # behind the back of the removal, which fails for it
+        else:
+            rmtree(folder, **options)
+
+    scratch.mkdir()
+    monkeypatch.setattr(checkpoint_files.shutil, "rmtree", remove)
+    os.close(checkpoint_files.take_folder(tmp_path))
+    assert not scratch.exists() and not list(late)
+    scratch.mkdir()
+    monkeypatch.setattr(checkpoint_files, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(checkpoint_files.shutil, "rmtree", lambda folder, **options: None)
+    with pytest.raises(UserError, match="step-00000003, which a killed run left half-written, cannot be removed"):
+        checkpoint_files.take_folder(tmp_path)
+
+
 def test_the_checkpoint_just_written_stays_whatever_the_clock_says(run_step, start, tmp_path, monkeypatch):
     hours = iter(range(10**6, 0, -1))
     monkeypatch.setattr(checkpoint.time, "time", lambda: float(next(hours)))

@@ -145,8 +145,17 @@ def take_folder(folder: Path) -> int:
                 ) from error
             time.sleep(0.5)
     for scratch in folder.glob(f".{PREFIX}*"):
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove_half_written(scratch)
     return lock
+
+
+def _remove_half_written(scratch: Path) -> None:
+    """Again and again for some seconds: a process of the killed run may still put files into it."""
+    end = time.monotonic() + LOCK_SECONDS
+    while scratch.exists():
+        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch.exists() and time.monotonic() > end:
+            raise UserError(f"{scratch}, which a killed run left half-written, cannot be removed: remove it by hand")
 
 
 def check_shared_folder(folder: Path) -> None:
