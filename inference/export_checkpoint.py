@@ -136,7 +136,7 @@ def make_skeleton(args, tokenizer, part: Part, path: str, is_reward: bool):
     if getattr(args, "soft_prompt", None) is not None:
         return make_soft_prompt_model(model, tokenizer, args, start=False)
     model = add_lora_layers(model, args, part.prefix)
-    if args.only_optimize_lora and lora_layers(model):
+    if getattr(args, "only_optimize_lora", False) and lora_layers(model):
         only_optimize_lora_parameters(model, ["v_head.weight"] if is_reward else ())
     return model
 
@@ -253,7 +253,7 @@ def add_score_scale(config, checkpoint: SavedCheckpoint) -> None:
 def save(module, tokenizer, args, path: str, saved: SavedEngine | SavedAverage, options) -> None:
     """Every form of the model that the run would save."""
     folder = Path(options.output_dir)
-    if options.save_lora_adapters and not (args.only_optimize_lora and lora_layers(module)):
+    if options.save_lora_adapters and not (getattr(args, "only_optimize_lora", False) and lora_layers(module)):
         raise UserError(
             "--save_lora_adapters: the run did not train LoRA layers alone (--only_optimize_lora), so that an adapter "
             "would not hold all of it"
@@ -264,7 +264,7 @@ def save(module, tokenizer, args, path: str, saved: SavedEngine | SavedAverage, 
         return
     empty_weights(module)
     gather = Weights(module, saved, find_checkpoint(path)).gathered
-    quantised = args.quantize is not None
+    quantised = getattr(args, "quantize", None) is not None
     if not quantised:
         save_pretrained_model(module, tokenizer, folder, options.max_shard_size, alone=True, gather=gather)
     if quantised or options.save_lora_adapters:

@@ -32,7 +32,8 @@ def _default(action: argparse.Action) -> str:
 def _choices(action: argparse.Action) -> str:
     """The values that may be given, in brackets, unless the help names them all."""
     choices = [str(choice) for choice in action.choices or ()]
-    if not choices or action.metavar or all(re.search(rf"\b{choice}\b", action.help or "") for choice in choices):
+    named = (re.search(rf"\b{re.escape(choice)}\b", action.help or "") for choice in choices)
+    if not choices or action.metavar or all(named):
         return ""
     return f" ({', '.join(choices)})"
 

@@ -125,10 +125,11 @@ class Evaluations:
         """When the run ends, early or not: on all batches, unless that is done. Says what got worse."""
         if not self._evaluates:
             return
-        as_at_start = self.figures if self._steps == steps else None  # on as many batches as before training
-        if self._steps != steps or not self._whole:
+        is_done = self._steps == steps
+        as_at_start = self.figures if is_done and self._whole != bool(self._limit) else None  # on as many batches
+        if not (is_done and self._whole):
             self._evaluate(steps, epoch, 0)
-            if as_at_start is None:
+            if not is_done:
                 self._compare()
         if self._start and self._limit and as_at_start is None:
             with random_states_kept():  # of other rows a difference would say nothing
