@@ -19,8 +19,8 @@ from utils.run.checkpoint_files import newest_checkpoint
 
 
 @pytest.fixture
-def run(small_models, pairs_folder, cache_folder, tmp_path):
-    """Two ranks of step 3 with a change to the trainer: run(patch, launcher, flags) -> (exit code, console)."""
+def step_3(small_models, pairs_folder, cache_folder, tmp_path):
+    """more flags -> the arguments of a run of two steps, for two ranks."""
     text = """
         --dtype fp32 --per_device_generation_batch_size 4 --per_device_training_batch_size 2 --num_warmup_steps 0
         --max_prompt_seq_len 24 --max_answer_seq_len 8 --enable_test_mode --test_stop_step 2
@@ -28,9 +28,15 @@ def run(small_models, pairs_folder, cache_folder, tmp_path):
     models = dict(actor_model_name_or_path=small_models / "actor", critic_model_name_or_path=small_models / "reward")
     places = dict(data_path=pairs_folder, data_output_path=cache_folder, output_dir=tmp_path / "out")
 
+    return lambda more: [*flags(text, **models, **places), *flags(more)]
+
+
+@pytest.fixture
+def run(step_3):
+    """Two ranks of step 3 with a change to the trainer: run(patch, launcher, flags) -> (exit code, console)."""
+
     def start(patch: str, launcher: str, more: str = "") -> tuple[int, str]:
-        arguments = [*flags(text, **models, **places), *flags(more)]
-        return launch(SCRIPTS / "patched_main.py", arguments, launcher, ranks=2, timeout=200, PATCH=patch)
+        return launch(SCRIPTS / "patched_main.py", step_3(more), launcher, ranks=2, timeout=200, PATCH=patch)
 
     return start
 
@@ -74,6 +80,29 @@ def test_non_finite_values_on_one_rank_end_all_ranks_alike(run, tmp_path, patch,
     assert ([] if checkpoint is None else checkpoint.state["position"]) == saved
     if not saved:
         assert "the weights of the engine 'actor' are not finite" in console
+
+
+JUDGE = """
+import os
+calls = []
+
+def judge(answers):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        raise ConnectionError("nobody listens")
+    return [1.0] * len(answers)
+"""
+
+
+def test_a_judge_that_fails_on_one_rank_ends_all_with_the_steps_before_saved(step_3, tmp_path):
+    (tmp_path / "judge.py").write_text(JUDGE)
+    more = f"--checkpoint_steps 50 --reward_function {tmp_path}/judge.py:judge --actor_zero_stage 3"
+    code, console = launch(3, step_3(more), "torchrun", ranks=2)
+    assert code != 0
+    assert f"judge raised ConnectionError at {tmp_path}/judge.py:8: nobody listens" in console
+    assert "step-00000001; the same command with --resume auto goes on from there" in console
+    assert console.count("error: ") == 1
+    assert newest_checkpoint(tmp_path / "out/checkpoints").state["position"] == [0, 1]
 
 
 def test_a_rank_that_stops_answering_ends_the_others_with_a_message(model_folder, pairs_folder, cache_folder, tmp_path):

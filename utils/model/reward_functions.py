@@ -13,6 +13,7 @@ import inspect
 import math
 import numbers
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,9 @@ class RewardFunction:
             scores = list(self.score(**arguments))
         # Whatever the user's code raises must reach all ranks as an error that names it.
         except (Exception, SystemExit) as error:
-            raise UserError(f"{self.flag} {self.name} raised {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"{self.flag} {self.name} raised {type(error).__name__}{_place_of(error)}: {error}"
+            ) from error
         for score in scores:
             if not isinstance(score, numbers.Real):
                 raise UserError(f"{self.flag} {self.name} gave {score!r} among its scores; expected numbers")
@@ -123,6 +126,13 @@ class RewardFunction:
                 f"there is no {', '.join(missing)}. There are: {OFFER}; columns of the data: "
                 f"{', '.join(columns) or 'none'}. Rename the parameters, or give a default to what it can do without"
             )
+
+
+def _place_of(error: BaseException) -> str:
+    """ " at FILE:LINE" of the function's own file, the innermost; "" where Python knows none."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the call here
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
 
 
 def columns_wanted(functions: Sequence[RewardFunction]) -> tuple[str, ...] | Literal["all"]:

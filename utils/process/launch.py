@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from utils.process.world import get_local_rank, get_rank, ranks_per_node
 
 COMM_TIMEOUT = 1800  # seconds, the default of --comm_timeout
 OWN_ERROR_SECONDS = 5  # how long a rank other than 0 waits before it prints an error of its own
+
+_rescue: weakref.WeakMethod | None = None  # see before_failing
 
 
 def check_restarts() -> None:
@@ -198,6 +201,22 @@ def init_distributed(args) -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
+def before_failing(rescue: Callable[[Exception], None]) -> None:
+    """Have a method called with the error that ends this process, before it is told; the newest one counts."""
+    global _rescue
+    _rescue = weakref.WeakMethod(rescue)  # a run that is over is not kept
+
+
+def _try_to_rescue(error: Exception) -> None:
+    """What goes wrong here must not hide the error that it is about."""
+    rescue = _rescue and _rescue()
+    if rescue is not None:
+        try:
+            rescue(error)
+        except Exception as another:
+            print(f"rank {get_rank()}: nothing could be saved after the error: {another}", file=sys.stderr)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Call a script's main(); turn what the user can mend into one readable line and exit code 1 on every rank.
 
@@ -217,6 +236,7 @@ def run_main(main: Callable[[], None]) -> None:
         exit_code = 128 + signal.SIGINT  # as shells have it
     except Exception as error:
         exit_code = 1
+        _try_to_rescue(error)
         _print_error(error)
     sys.stdout.flush()
     sys.stderr.flush()

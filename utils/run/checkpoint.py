@@ -19,7 +19,8 @@ from deepspeed.accelerator import get_accelerator
 
 from utils.arguments import nothing_saved
 from utils.process.console import print_rank_0
-from utils.process.errors import EndOfRun, UserError
+from utils.process.errors import EndOfRun, SharedError, UserError
+from utils.process.launch import before_failing
 from utils.process.ranks import all_reduce_sum
 from utils.process.versions import versions
 from utils.process.world import get_world_size
@@ -88,11 +89,13 @@ class Checkpoints:
             )
         if self.enabled:
             self._note_state()
-            self._signals = StopSignals()
+            self._signals, self._steps_before = StopSignals(), self.steps
+            before_failing(self._rescue)
 
     def _note_state(self) -> None:
         """What a checkpoint of this moment, between two steps, would hold of this rank."""
         self._rank_state, self._updates = take_rank_state(self._tracked), self._count_updates()
+        self._metrics_sizes = self._metrics.sizes()
 
     def _count_updates(self) -> list[int]:
         return [engine.global_steps - engine.skipped_steps for engine in self._engines.values()]
@@ -159,6 +162,21 @@ class Checkpoints:
             return str(error)
         return self._writer.last()
 
+    def _rescue(self, error: Exception) -> None:
+        """Before the run ends by this error: keep what is done, where the ranks can still agree on it.
+
+        They can where all raise the error alike, at the same place, as for a reward function that fails on one of
+        them; and a single one always can, but only complete what is copied: in which state other errors leave an
+        engine nobody knows.
+        """
+        saved = self._writer.steps_saved
+        if isinstance(error, SharedError) and self.steps > self._steps_before:
+            self.save_before_step()
+        elif isinstance(error, SharedError) or get_world_size() == 1:
+            self.complete()
+        if self._writer.steps_saved not in (saved, None):
+            print_rank_0(f"{self._writer.last()}; the same command with --resume auto goes on from there")
+
     def complete(self) -> None:
         """Wait for a checkpoint that is being written beside training, if one is; it counts from here on.
 
@@ -194,7 +212,7 @@ class Checkpoints:
             "position": self._position,
             "rows": self._rows,
             "prompt_format": self._prompt_format,
-            "metrics": self._metrics.position(),
+            "metrics": self._metrics.position(self._metrics_sizes),
         }
 
     def _snapshot(self) -> Snapshot:

@@ -104,13 +104,22 @@ class MetricsWriter:
             _cut_back(self._folder / name, *(self._resumed["files"].get(name, (0, 0)) if self._resumed else (0, 0)))
         self._file = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
 
-    def position(self) -> dict:
-        """How far the files are written, for a checkpoint; they are on the disk by then."""
+    def sizes(self) -> dict[str, int] | None:
+        """Of the files as they are now, for ``position``; None before the first row."""
+        if self._file is None:
+            return None
+        with self._naming_the_file():
+            files = (self._folder / name for name in FILES)
+            return {file.name: file.stat().st_size for file in files if file.exists()}
+
+    def position(self, sizes: dict[str, int] | None = None) -> dict:
+        """How far the files are written, or were when they had these sizes; on the disk by now. For a checkpoint."""
         files = {}
         with self._naming_the_file():
             self._open()
             for file in (self._folder / name for name in FILES if self._folder is not None):
                 content = file.read_bytes() if file.exists() else b""
+                content = content if sizes is None else content[: sizes.get(file.name, 0)]
                 if content:
                     flush_to_disk(file)
                 files[file.name] = [len(content), zlib.crc32(content)]
@@ -158,7 +167,10 @@ class MetricsWriter:
 class NullWriter:
     """The twin for the other ranks: takes everything, does nothing."""
 
-    def position(self) -> dict:
+    def sizes(self) -> None:
+        return None
+
+    def position(self, sizes=None) -> dict:
         return {}
 
     def write(self, step: int, values: dict, prefix: str = "train") -> None:
