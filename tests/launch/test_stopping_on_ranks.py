@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 
+import psutil
 import pytest
 from helpers import (
     PYTHONPATH,
@@ -41,6 +42,33 @@ def test_sigterm_ends_a_forked_worker_of_a_rank(run_step, start, tmp_path, monke
     monkeypatch.setattr(Checkpoints, "end_step", forking)
     run_step(1, [*start(1), "--output_dir", tmp_path, "--checkpoint_dir", tmp_path / "checkpoints"])
     assert ends == [-signal.SIGTERM]
+
+
+SLOW_PACKAGE = """
+import os, pathlib, time
+pathlib.Path(os.environ["LOADING"], os.environ["RANK"]).touch()
+time.sleep(100)
+"""
+
+
+def test_ranks_whose_launcher_is_killed_while_they_load_packages_end_with_it(tmp_path):
+    (tmp_path / "transformers.py").write_text(SLOW_PACKAGE)  # torchrun itself does not load it
+    (tmp_path / "loading").mkdir()
+    environment = surroundings(LOADING=str(tmp_path / "loading"), PYTHONPATH=str(tmp_path))
+    command, end = launch_command(1, ["--help"], "torchrun", 2), time.monotonic() + 90
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    try:
+        while len(list((tmp_path / "loading").iterdir())) < 2:
+            assert run.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        ranks = psutil.Process(run.pid).children()
+    finally:
+        run.kill()
+        run.wait()
+    left = psutil.wait_procs(ranks, timeout=20)[1]
+    for rank in left:
+        rank.kill()
+    assert len(ranks) == 2 and not left
 
 
 CASES = [(launcher, number) for launcher in ("torchrun", "deepspeed") for number in (signal.SIGTERM, signal.SIGINT)]

@@ -54,3 +54,10 @@ def test_packages_import_downwards_at_the_top_and_never_in_a_circle():
     inside = [f"{module}, {f.name}: {imports(f)}" for module in functions for f in functions[module] if imports(f)]
     assert (upwards, inside) == ([], [])
     TopologicalSorter(graph).prepare()  # raises CycleError, naming the circle
+
+
+def test_the_steps_follow_their_launcher_before_they_load_packages():
+    for file in PROJECT.glob("training/*/main.py"):
+        after = file.read_text().partition("sys.path.insert(")[2].partition("\n")[2]
+        first = next(node for node in ast.parse(after).body if isinstance(node, ast.Import | ast.ImportFrom))
+        assert ast.unparse(first) == "import utils.process.follow_launcher", file

@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils.process.follow_launcher  # noqa: F401  (before what takes seconds to load)
+
+# isort: split
+
 import torch
 from transformers import AutoModelForCausalLM
 

@@ -5,14 +5,11 @@ needs an "if distributed".
 """
 
 import contextlib
-import ctypes
 import datetime
 import os
-import re
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 import warnings
@@ -27,6 +24,7 @@ import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
 
+import utils.process.follow_launcher  # noqa: F401
 from utils.process.errors import EndOfRun, SharedError, UserError, meaning_of
 from utils.process.operators import prepare_operators
 from utils.process.ranks import barrier
@@ -49,36 +47,6 @@ def check_restarts() -> None:
             "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, on every node; "
             "without it ranks that are started again look for each other where the ended ones were"
         )
-
-
-def follow_launcher(poll_seconds: float = 1.0) -> None:
-    """Under ``deepspeed`` or ``torchrun``: end with them, so that no rank is left over and holds memory and ports.
-
-    A launcher that is killed cannot end its ranks. Linux does it for the parent of a process. Above ``deepspeed``'s
-    parent stands its runner, which dies of SIGTERM without telling anyone on a single node: a rank that sees it gone
-    takes that for a SIGTERM of its own.
-    """
-    libc = ctypes.CDLL(None)
-    if "RANK" not in os.environ or not hasattr(libc, "prctl"):  # nobody started it, or this is no Linux
-        return
-    launcher = psutil.Process(os.getppid())
-    command = " ".join(launcher.cmdline())
-    if not re.search(r"deepspeed\.launcher\.launch|torch\.distributed\.run|torchrun", command):
-        return  # a shell, say, whose background processes may outlive it
-    set_parent_death_signal = 1
-    libc.prctl(set_parent_death_signal, int(signal.SIGKILL))
-    if "deepspeed.launcher.launch" not in command:
-        return
-    runner = launcher.ppid()
-    if not Path(f"/proc/{runner}/cmdline").read_text().replace("\0", " ").count("deepspeed"):
-        return  # started by pdsh or by hand on this node
-
-    def watch() -> None:
-        while launcher.ppid() == runner:
-            time.sleep(poll_seconds)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="follow_launcher", daemon=True).start()
 
 
 def _free_port() -> int:
@@ -180,7 +148,6 @@ def init_distributed(args) -> torch.device:
             seconds that bound every collective.
     """
     check_restarts()
-    follow_launcher()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
