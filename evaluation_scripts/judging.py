@@ -4,6 +4,7 @@ A record is one prompt, answered by one model in one mode, as prompt_eval.py mak
 """
 
 import gc
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,16 +51,25 @@ def judge_by_reward_model(
 ) -> None:
     """Score every answer with a reward model, which is loaded here, asked in its own format and let go again.
 
+    One that was cut off is scored at its last token, without the end that it did not come to, as step 3 does it.
+
     Args:
         prompts: those of the records, by prompt_number.
         name: under which the scores go.
     """
     judge = load_judge(path, args)
     print(f"{path} judges in {judge.asked.reason}", file=sys.stderr, flush=True)
-    pairs = [(record["prompt_number"], answer) for record in records for answer in record["answers"]]
+    pairs = [
+        (record["prompt_number"], answer, ended)
+        for record in records
+        for answer, ended in zip(record["answers"], record["ended"], strict=True)
+    ]
     # Each text once: models that say the same must tie, which rounding in different batches would not let them.
     distinct = list(dict.fromkeys(pairs))
-    to_score = [record_of(answered(prompts[number], answer), f"prompt {number + 1}") for number, answer in distinct]
+    to_score = [
+        record_of(answered(prompts[number], answer), f"prompt {number + 1}", (ended,))
+        for number, answer, ended in distinct
+    ]
     longest = judge.max_positions or 1 << 20
     scored, scores = score_records(judge, to_score, longest, args.batch_size, args.allow_special_tokens)
     if len(scored) < len(to_score):
@@ -88,10 +98,12 @@ class Comparison:
     """What a judge finds of one model in one mode; against the baseline's answers to the same prompts in that mode.
 
     Attributes:
-        mean: of the scores of all prompts; of several answers to a prompt their mean counts.
+        mean: of the scores of all prompts; of several answers to a prompt their mean counts. NaN for a prompt whose
+            answers have no finite score: it counts nowhere but in ``left_out``.
         better, ties, worse: prompts at which the model scores higher than, as high as, lower than the baseline.
         win_rate: (better + ties / 2) / prompts, with its Wilson interval.
         difference: mean of the score differences, with its interval by a bootstrap over prompts.
+        left_out: prompts that this model or the baseline has no score of.
     """
 
     judge: str
@@ -105,20 +117,33 @@ class Comparison:
     win_rate_interval: tuple[float, float] | None = None
     difference: float | None = None
     difference_interval: tuple[float, float] | None = None
+    left_out: int = 0
 
 
 def compare(judge: str, mode: str, title: str, scores: list[float], baseline: list[float] | None) -> Comparison:
     """A comparison of the scores of each prompt; ``baseline`` None for the baseline itself."""
     if baseline is None:
-        return Comparison(judge, mode, title, fmean(scores))
-    differences = [ours - theirs for ours, theirs in zip(scores, baseline, strict=True)]
+        known = [score for score in scores if math.isfinite(score)]
+        return Comparison(judge, mode, title, mean_of(known), left_out=len(scores) - len(known))
+    both = [pair for pair in zip(scores, baseline, strict=True) if all(map(math.isfinite, pair))]
+    left_out = len(scores) - len(both)
+    if not both:
+        return Comparison(judge, mode, title, math.nan, left_out=left_out)
+    scores, differences = [ours for ours, _ in both], [ours - theirs for ours, theirs in both]
     better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     ties, total = len(differences) - better - worse, len(differences)
     wins = better + ties / 2
     return Comparison(
         *(judge, mode, title, fmean(scores), better, ties, worse),
         *(wins / total, wilson_interval(wins, total), fmean(differences), bootstrap_interval(differences)),
+        left_out,
     )
+
+
+def mean_of(scores: Sequence[float]) -> float:
+    """Of the finite ones; NaN where there are none."""
+    known = [score for score in scores if math.isfinite(score)]
+    return fmean(known) if known else math.nan
 
 
 def comparisons(records: list[dict]) -> list[Comparison]:
@@ -126,7 +151,7 @@ def comparisons(records: list[dict]) -> list[Comparison]:
     scores = {}  # judge, mode -> title -> mean score of each prompt
     for record in sorted(records, key=lambda record: record["prompt_number"]):
         for judge, values in record.get("scores", {}).items():
-            scores.setdefault((judge, record["mode"]), {}).setdefault(record["title"], []).append(fmean(values))
+            scores.setdefault((judge, record["mode"]), {}).setdefault(record["title"], []).append(mean_of(values))
     found = []
     for (judge, mode), of_models in scores.items():
         baseline = next(iter(of_models.values()))
@@ -159,4 +184,9 @@ def comparison_table(found: list[Comparison]) -> str:
     rows = [list(COLUMNS), *map(cells, found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, INTERVALS])
+    left_out = [
+        f"{one.title}, {one.mode}: {one.left_out} prompts without a finite score by {one.judge} are left out"
+        for one in found
+        if one.left_out
+    ]
+    return "\n".join([*lines, *left_out, INTERVALS])

@@ -8,6 +8,7 @@ Step 2 and DPO read the pairs, step 1 the best answers. An answer is worth the w
 """
 
 import argparse
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -169,7 +170,8 @@ def judge(records: list[dict], prompts: list[Example], rows: list[dict], models,
         judge_by_function(records, function, rows)
     weights = {name: weight for name, _, weight in models} | {one.name: one.weight for one in functions}
     for record in records:
-        of_judges = [[weights[name] * score for score in scores] for name, scores in record["scores"].items()]
+        weighed = [(name, scores) for name, scores in record["scores"].items() if weights[name]]  # 0 only watches
+        of_judges = [[weights[name] * score for score in scores] for name, scores in weighed]
         record["worth"] = [sum(scores) for scores in zip(*of_judges, strict=True)]
 
 
@@ -177,12 +179,15 @@ def judge(records: list[dict], prompts: list[Example], rows: list[dict], models,
 
 
 def ranked(record: dict, counts: Counter) -> list[int]:
-    """Positions of the answers that can be compared, the best one first: without empty ones and repetitions."""
+    """Positions of the answers that can be compared, the best one first: without empty ones, repetitions, and those
+    that a judge gave no finite score."""
     answers, worth = record["answers"], record["worth"]
     first = {text: number for number, text in reversed(list(enumerate(answers))) if text}
+    scored = [number for number in first.values() if math.isfinite(worth[number])]
     counts["empty answers"] += answers.count("")
     counts["repeated answers"] += len(answers) - answers.count("") - len(first)
-    return sorted(first.values(), key=lambda number: (-worth[number], number))
+    counts["answers without a finite score"] += len(first) - len(scored)
+    return sorted(scored, key=lambda number: (-worth[number], number))
 
 
 def pairs_of(record: dict, kinds: Sequence[str], min_margin: float, counts: Counter) -> list[tuple[int, int]]:
@@ -283,6 +288,8 @@ def main(argv=None) -> None:
         reward_models(args.judge_reward_model),
         load_reward_functions(args.judge_function, "--judge_function"),
     )
+    if not any([*(weight for _, _, weight in models), *(function.weight for function in functions)]):
+        raise UserError("every judge has the weight 0: nothing says which answer is better")
     prompts, rows_of_prompts = read_prompts(args.prompts_file)
     check_one_kind(prompts)
     check_columns(functions, [name for name in rows_of_prompts[0] if all(name in row for row in rows_of_prompts)])

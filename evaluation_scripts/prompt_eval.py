@@ -256,6 +256,7 @@ def answer_all(title: str, path: str, prompts: list[Example], modes: dict[str, d
             texts = [answer.text for answer in answers]
             if args.cut_at_next_human:
                 texts = [cut_at_next_human(answer, lm.prompt_format) for answer in texts]
+            cut = [len(text) < len(answer.text) for text, answer in zip(texts, answers, strict=True)]
             records.append(
                 {
                     "prompt_number": number,
@@ -266,7 +267,7 @@ def answer_all(title: str, path: str, prompts: list[Example], modes: dict[str, d
                     "mode": mode,
                     "answers": [answer.strip() for answer in texts],
                     "num_tokens": [answer.num_tokens for answer in answers],
-                    "ended": [answer.ended for answer in answers],
+                    "ended": [answer.ended or shorter for answer, shorter in zip(answers, cut, strict=True)],
                 }
             )
     lm.close()

@@ -67,6 +67,7 @@ class Record:
         ranks: of the answers, 1 for the best, which comes first; equal ones are a tie.
         example: the same, as the row maker takes it.
         place: the row it comes from, for messages.
+        ended: of each answer, whether it came to its end; empty: all did. Others are scored without an end token.
     """
 
     prompt: str | list[Message]
@@ -74,6 +75,7 @@ class Record:
     ranks: tuple[int, ...]
     example: Example
     place: str = ""
+    ended: tuple[bool, ...] = ()
 
     @cached_property
     def pairs(self) -> list[tuple[int, int]]:
@@ -82,9 +84,9 @@ class Record:
         return [(i, j) for i, j in combinations(order, 2) if self.ranks[i] < self.ranks[j]]
 
 
-def record_of(example: Example, place: str = "") -> Record:
+def record_of(example: Example, place: str = "", ended: tuple[bool, ...] = ()) -> Record:
     ranks = getattr(example, "ranks", ()) or tuple(range(1, len(example.answers) + 1))
-    return Record(example.prompt, example.answers, ranks, example, place)
+    return Record(example.prompt, example.answers, ranks, example, place, ended)
 
 
 def question_record(prompt: str, *answers: str) -> Record:
@@ -222,7 +224,7 @@ def encode_records(
     kept, encoded, places = [], [], {}  # reason -> places of rows
     for record in records:
         try:
-            encoded.append(makers[type(record.example)].pair_of(record.example))
+            encoded.append(makers[type(record.example)].pair_of(record.example, record.ended))
             kept.append(record)
         except SkipRow as reason:
             places.setdefault(str(reason), []).append(record.place)

@@ -45,7 +45,7 @@ from utils.run.checkpoint_files import (
     read_small_file,
 )
 from utils.run.engine_state import refused_content
-from utils.run.same_run import model_fingerprint
+from utils.run.same_run import same_model
 from utils.run.saved_average import SavedAverage
 from utils.run.saved_engine import SavedEngine
 
@@ -117,7 +117,7 @@ class Part:
 def check_start(checkpoint: SavedCheckpoint, start: str, path: str) -> None:
     """Refuse another model than the one that the run started from: what was frozen is in that one alone."""
     then = checkpoint.state["models"].get(start)
-    if then is not None and model_fingerprint(path) != then:
+    if then is not None and not same_model(path, then):
         raise UserError(
             f"{path} does not hold the weights that the run of {checkpoint.folder} started from (--{start}); where "
             "they lie now is said by --model"

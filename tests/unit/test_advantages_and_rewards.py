@@ -442,5 +442,10 @@ def test_step_3_without_critic_or_reward_model(run_step, model_folder, pairs_fol
     assert len(rows) == 2 and all(row["train/score"] == pytest.approx(row["train/score/length"]) for row in rows)
     assert (tmp_path / "actor/model.safetensors").exists() and not (tmp_path / "critic").exists()
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert {row["step"] for row in samples} == {0, 1} and {"prompt", "answer", "score", "kl"} <= set(samples[0])
+    assert {row["step"] for row in samples} == {row["step"] for row in rows} == {1, 2} and {
+        "prompt",
+        "answer",
+        "score",
+        "kl",
+    } <= set(samples[0])
     assert samples[0]["prompt"] == samples[1]["prompt"] != samples[2]["prompt"], "two answers to each prompt"

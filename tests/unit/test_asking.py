@@ -235,8 +235,8 @@ def test_built_in_pairs_are_scored_in_the_judge_s_format(monkeypatch, judges, ca
 
 
 def test_answers_are_judged_in_the_judge_s_own_format(monkeypatch, judges):
-    """Whatever format the answering models had."""
-    records = [{"prompt_number": number, "answers": ["red", "blue"]} for number in (0, 1)]
+    """Whatever format the answering models had; an answer that was cut off gets no end, as in training."""
+    records = [{"prompt_number": number, "answers": ["red", "red"], "ended": [True, False]} for number in (0, 1)]
     prompts = [Texts("say it"), Conversation(TALK)]
     seen = []
     monkeypatch.setattr(rw_eval, "score_rows", lambda model, rows, size: seen.extend(rows) or [0.0] * len(rows))
@@ -245,6 +245,7 @@ def test_answers_are_judged_in_the_judge_s_own_format(monkeypatch, judges):
     starts = [trained_ids(judges["hh"], "hh", turns) for turns in ([user("say it")], TALK)]
     for start, rows in zip(starts, (seen[:2], seen[2:]), strict=True):
         assert all(row[: len(start)] == start for row in rows)
+        assert rows[0] == [*rows[1], AutoTokenizer.from_pretrained(judges["hh"]).eos_token_id]
     assert records[1]["scores"]["reward_model"] == [0.0, 0.0]
 
 

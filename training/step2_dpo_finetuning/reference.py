@@ -129,5 +129,5 @@ def _file(args, tokenizer, datasets) -> Path:
     weights = find_checkpoint(args.model_name_or_path).files[0].parent  # a name on the hub has a folder in its cache
     rows = [rows_fingerprint(dataset, sampled=len(dataset)) for dataset in datasets]
     model = args.dtype, args.attn_implementation, args.quantize, args.quantize_double, len(tokenizer)
-    key = hashlib.sha256(json.dumps([model_fingerprint(weights), rows, model]).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps([model_fingerprint(weights, whole=True), rows, model]).encode()).hexdigest()[:24]
     return Path(args.data_output_path) / "reference" / f"{key}.safetensors"

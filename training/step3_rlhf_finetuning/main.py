@@ -37,7 +37,7 @@ from utils.engine.nonfinite import NonFiniteSteps
 from utils.engine.steps import moving_average
 from utils.model.loading import load_config
 from utils.model.model_utils import check_model
-from utils.model.reward_functions import check_columns, columns_wanted, load_reward_functions
+from utils.model.reward_functions import check_columns, check_weights, columns_wanted, load_reward_functions
 from utils.model.reward_model import reward_scale
 from utils.model.tokenizer import check_same_tokenizer
 from utils.planning.preflight import preflight
@@ -63,6 +63,7 @@ def check_inputs(args, reward_functions):
     """
     actor, critic, code = args.actor_model_name_or_path, args.critic_model_name_or_path, args.trust_remote_code
     agree(lambda: [load_config(model, code) for model in (actor, critic) if model is not None])
+    check_weights(reward_functions, args.reward_model_weight)
     check_columns(reward_functions, preparation.check_data_of_step(args, encoding.RLHF))
     tokenizer = build.load_tokenizer(args, actor)
     lengths = {"--max_prompt_seq_len": args.max_prompt_seq_len, "--max_answer_seq_len": args.max_answer_seq_len}
@@ -117,12 +118,10 @@ def generate(trainer, prompt_batches, args, step: int, times: StepTimes, refuse)
 
 
 def judge(trainer, experience) -> dict[str, float]:
-    """Rewards and advantages into the experience; what it was like, and the KL weight that follows from that."""
+    """Rewards and advantages into the experience; what it was like."""
     trainer.compute_rewards(experience)
     trainer.get_advantages_and_returns(experience)
-    figures = trainer.experience_metrics(experience)
-    trainer.kl_controller.update(figures["kl"], int(figures["used_answers"]))
-    return figures
+    return trainer.experience_metrics(experience)
 
 
 def update_models(trainer, args, skip, experience, batch, shuffler, unsupervised) -> list[dict]:
@@ -208,13 +207,14 @@ def main():
             prompt_batches = (batching.to_device(next(batches), device) for _ in range(batch.rounds))
             experience = generate(trainer, prompt_batches, args, step, times, partial(nonfinite.refuse, step=update))
 
-            # 4b. Rewards and advantages, once; the KL weight for the next step
+            # 4b. Rewards and advantages, once
             figures = judge(trainer, experience)
             times.experience = watch.lap()
 
-            # 4c. Updates: several passes, each in a fresh order
+            # 4c. Updates: several passes, each in a fresh order; the KL weight for the next step
             skip = partial(nonfinite.skip, step=update)
             losses = update_models(trainer, args, skip, experience, batch, shuffler, unsupervised)
+            trainer.kl_controller.update(figures["kl"], int(figures["used_answers"]))
             times.training = watch.lap()
 
             # 4d. Report

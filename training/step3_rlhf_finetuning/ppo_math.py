@@ -87,7 +87,8 @@ def log_prob_gap(
         mean and maximum of the absolute difference in nats; 0 where there is no token.
     """
     gap = (log_probs - rollout_log_probs).abs().masked_fill(mask == 0, 0.0)
-    return masked_mean(gap, mask, reduce), reduce_max(gap.amax())
+    largest = gap.amax() if gap.numel() else gap.new_zeros(())  # a rank may have no row of an evaluation
+    return masked_mean(gap, mask, reduce), reduce_max(largest)
 
 
 def truncated_importance_weights(

@@ -53,10 +53,18 @@ class DeepSpeedPPOTrainer:
 
     def state_dict(self) -> dict:
         """What a checkpoint of the run must hold beside the engines."""
-        return {"kl_ctl": self.kl_controller.value, "skipped_updates": self.skipped_updates}
+        return {
+            "kl_ctl": self.kl_controller.value,
+            "kl_ctl_at_start": self.args.kl_ctl,
+            "skipped_updates": self.skipped_updates,
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        self.kl_controller.value, self.skipped_updates = float(state["kl_ctl"]), int(state["skipped_updates"])
+        self.skipped_updates = int(state["skipped_updates"])
+        changed = "kl_ctl" in self.args.allow_changed
+        # Another --kl_ctl than before is a new start for the weight. Older checkpoints do not say what it was.
+        if state.get("kl_ctl_at_start", None if changed else self.args.kl_ctl) == self.args.kl_ctl:
+            self.kl_controller.value = float(state["kl_ctl"])
 
     # ------------------------------------------------------------ experience
 
@@ -206,19 +214,23 @@ class DeepSpeedPPOTrainer:
         """[B, n], [B] bool -> [B]: the weighted sum, the reward model's share scaled, a missing EOS paid for.
 
         A reward model has learned from answers that end. Of the others its score is a guess, often a high one, and
-        counts as its mean at most: answers that never end must not pay.
+        counts as its mean at most: answers that never end must not pay. What weighs 0 is only watched: it may be NaN.
         """
         parts = list(score_parts.float().unbind(1))
-        weights = [function.weight for function in self.reward_functions]
+        scores = -self.args.missing_eos_penalty * (~ended).float()
         if self.reward_model is not None:
-            weights.insert(0, self.args.reward_model_weight)
+            part = parts.pop(0)
             if self.reward_scale is not None:
                 mean, std = self.reward_scale
-                parts[0] = (parts[0] - mean) / std
-                if self.args.missing_eos_penalty:
-                    parts[0] = torch.where(ended, parts[0], parts[0].clamp(max=0.0))
-        scores = sum(weight * part for weight, part in zip(weights, parts, strict=True))
-        return scores - self.args.missing_eos_penalty * (~ended).float()
+                part = (part - mean) / std
+            part = self.args.reward_model_weight * part
+            if self.reward_scale is not None and self.args.missing_eos_penalty:
+                part = torch.where(ended, part, part.clamp(max=0.0))
+            scores = scores + part
+        for function, part in zip(self.reward_functions, parts, strict=True):
+            if function.weight:
+                scores = scores + function.weight * part
+        return scores
 
     def _answer_log_probs(self, label_log_probs: LabelLogProbs, input_ids, attention_mask, width, with_entropy=False):
         """Log-probs [B, A] of the last ``width`` tokens, 0 at pads; and their entropies [B, A], or None."""
@@ -263,7 +275,10 @@ class DeepSpeedPPOTrainer:
         else:
             advantages = self._group_advantages(experience).unsqueeze(1) * experience.answer_mask
         if self.args.whiten_advantages:
-            advantages = ppo_math.masked_whiten(advantages, experience.answer_mask, all_reduce_sum)
+            mask = experience.answer_mask
+            if self.args.drop_groups_without_spread:  # over the rows that train
+                mask = mask * experience.has_spread.unsqueeze(1)
+            advantages = ppo_math.masked_whiten(advantages, mask, all_reduce_sum)
         experience.advantages = advantages
         return experience
 
@@ -277,7 +292,7 @@ class DeepSpeedPPOTrainer:
         )
 
     def experience_metrics(self, experience: Experience) -> dict[str, float]:
-        """What the rollouts were like, over all ranks."""
+        """What the rollouts were like, over all ranks; means are NaN where there is no answer to take them of."""
         mask, scores = experience.answer_mask, experience.scores
         used = experience.usable.float()
         difference = experience.log_probs - experience.ref_log_probs
@@ -293,12 +308,17 @@ class DeepSpeedPPOTrainer:
             experience.rewards.sum(),
             (ppo_math.kl_per_token(experience.log_probs, experience.ref_log_probs, "k3") * mask).sum(),
         ]
-        parts = (torch.nan_to_num(experience.score_parts) * used.unsqueeze(1)).sum(0)
+        known = experience.score_parts.isfinite() & experience.usable.unsqueeze(1)  # a watched one may be NaN
+        parts = torch.where(known, experience.score_parts, 0.0).sum(0)
         rows, used_rows, score, squares, kl, tokens, length, ended, reward, k3, *parts = all_reduce_sum(
-            torch.cat([torch.stack(sums), parts])
+            torch.cat([torch.stack(sums), parts, known.sum(0).float()])
         ).tolist()
-        n = max(used_rows, 1)
-        more = {f"score/{name}": part / n for name, part in zip(self.score_names, parts, strict=True)}
+        n = used_rows or math.nan
+        halves = parts[: len(self.score_names)], parts[len(self.score_names) :]
+        more = {
+            f"score/{name}": part / (count or math.nan)
+            for name, part, count in zip(self.score_names, *halves, strict=True)
+        }
         if experience.values is not None:
             more["explained_variance"] = ppo_math.explained_variance(
                 experience.values, experience.returns, mask, all_reduce_sum
@@ -312,7 +332,7 @@ class DeepSpeedPPOTrainer:
             more |= {"rollout_log_prob_gap": gap.item(), "rollout_log_prob_gap_max": largest.item()}
         return {
             "score": score / n,
-            "score_std": math.sqrt(max(squares / n - (score / n) ** 2, 0)),
+            "score_std": math.sqrt(max(squares / n - (score / n) ** 2, 0)) if used_rows else math.nan,
             "reward": reward / n,
             "kl": kl / n,
             "kl_per_token": kl / max(tokens, 1),

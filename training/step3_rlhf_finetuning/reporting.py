@@ -116,7 +116,7 @@ class Reporter:
             shown = self.args.samples_shown, self.args.num_generations_per_prompt
             samples = sample_rows(experience, self.trainer.tokenizer, *shown)
             print_rank_0(sample_table(samples))
-            self.writer.write_samples(step, samples)
+            self.writer.write_samples(step + 1, samples)
         print_classic("-" * 85)
         run = {
             "updates": len(losses),
@@ -127,7 +127,7 @@ class Reporter:
             "gather_seconds": times.gather,
             "training_seconds": times.training,
         }
-        self.writer.write(step, metrics | averaged | throughput | run)
+        self.writer.write(step + 1, metrics | averaged | throughput | run)  # as all rows: steps that are done
         return answer_tokens
 
     def _print_first_lines(self, epoch: int, step: int, averaged: dict, rows: int, times: StepTimes) -> None:

@@ -52,16 +52,47 @@ def check_rlhf(args, ranks: int | None = None) -> None:
     _check_precision(args)
     for stage in (args.actor_zero_stage, args.critic_zero_stage):
         check_config_file(args, stage)
+    _check_sampling(args)
+    if args.enable_test_mode and args.test_stop_step < 1:
+        raise UserError("--enable_test_mode needs --test_stop_step 1 or more")
+    _check_rewards(args)
+    _check_kl_weight(args, ranks)
+
+
+def _check_sampling(args) -> None:
+    """Greedy decoding against the flags of sampling, and against what needs answers that differ."""
     greedy = "--no-do_sample" if not args.do_sample else "--temperature 0" if args.temperature == 0 else None
     if greedy is not None and (args.top_p != 1 or args.top_k):
         raise UserError(
             f"--top_p and --top_k limit what is sampled from; they do nothing with {greedy}: leave them out"
         )
+    if not args.do_sample and args.temperature not in (0, 1):
+        raise UserError(
+            f"--temperature {args.temperature:g} is of sampling; it does nothing with --no-do_sample: leave it out"
+        )
     if args.top_p == 0:
         raise UserError("--top_p 0 leaves no token to sample from; 1 samples from all")
-    if args.enable_test_mode and args.test_stop_step < 1:
-        raise UserError("--enable_test_mode needs --test_stop_step 1 or more")
-    _check_rewards(args)
+    if greedy is None and args.top_k == 1:
+        greedy = "--top_k 1"
+    if greedy is not None and args.advantage_estimator != "gae":
+        raise UserError(
+            f"--advantage_estimator {args.advantage_estimator} compares several answers to a prompt, and with {greedy} "
+            "they are all the same: nothing would be learned"
+        )
+
+
+def _check_kl_weight(args, ranks: int) -> None:
+    """The adaptive KL weight: it starts above 0, and stays there."""
+    if args.kl_target is None:
+        return
+    if args.kl_ctl == 0:
+        raise UserError("--kl_target multiplies the KL weight, and --kl_ctl 0 stays 0: give a --kl_ctl to start from")
+    answers = RLHFBatchSizes.of(args).rows_per_update * ranks
+    if answers >= 5 * args.kl_horizon:
+        raise UserError(
+            f"--kl_horizon {args.kl_horizon}: an update of 5 times as many answers or more, and this run's have "
+            f"{answers}, could make the KL weight 0 or negative: give a longer horizon"
+        )
 
 
 def _check_generation(args) -> None:
@@ -182,8 +213,20 @@ def _check_losses(args) -> None:
             "--drop_groups_without_spread: gae compares an answer with what the critic expects, not with the others to "
             "its prompt, and learns from all of them: leave it out, or take --advantage_estimator rloo or grpo"
         )
+    if estimator != "gae":
+        for flag, default, what in (
+            ("gamma", 1.0, "discounts rewards token by token"),
+            ("lam", 0.95, "weighs what the critic expects against rewards"),
+            ("cliprange_value", 0.2, "clips the critic's values"),
+        ):
+            if getattr(args, flag) != default:
+                raise UserError(
+                    f"--{flag} {getattr(args, flag):g} {what}; {estimator} compares whole answers, without a critic: "
+                    "leave it out"
+                )
     one_step = args.ppo_epochs == 1 and RLHFBatchSizes.of(args).steps_per_pass == 1
-    if args.cliprange_high is not None and one_step and not (args.actor_dropout or args.rollout_log_probs):
+    moves = args.actor_dropout or args.rollout_log_probs or (args.actor_lora_dim and args.actor_lora_dropout)
+    if args.cliprange_high is not None and one_step and not moves:
         raise UserError(
             "--cliprange_high: with --ppo_epochs 1 and one optimizer step per update the policy has not moved when the "
             "loss is taken, its ratio is 1, and nothing is clipped: more passes, or a smaller "

@@ -292,10 +292,20 @@ class RewardRowMaker(RowMaker):
         "ranks": pa.list_(pa.int32()),
     }
 
-    def pair_of(self, example: Texts | Conversation) -> Pair:
-        """One example, encoded. Raises SkipRow where the prompt format cannot write it."""
+    def pair_of(self, example: Texts | Conversation, ended: Sequence[bool] = ()) -> Pair:
+        """One example, encoded. Raises SkipRow where the prompt format cannot write it.
+
+        Args:
+            ended: of each answer; one that was cut off gets no end token. Empty: all ended.
+        """
         [((example, rendered, _), _)] = self.samples_of(example, {})
-        return self.pair(example, rendered, self.encoded(rendered))
+        pair = self.pair(example, rendered, self.encoded(rendered))
+        if all(ended):
+            return pair
+        rows = [
+            ids if end or ids[-1] not in self.end_ids else ids[:-1] for ids, end in zip(pair.rows, ended, strict=True)
+        ]
+        return pair._replace(rows=rows)
 
     def pair(self, example, rendered: list[Rendered], encoded: list[EncodedText]) -> Pair:
         fits = self.fits(rendered, encoded)

@@ -161,6 +161,13 @@ def check_columns(functions: Sequence[RewardFunction], available: Sequence[str])
         )
 
 
+def check_weights(functions: Sequence[RewardFunction], reward_model_weight: float) -> None:
+    """Raises UserError: nothing that scores has a weight."""
+    if not reward_model_weight and not any(function.weight for function in functions):
+        names = ", ".join(function.name for function in functions)
+        raise UserError(f"--reward_model_weight and the weight of {names} are 0: nothing would be rewarded")
+
+
 def load_reward_functions(named: list[str], flag: str = "--reward_function") -> list[RewardFunction]:
     """The functions of ``FILE.py:NAME`` or ``FILE.py:NAME:WEIGHT``.
 

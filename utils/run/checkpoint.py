@@ -54,7 +54,7 @@ class Checkpoints:
         self.folder = _folder_of(args)
         self.enabled = args.checkpoint_steps > 0 or args.checkpoint_dir is not None
         self._fingerprints = {name: model_fingerprint(getattr(args, name)) for name in models}
-        self._start = StartingPoint(args, self.folder, self.enabled, self._fingerprints)
+        self._start = StartingPoint(args, self.folder, self.enabled, models)
         self.args = self._start.args
         steps_saved = None if self.resumed is None else self.resumed["steps"]
         self._writer = CheckpointWriter(self.folder, args.keep_checkpoints, steps_saved)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ from utils.data.sources import data_config_content
 from utils.process.errors import UserError
 from utils.process.world import get_world_size
 
+BLOCKS_KIND = "blocks "  # begins a fingerprint of blocks from all over the files
+CONFIG = "config.json"
 # What checkpoints of earlier versions hold among the flags though it is none: it follows from those that are compared.
 NO_FLAGS = {"checkpoint_dir_given", "end_of_conversation_token", "global_rank"}
 # How weights and optimizer are dealt out over the ranks: a checkpoint serves any.
@@ -43,18 +46,50 @@ def flags_of(args) -> dict:
     }
 
 
-def model_fingerprint(folder: str | None) -> str | None:
-    """Of a model's files: names, sizes, and what stands at the head and the end of each. None for a name on the hub."""
+def model_fingerprint(folder: str | None, whole: bool = False) -> str | None:
+    """Of a model's files: names, sizes, and blocks from all over each. None for a name on the hub.
+
+    Args:
+        whole: all that stands in them counts, and the model's configuration.
+    """
+    digest = _digest_of_files(folder, _everything, CONFIG) if whole else _digest_of_files(folder, _blocks)
+    return digest and BLOCKS_KIND + digest
+
+
+def same_model(folder: str | None, then: str | None) -> bool:
+    """Whether a checkpoint noted this fingerprint of a model's files; older ones only knew how each begins and ends."""
+    if then is not None and not then.startswith(BLOCKS_KIND):
+        return _digest_of_files(folder, _ends) == then
+    return model_fingerprint(folder) == then
+
+
+def _digest_of_files(folder: str | None, parts: Callable[[int], Iterable[tuple[int, int]]], *more: str) -> str | None:
+    """Of the weights' files and ``more``. ``parts``: size of a file -> (offset, length) of what counts of it."""
     if folder is None or not Path(folder).is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted(file for file in Path(folder).iterdir() if file.suffix in (".safetensors", ".bin", ".gguf")):
+    kinds = (".safetensors", ".bin", ".gguf")
+    for file in sorted(file for file in Path(folder).iterdir() if file.suffix in kinds or file.name in more):
         size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as content:
-            head = content.read(2**20)
-            content.seek(max(0, size - 2**20))
-            digest.update(f"{file.name} {size} ".encode() + head + content.read(2**20))
+            for offset, length in parts(size):
+                content.seek(offset)
+                digest.update(content.read(length))
     return digest.hexdigest()
+
+
+def _blocks(size: int, count: int = 64, length: int = 2**16) -> Iterable[tuple[int, int]]:
+    """Spread evenly: training changes weights everywhere, and an adapter at least the same ones of every layer."""
+    return [(offset, length) for offset in np.linspace(0, max(0, size - length), count, dtype=np.int64).tolist()]
+
+
+def _ends(size: int) -> Iterable[tuple[int, int]]:
+    return (0, 2**20), (max(0, size - 2**20), 2**20)
+
+
+def _everything(size: int, length: int = 2**24) -> Iterable[tuple[int, int]]:
+    return ((offset, length) for offset in range(0, size, length))
 
 
 def rows_fingerprint(dataset, sampled: int = 64) -> str:
@@ -122,11 +157,11 @@ def _divided(flag: str, size: int, size_then: int, passes_then: int, ranks_then:
 BEFORE = {"loss_mean": "token", "scale_group_rewards": True}
 
 
-def differences(args, fingerprints: dict[str, str | None], saved: dict) -> list[str]:
+def differences(args, models: Sequence[str], saved: dict) -> list[str]:
     """What keeps a run with these flags from going on where the checkpoint was written, one reason a line.
 
     Args:
-        fingerprints: of the models that this run starts from, by the flags that name them.
+        models: the flags that name the models that this run starts from.
         saved: the state of the checkpoint.
     """
     may_differ = MAY_CHANGE_AT_RESUME | NO_FLAGS | LAYOUT_FLAGS | set(args.allow_changed)
@@ -134,8 +169,8 @@ def differences(args, fingerprints: dict[str, str | None], saved: dict) -> list[
         may_differ |= BATCH_FLAGS
     return changed_flags(args, saved, may_differ) or [
         f"--{name} {getattr(args, name)}: its weights are not those of the first start"
-        for name, fingerprint in fingerprints.items()
-        if saved["models"].get(name) != fingerprint
+        for name in models
+        if not same_model(getattr(args, name), saved["models"].get(name))
     ]
 
 

@@ -6,6 +6,7 @@ what it was, but for those that --allow_changed names.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ from utils.run.same_run import (
     differences,
     other_layout,
     same_global_batch,
+    same_model,
 )
 from utils.run.saved_average import SavedAverage
 from utils.run.saved_engine import SavedEngine
@@ -51,7 +53,7 @@ class StartingPoint:
     Args:
         args: of the run.
         folder: of its checkpoints; None for none. writes: whether it will write any there.
-        fingerprints: of the models it starts from, by their flags.
+        models: the flags that name the models it starts from.
 
     Attributes:
         args: of the run; where its ranks are others than the checkpoint's, with the accumulation that keeps a step's
@@ -64,8 +66,8 @@ class StartingPoint:
         EndOfRun: --resume auto, and the run has finished.
     """
 
-    def __init__(self, args, folder: Path | None, writes: bool, fingerprints: dict[str, str]):
-        self.args, self._folder, self._writes, self._fingerprints = args, folder, writes, fingerprints
+    def __init__(self, args, folder: Path | None, writes: bool, models: Sequence[str]):
+        self.args, self._folder, self._writes, self._models = args, folder, writes, models
         self.resumed_from: SavedCheckpoint | None = None
         self.weights_from: SavedCheckpoint | None = None
         self._other_layout: list[str] = []
@@ -160,7 +162,7 @@ class StartingPoint:
             print(f"note: the checkpoint was written with {', '.join(other)}: losses may differ in their last digits")
 
     def _refuse_other_run(self, what: str, state: dict) -> None:
-        if reasons := differences(self.args, self._fingerprints, state):
+        if reasons := differences(self.args, self._models, state):
             raise UserError(f"--resume: {what}: {'; '.join(reasons)}")
 
     # ------------------------------------------------------------ the state
@@ -255,7 +257,8 @@ class StartingPoint:
         start_of = {"model": "model_name_or_path"}
         for name, engine in engines.items():
             start = start_of.get(name, f"{name}_model_name_or_path")
-            load_weights(engine, saved[name], state["models"].get(start) == self._fingerprints.get(start))
+            same_start = same_model(getattr(self.args, start), state["models"].get(start))
+            load_weights(engine, saved[name], same_start)
         for name, (average, followed) in averages.items():
             start_average(average, followed)
             if any(file.startswith(f"{name}-rank") for file in state["files"]):
