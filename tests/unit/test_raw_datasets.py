@@ -735,7 +735,6 @@ def test_damaged_line_is_named(bad, message, late, tmp_path):
     filler = [GOOD_LINE] * 200 if late else []
     path.write_bytes(b"\n".join([GOOD_LINE, b"", bad, *filler]))
     if late:
-        # Past the rows that are looked at when the file is opened, the damage shows when its row is read.
         path.write_bytes(b"\n".join([*filler, bad, GOOD_LINE]))
         message = message.replace("line 3", "line 201")
     with pytest.raises(DataError, match=f"d.jsonl, {message}"):

@@ -1057,3 +1057,22 @@ def _read_skipped_or_refused(rows, opened, tokenizer):
             continue
         assert encoder.report.total == len(encoder.raw.rows_of("train"))
         assert all(row.get("input_ids") or row["chosen_ids"] for row in made_rows)
+
+
+@pytest.mark.parametrize("empty", ["[]", " [ ]", "[\n\n\n\n\n\n\n\n\n\n\n]", []])
+def test_a_list_that_is_empty_in_the_first_row_is_judged_by_another(empty, opened):
+    rows = [{"prompt": "q", "answers": empty}, {"prompt": "q", "answers": '["good", "bad"]'}]
+    dataset = opened(rows)
+    assert dataset.recognised() == "lists of answers, the best one first" and dataset.has_rejected
+    prompts = opened([{"prompt": "q", "answers": empty}] * 3)
+    assert prompts.recognised() == "prompts as texts; columns not read: answers"
+
+
+def test_conversations_and_tools_that_are_empty_in_the_first_row(opened):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    talk = [user("q"), answer("a")]
+    rows = [{"prompt": "[]", "chosen": "[]", "tools": "[]"}]
+    rows += [{"prompt": json.dumps(talk[:1]), "chosen": json.dumps(talk[1:]), "tools": json.dumps(tools)}]
+    dataset = opened(rows)
+    assert dataset.recognised() == "prompts and answers as messages, prompt explicit"
+    assert dataset.examples(rows[1], ("prompt", "chosen"))[0].tools == tools

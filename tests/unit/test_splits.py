@@ -1,5 +1,6 @@
 """Which files and splits of a folder, a saved dataset or the hub are read, and when the user has to choose."""
 
+import gzip
 import json
 import time
 
@@ -117,6 +118,16 @@ def test_the_layout_of_hh_rlhf(tmp_path):
 def test_pieces_of_one_split_belong_together(tmp_path, names):
     opened = open_splits(write(tmp_path, *names))
     assert (read(opened), read(opened, "test")) == (names[:2], names[2:])
+
+
+def test_a_file_beside_its_packed_copy_is_refused(tmp_path):
+    for name, other in (("train.jsonl", "train.jsonl.gz"), ("data/train-1.csv.gz", "data/train-1.csv.zst")):
+        folder = write(tmp_path / name[0], name, other)
+        with pytest.raises(DataError, match=rf"expected each file once, .*found: {name} and {other}; move one of"):
+            open_splits(folder)
+    pieces = write(tmp_path / "pieces", "train-0.jsonl", "test.jsonl", "a/train-0.jsonl")
+    (pieces / "train-1.jsonl.gz").write_bytes(gzip.compress((pieces / "train-0.jsonl").read_bytes()))
+    assert len(read(open_splits(pieces, "all"))) == 3
 
 
 def test_a_known_dataset_can_be_chosen_from_too(tmp_path):

@@ -16,7 +16,7 @@ from utils.data.readers import READERS
 from utils.data.row_texts import Row, SkipRow
 from utils.data.rows import Rows
 from utils.data.shapes import MESSAGES_COLUMNS, SHAPES, Shape, recognise
-from utils.data.splits import EVAL_SPLITS, Splits, is_hub_name, no_such_columns, open_splits, splits_of_hub
+from utils.data.splits import EVAL_SPLITS, Splits, first_names, is_hub_name, no_such_columns, open_splits, splits_of_hub
 
 COLUMN_ROLES = ("prompt", "chosen", "rejected", "messages", "system", "tools")
 
@@ -78,7 +78,7 @@ class PathDataset(PromptRawDataset):
         return text_fingerprint([super().fingerprint(), *shape])
 
     def recognised(self) -> str:
-        unread = f"; columns not read: {', '.join(self.unread)}" if self.unread else ""
+        unread = f"; columns not read: {first_names(self.unread)}" if self.unread else ""
         return self.shape.description + unread
 
     def unused_fields(self) -> dict[str, int]:

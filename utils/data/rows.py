@@ -10,13 +10,16 @@ import numpy as np
 
 from utils.data.errors import DataError
 
-PEEK_ROWS = 100  # in which column names are looked for
+EMPTY = (None, "", [], {})  # a field that holds one of these holds nothing
+MOST_EXAMPLES = 1000  # rows kept to show what columns hold: keys that never repeat must not keep a whole file
 
 
 class Rows(Sequence):
     """A sequence of dictionaries that can say where each of them stands."""
 
     column_names: list[str]
+    # (position, row) where a column first holds something; where nothing is known of rows behind the first, none.
+    _examples: Sequence[tuple[int, dict[str, Any]]] = ()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         position = operator.index(index)
@@ -37,7 +40,11 @@ class Rows(Sequence):
         """Says that only these columns are needed. Readers leave the others out where that saves work."""
 
     def head(self, count: int) -> list[dict[str, Any]]:
-        """The first rows, or fewer, at little cost: to see what the columns hold."""
+        """The first rows, or fewer, at little cost: to see what the columns hold. Further rows follow in which a column
+        first holds something, as far as the format tells."""
+        return self._first_rows(count) + [row for position, row in self._examples if position >= count]
+
+    def _first_rows(self, count: int) -> list[dict[str, Any]]:
         return [self[i] for i in range(min(count, len(self)))]
 
 
@@ -47,7 +54,7 @@ class ListRows(Rows):
     def __init__(self, rows: list[dict[str, Any]], label: str):
         self.rows = rows
         self.label = label
-        self.column_names = keys_of(rows[:PEEK_ROWS])
+        self.column_names, self._examples = columns_of(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -111,7 +118,12 @@ class ConcatRows(Rows):
             part.keep_columns(names)
 
     def head(self, count: int) -> list[dict[str, Any]]:
-        return self.parts[0].head(count)
+        rows, seen = [], set()
+        for part in self.parts:
+            if not rows or not seen.issuperset(part.column_names):
+                rows += part.head(count)
+                seen.update(part.column_names)
+        return rows
 
 
 class HuggingFaceRows(Rows):
@@ -140,6 +152,17 @@ class HuggingFaceRows(Rows):
         self.dataset = self._whole.select_columns([name for name in self.column_names if name in names])
 
 
-def keys_of(rows: list[dict[str, Any]]) -> list[str]:
-    """The names of all columns, in the order of their first appearance."""
-    return list(dict.fromkeys(key for row in rows for key in row))
+def columns_of(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
+    """The names of all columns, in the order of their first appearance, and (position, row) where one first holds
+    something."""
+    names: dict[str, None] = {}
+    examples, shown = [], set()
+    for position, row in enumerate(rows):
+        if row.keys() <= shown:
+            continue
+        names.update(dict.fromkeys(row))
+        if new := {name for name in row.keys() - shown if row[name] not in EMPTY}:
+            shown |= new
+            if len(examples) < MOST_EXAMPLES:
+                examples.append((position, row))
+    return list(names), examples

@@ -15,7 +15,7 @@ from typing import Any
 from utils.data.conversation import Message, MessageReader, is_messages, loaded_json, user
 from utils.data.readers import TextFile
 from utils.data.row_texts import Row, SkipRow, expect, number, text
-from utils.data.rows import ConcatRows, Rows
+from utils.data.rows import EMPTY, ConcatRows, Rows
 from utils.data.shape_kinds import (
     Comparison,
     ImplicitPrompt,
@@ -60,9 +60,9 @@ class Found:
         )
 
     def values(self, name: str) -> list[Any]:
-        """What a column holds that is neither null nor empty."""
+        """What a column holds that is neither null nor empty, nor JSON of an empty list or object."""
         values = (row.get(name) for row in self.head if isinstance(row, Mapping))
-        return [value for value in values if value not in (None, "", [], {})]
+        return [value for value in values if value not in EMPTY and loaded_json_or_none(value) not in ([], {})]
 
     def first(self, name: str) -> Any:
         """The first value of a column that is neither null nor empty; None if there is none."""
@@ -79,6 +79,9 @@ class Found:
 
     def holds_text(self, name: str | None) -> bool:
         return name is not None and isinstance(self.first(name), str) and not self.holds_messages(name)
+
+    def holds_list(self, name: str) -> bool:
+        return isinstance(loaded_json_or_none(self.first(name)), list)
 
     def text_of(self, names: Sequence[str]) -> str | None:
         """The first of some columns that holds texts."""
@@ -291,11 +294,7 @@ def _two_responses(found: Found) -> Shape | None:
 
 def _ranked_list(found: Found) -> Shape | None:
     answers = next(
-        (
-            name
-            for name in LIST_COLUMNS
-            if isinstance(loaded_json_or_none(found.first(name)), list) and not found.holds_messages(name)
-        ),
+        (name for name in LIST_COLUMNS if found.holds_list(name) and not found.holds_messages(name)),
         None,
     )
     prompt = next((n for n in ("prompt", *QUESTION_COLUMNS) if found.holds_text(n) or found.holds_messages(n)), None)

@@ -16,7 +16,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from utils.data.errors import DataError, error_line
 from utils.data.fingerprints import content_fingerprint, text_fingerprint
-from utils.data.readers import READERS, file_kind, open_file
+from utils.data.readers import READERS, file_kind, open_file, without_packing
 from utils.data.rows import ConcatRows, HuggingFaceRows, Rows
 from utils.process.console import print_rank_0
 from utils.process.hub import HUB_NAME, trouble_with_hub
@@ -100,9 +100,12 @@ def no_such_columns(label: str, expected: Sequence[str], rows: Rows) -> DataErro
 
 
 def columns_text(rows: Rows) -> str:
-    names = rows.column_names
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return f"the columns {', '.join(map(repr, names[:20]))}{more}" if names else "no columns"
+    return f"the columns {first_names(list(map(repr, rows.column_names)))}" if rows.column_names else "no columns"
+
+
+def first_names(names: Sequence[str], most: int = 20) -> str:
+    """Names with commas between them; those beyond ``most`` are only counted."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # ---------------------------------------------------------------- which of several splits
@@ -283,7 +286,18 @@ def open_splits(
         if len({file_kind(part) for part in parts}) > 1:
             names = ", ".join(str(part.relative_to(path)) for part in parts)
             raise DataError(f"{path}: expected files of one kind for the split {name!r}, found: {names}")
+        refuse_packed_twice(path, parts)
     return splits_of_files(path, by_name, unnamed, choose_splits(str(path), list(by_name), split, flags))
+
+
+def refuse_packed_twice(root: Path, files: Sequence[Path]) -> None:
+    """Raises: DataError for a file beside a packed copy of itself, whose rows would all be read twice."""
+    unpacked: dict[Path, Path] = {}
+    for file in files:
+        other = unpacked.setdefault(file.with_name(without_packing(file.name)), file)
+        if other != file:
+            names = f"{other.relative_to(root)} and {file.relative_to(root)}"
+            raise DataError(f"{root}: expected each file once, packed or not, found: {names}; move one of them away")
 
 
 def _data_files(folder: Path) -> list[Path]:
