@@ -6,7 +6,7 @@ import pytest
 from helpers import flags, make_tokenizer, write_pairs
 
 from utils import arguments
-from utils.data.preparation import datasets_of_step
+from utils.data.preparation import check_data_of_step, datasets_of_step
 from utils.data.sources import DataSource, sources_of_step
 from utils.process.errors import UserError
 from utils.run.same_run import flags_of
@@ -42,6 +42,18 @@ def config(settled, tmp_path):
 
 
 # Flags
+
+
+@pytest.mark.parametrize("shares", ["nan,1,1", "1,1,inf", "1e308,1e308,1", "a,b", "0,0,0", "-1,2,2"])
+def test_shares_that_are_no_numbers_are_refused_as_the_flags_are_read(shares, settled):
+    with pytest.raises(UserError, match=f"--data_split '{shares}': expected shares of 0 or more"):
+        settled(f"--data_split={shares}")
+
+
+def test_a_path_longer_than_a_name_may_be_is_no_folder(settled, tmp_path):
+    args = settled("--data_path {tmp}/" + "x" * 300)
+    with pytest.raises(UserError, match="there is no such file or folder of data"):
+        check_data_of_step(args, 1)
 
 
 def test_a_choice_holds_for_all_datasets_or_for_each_its_own(settled, tmp_path):
@@ -164,6 +176,27 @@ BAD = {
         "- !!python/object/apply:os.system [ls]",
         r"data.yaml, line 1: expected YAML, found: could not",
     ),
+    "a placeholder that nobody filled": (
+        "- path: {{ data }}",
+        r"data.yaml, line 1: expected YAML, found: a key that is",
+    ),
+    "a list as a key": ("- ? [a]\n  : b", r"data.yaml, line 1: expected YAML, found: a key that is no text"),
+    **{
+        f"no value of its tag: {value}": (f"- path: {value}", r"data.yaml.*: expected YAML, found")
+        for value in (
+            "!!int ''",
+            "!!float ''",
+            "!!bool maybe",
+            "!!timestamp today",
+            "!!set [a]",
+            "!!map a",
+            "2020-13-45",
+        )
+    },
+    **{
+        f"shares of {shares}": (f"[{{path: local/demo, data_split: '{shares}'}}]", r"'data_split': expected shares")
+        for shares in ("nan,1,1", "1,nan,1", "inf,1,1", "1e308,1e308,1")
+    },
     "no YAML": ("- {path: [", r"data.yaml, line 1: expected YAML"),
 }
 

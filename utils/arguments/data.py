@@ -1,5 +1,6 @@
 """Flags of data: which datasets, which columns, how texts become ids."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from utils.arguments.kinds import cache_folder, not_negative, positive
 from utils.data.chat_templates import template_names
 from utils.data.prompt_format import CHAT_TEMPLATE, FORMATS
 from utils.data.sources import sources_of_step
-from utils.data.split_index import DATA_SPLIT
+from utils.data.split_index import DATA_SPLIT, split_boundaries
 from utils.process.errors import UserError
 
 DEFAULT_DATA_PATH = ["Dahoas/rm-static"]
@@ -145,12 +146,13 @@ def check_data(args) -> None:
             value = getattr(args, name, None)
             if value and value is not DEFAULT_DATA_PATH:
                 raise UserError(f"--{name} and --data_config both say which data to read; give one of them")
+    split_boundaries(args.data_split, 1)
     refuse_inside_data(args, [source.path for source in sources_of_step(args)])
 
 
 def refuse_inside_data(args, paths: Sequence[str]) -> None:
     """What a run writes into a folder of data, the next run would read as data."""
-    for data in (Path(path) for path in paths if Path(path).is_dir()):
+    for data in map(Path, filter(os.path.isdir, paths)):  # which is False for a name that no path can have
         for name in ("data_output_path", "output_dir", "checkpoint_dir"):
             written = getattr(args, name)
             if written is not None and Path(written).resolve().is_relative_to(data.resolve()):

@@ -124,6 +124,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key that is no text", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
             seen.add(key.value)
@@ -151,7 +153,8 @@ def data_config_content(file: str | os.PathLike) -> Any:
         raise UserError(f"{place}: cannot be read: {error.strerror or error}") from error
     except DataError as error:
         raise UserError(str(error)) from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    # Under a tag of its own (!!int, !!set) a value that is none fails wherever the library first trips over it.
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{place}{line}: expected YAML, found: {getattr(error, 'problem', None) or error}") from error

@@ -1,5 +1,6 @@
 """The seeded split of a dataset over the three steps, bit-equal to the published rule."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def split_boundaries(data_split: str, data_size: int) -> list[int]:
         shares = [float(share) for share in data_split.split(",")]
     except ValueError:
         shares = []
-    if not shares or min(shares) < 0 or sum(shares) <= 0:
+    if not shares or not math.isfinite(sum(shares)) or min(shares) < 0 or sum(shares) <= 0:
         raise UserError(
             f"--data_split {data_split!r}: expected shares of 0 or more with commas between them, as in 2,4,4"
         )
