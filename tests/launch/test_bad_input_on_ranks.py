@@ -1,7 +1,7 @@
 """What cannot work is refused before any training, with a reason, by every rank, and without a traceback."""
 
 import pytest
-from helpers import SCRIPTS, flags, launch, write_pairs
+from helpers import SCRIPTS, flags, launch
 
 
 @pytest.fixture
@@ -35,14 +35,16 @@ def test_an_error_of_one_rank_alone_is_told():
     assert "error: rank 1: only here" in console
 
 
-def test_a_failure_of_the_rank_that_prepares_the_data_reaches_the_other(good, tmp_path):
-    file = write_pairs(tmp_path / "late.jsonl", 300)
-    lines = file.read_text().splitlines()
-    lines[250] = '{"prompt": '  # found only when the row is read, by the first rank alone
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_failure_of_the_rank_that_reads_the_rows_reaches_the_other(good, tmp_path, usable):
+    """It meets the damage while it prepares the data, or before: where no row can be used it looks at them all."""
+    file, chosen = tmp_path / "late.csv", "yes" if usable else ""
+    lines = ["prompt,chosen,rejected", *(f" Human: {i} Assistant:,{chosen},no" for i in range(300))]
+    lines[250] += ",more"  # found only when the whole file is read, by the first rank alone
     file.write_text("\n".join(lines) + "\n")
     arguments = [*good, *flags("--data_split 1,0,0 --max_train_samples 300", data_path=file)]
     code, console = launch(1, arguments, launcher="torchrun", ranks=2)
     assert code != 0
-    assert "late.jsonl" in console
+    assert "late.csv" in console
     assert "line 251" in console
     assert "Traceback" not in console.split("error: ")[0]

@@ -11,6 +11,7 @@ from utils.data.encoding import REWARD, SFT, TokenRules
 from utils.data.preparation import DataRequest, create_prompt_dataset, prepare_datasets, rows_of_blend
 from utils.data.sources import DataSource
 from utils.data.split_index import get_shuffle_idx
+from utils.process.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,8 @@ def test_weights_give_the_most_rows_that_hold_the_proportions(tmp_path, tokenize
     assert rows_of_blend([100, 100], [1, 3], None, 0) == [33, 100]
     assert rows_of_blend([100, 100], [0.1, 0.1], None, 0) == [100, 100]
     assert rows_of_blend([100, 100, 100], [1, 1, 1], 100, 0) in ([34, 33, 33], [33, 34, 33], [33, 33, 34])
-    assert rows_of_blend([0, 9], [1, 1], None, 0) == [0, 0]
+    assert rows_of_blend([0, 9], [1, 1], None, 0) == [0, 9] and rows_of_blend([0, 0], [1, 1], None, 0) == [0, 0]
+    assert rows_of_blend([6, 0, 9], [2, 5, 1], 6, 0) == [4, 0, 2]
     paths = [write(tmp_path, "a", bad=range(0, 60, 2)), write(tmp_path, "b")]
     sources = [DataSource(path, weight=weight) for path, weight in zip(paths, (2, 1), strict=True)]
     train, _ = prepare_sources(tmp_path, tokenizer, sources)
@@ -178,3 +180,66 @@ def test_a_seeded_draw_takes_each_row_at_the_same_odds():
     assert (counts.sum(1) == 500).all() and (counts[:, 2] == 0).all()
     assert np.abs(counts.mean(0) - [50, 150, 0, 300]).max() < 8
     assert rows_of_blend(sizes, None, 10_000, 0) == sizes
+
+
+def test_a_dataset_without_an_evaluation_row_has_no_part_in_the_proportions(tmp_path, tokenizer, capsys):
+    paths = [write(tmp_path, "a", 200), write(tmp_path, "b", 4)]
+    for path in paths:
+        (tmp_path / path / "eval.jsonl").unlink()
+    sources = [DataSource(path, weight=1) for path in paths]
+    train, evaluation = prepare_sources(tmp_path, tokenizer, sources)
+    assert names(train, tokenizer) == {"a": 4, "b": 4} and names(evaluation, tokenizer) == {"a": 20}
+    told = capsys.readouterr().out
+    assert f"data (eval): WARNING: {paths[1]} is named, and not one row of it is used" in told
+    assert "a is named" not in told
+
+
+def test_a_weight_that_cannot_be_held_is_refused_with_its_dataset_alone(tmp_path, tokenizer):
+    paths = [write(tmp_path, "a", 200), write(tmp_path, "few", 4)]
+    sources = [DataSource(path, weight=1, data_split="1,9,9") for path in paths]
+    message = r"no train row is left for step 1 of \S+/few: 0 of 4 rows used \(share 1 of --data_split 1,9,9: 0\)"
+    with pytest.raises(UserError, match=message) as caught:
+        prepare_sources(tmp_path, tokenizer, sources)
+    assert "/a:" not in str(caught.value)
+
+
+def pairs_alike(folder, name, **options):
+    """Pairs that differ in nothing but what right truncation cuts off."""
+    path = write(folder, name, answer="no " + "yes " * 90 + "red", **options)
+    for split in ("train", "eval"):
+        file = folder / name / f"{split}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        same = [row | {"rejected": row["chosen"].replace("red", "blue")} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in same))
+    return path
+
+
+def test_why_no_row_is_left_is_said_without_shares_that_have_nothing_to_do_with_it(tmp_path, tokenizer):
+    path = pairs_alike(tmp_path, "alike", train=6, evaluation=4)
+    rules = TokenRules(REWARD, 16, truncation_side="right")
+    with pytest.raises(UserError, match=r"no train row is left for step 2 of \S+alike: .*6 pairs dropped") as caught:
+        prepare_datasets(DataRequest(rules, [DataSource(path)], tmp_path / "cache", 1), tokenizer)
+    assert "--max_seq_len" in str(caught.value) and "data_split" not in str(caught.value)
+    with pytest.raises(UserError, match=r"1 of --data_split 0,1,1: 0\) \(--data_split 0,1,1 leaves this step too"):
+        prepare(tmp_path, tokenizer, [write(tmp_path, "whole")], data_split="0,1,1")
+    with pytest.raises(UserError, match=r"no eval row .*0 of 2 rows used .*\(it has too few rows to set some aside\)"):
+        file = f"{write(tmp_path, 'two', 2)}/train.jsonl"
+        prepare_sources(tmp_path, tokenizer, [DataSource(file)])
+
+
+def test_evaluation_rows_that_cannot_be_used_end_a_run_only_where_no_other_dataset_has_some(
+    tmp_path, tokenizer, capsys
+):
+    paths = [write(tmp_path, "a"), write(tmp_path, "b", evaluation=5)]
+    broken = tmp_path / "b/eval.jsonl"
+    broken.write_text(broken.read_text().replace('" yes"', "null"))
+    for options in ({}, {"max_eval_samples": 7}, {"weights": (1, 3)}):
+        weights = options.pop("weights", (None, None))
+        sources = [DataSource(path, weight=weight) for path, weight in zip(paths, weights, strict=True)]
+        train, evaluation = prepare_sources(tmp_path, tokenizer, sources, **options)
+        assert set(names(train, tokenizer)) == {"a", "b"} and set(names(evaluation, tokenizer)) == {"a"}
+        told = capsys.readouterr().out
+        assert f"data (eval): WARNING: {paths[1]} is named, and not one row of it is used" in told
+        assert "5 skipped: 5 x field 'chosen' is null" in told
+    with pytest.raises(UserError, match=r"no eval row is left for step 1 of \S+/b: .*5 x field 'chosen' is null"):
+        prepare_sources(tmp_path, tokenizer, sources[1:])

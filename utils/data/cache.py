@@ -83,12 +83,17 @@ def cache_writer(file: Path, schema: pa.Schema, counts: PreparationCounts):
         name_if_new(scratch, file)
 
 
+def read_counts(file: Path) -> PreparationCounts | None:
+    """What became of the rows of a file in the cache; None where that is not kept."""
+    report = file.with_suffix(".json")
+    return PreparationCounts(**json.loads(report.read_text())) if report.exists() else None
+
+
 def print_counts(split: str, file: Path, used: int | None = None) -> str:
     """Print and return what became of the rows of a file in the cache; ``used``: how many go on, where not all do."""
-    report = file.with_suffix(".json")
-    if not report.exists():
+    counts = read_counts(file)
+    if counts is None:
         return ""
-    counts = PreparationCounts(**json.loads(report.read_text()))
     less = "" if used is None or used == counts.kept else f"; of these rows only {used} fit the blend"
     print_rank_0(f"data ({split}): {counts}{less}")
     for warning in counts.warnings():

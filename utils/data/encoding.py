@@ -3,6 +3,7 @@
 A row is (ids, length) all the way to the batch: masks come from lengths, never from comparing ids with the pad id.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from utils.data.row_texts import RowReport, SkipRow
 from utils.data.text_encoder import EncodedText, TextEncoder
 
 GLUED_EXAMPLES = 2
+FIRST_ROWS = 100  # of a dataset, among which one that can be used is looked for before all are read
 SFT, REWARD, RLHF = 1, 2, 3  # the steps, as train_phase counts them
 NEEDED_TEXTS = {SFT: ("prompt", "chosen"), REWARD: ("prompt", "chosen", "rejected"), RLHF: ("prompt",)}
 
@@ -384,14 +386,23 @@ def check_answers(raw_dataset: PromptRawDataset, train_phase: int) -> None:
             )
 
 
-def check_rows(raw_dataset: PromptRawDataset, train_phase: int) -> None:
-    """Read training rows until a step can use one.
+def check_rows(raw_dataset: PromptRawDataset, train_phase: int, split: str | None = None) -> None:
+    """Read rows of a split (None: that of training) until a step can use one.
+
+    The first rows are cheap in every kind of file. Only if none of them serves, the whole is opened, which copies the
+    rows of some kinds to a temporary file.
 
     Raises:
-        DataError: not one of them can be used, with the reasons and their places.
+        NoUsableRows: not one of them can be used, with the reasons and their places.
+        DataError: damage that was met on the way.
     """
     check_answers(raw_dataset, train_phase)
-    rows, need, report = raw_dataset.get_train_data(), NEEDED_TEXTS[train_phase], RowReport(raw_dataset.dataset_name)
+    rows = raw_dataset.rows_of(split or raw_dataset.train_split)
+    need, report = NEEDED_TEXTS[train_phase], RowReport(raw_dataset.dataset_name)
+    for row in rows.head(FIRST_ROWS):
+        with contextlib.suppress(SkipRow):
+            if raw_dataset.examples(row, need):
+                return
     for position in range(len(rows)):
         try:
             if raw_dataset.examples(rows[position], need):

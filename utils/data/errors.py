@@ -7,6 +7,10 @@ class DataError(ValueError):
     """Input data that cannot be used. The message names file, line or row, field, what was expected and found."""
 
 
+class NoUsableRows(DataError):
+    """Data that are read without damage, and of which no row serves the step."""
+
+
 def kind_of(value: Any) -> str:
     """The JSON name of a value's type, for messages."""
     if value is None:

@@ -17,9 +17,9 @@ from torch.utils.data import ConcatDataset
 
 from utils.data import prompt_format
 from utils.data.batching import IGNORE_INDEX, learned_labels
-from utils.data.cache import PromptDataset, cache_writer, content_key, print_counts
-from utils.data.encoding import NEEDED_TEXTS, SFT, RowEncoder, TokenRules, check_rows
-from utils.data.errors import DataError
+from utils.data.cache import PromptDataset, cache_writer, content_key, print_counts, read_counts
+from utils.data.encoding import NEEDED_TEXTS, SFT, PreparationCounts, RowEncoder, TokenRules, check_rows
+from utils.data.errors import DataError, NoUsableRows
 from utils.data.own_files import get_raw_dataset
 from utils.data.raw_datasets import PromptRawDataset, find_known_dataset
 from utils.data.row_texts import RowReport
@@ -96,7 +96,8 @@ def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int, keep_c
 def check_data_of_step(args, train_phase: int) -> list[str]:
     """Look at a step's data before anything costs time: open all that its flags name, and find a usable row in each.
 
-    Every rank must call this. Nothing is printed or written but what a download leaves in the hub's cache.
+    Every rank must call this. All open the data, whose columns they need; the first of each node alone reads rows.
+    Nothing is printed or written but what a download leaves in the hub's cache.
 
     Returns:
         the columns that all of the data have, as a reward function may ask for them.
@@ -107,16 +108,31 @@ def check_data_of_step(args, train_phase: int) -> list[str]:
     columns = []
 
     def check() -> None:
-        for source in sources_of_step(args):
-            try:
-                raw = _open_raw(source, args.data_output_path, args.seed)
-                columns.append(_columns_of(raw))
-                check_rows(raw, train_phase)
-            except DataError as error:
-                raise UserError(str(error)) from error
+        try:
+            opened = [_open_raw(source, args.data_output_path, args.seed) for source in sources_of_step(args)]
+            columns.extend(map(_columns_of, opened))
+            if get_local_rank() == 0:
+                _check_rows_of(opened, train_phase)
+        except DataError as error:
+            raise UserError(str(error)) from error
 
     agree(check)
     return _shared_columns(columns)
+
+
+def _check_rows_of(opened: Sequence[PromptRawDataset], train_phase: int) -> None:
+    """Raises: DataError: a dataset without a row to train on, or no dataset with one to evaluate with."""
+    for raw in opened:
+        check_rows(raw, train_phase)
+    without = []
+    for raw in opened:
+        try:
+            if raw.eval_split is not None:
+                check_rows(raw, train_phase, raw.eval_split)
+        except NoUsableRows as error:
+            without.append(error)
+    if without and len(without) == len(opened):  # else others evaluate, and a blend names those that do not
+        raise without[0]
 
 
 def _open_raw(source: DataSource, output_path: str | os.PathLike, seed: int) -> PromptRawDataset:
@@ -252,6 +268,8 @@ def _blend(opened: Sequence["_OpenSource"], split: str, limit: int | None, seed:
     else:
         sizes = [one.rows_of_share(split) for one in opened]
         while True:
+            if weights is not None and split == "train":
+                _refuse_without_rows(split, [one for one, size in zip(opened, sizes, strict=True) if not size])
             wanted = rows_of_blend(sizes, weights, limit, seed)
             for i, one in enumerate(opened):
                 if parts[i] is None or len(parts[i]) < wanted[i]:
@@ -263,12 +281,15 @@ def _blend(opened: Sequence["_OpenSource"], split: str, limit: int | None, seed:
     parts = [part.first(count) for part, count in zip(parts, wanted, strict=True)]
     counts = _print_blend(split, opened, parts, limit)
     if not sum(map(len, parts)):
-        shares = ", ".join(f"{one.source.path} ({one.source.data_split or 'used whole'})" for one in opened)
-        raise UserError(
-            f"no {split} row is left for step {opened[0].request.rules.train_phase}: with these shares (--data_split) "
-            f"the datasets give this step nothing: {shares}; see the counts above"
-        )
+        _refuse_without_rows(split, opened)
     return BlendedDataset(parts, seed, _shared_columns([_columns_of(one.raw) for one in opened]), counts)
+
+
+def _refuse_without_rows(split: str, opened: Sequence["_OpenSource"]) -> None:
+    """Raises: UserError: there are datasets that give a split not one row, each with what became of its rows."""
+    if opened:
+        reasons = "; of ".join(one.why_none(split) for one in opened)
+        raise UserError(f"no {split} row is left for step {opened[0].request.rules.train_phase} of {reasons}")
 
 
 def _print_blend(split: str, opened: Sequence["_OpenSource"], parts: Sequence[PromptDataset], limit) -> list[str]:
@@ -289,13 +310,14 @@ def rows_of_blend(sizes: Sequence[int], weights: Sequence[float] | None, limit: 
     """How many rows each dataset gives to a blend of at most ``limit`` rows.
 
     Without weights: what a seeded draw from all rows takes of each. With weights: as many rows as there can be in these
-    proportions without taking any row twice.
+    proportions without taking any row twice; a dataset without rows has no part in them.
     """
     if weights is None:
         drawn = get_shuffle_idx(seed, sum(sizes))[:limit]
         return np.bincount(np.searchsorted(np.cumsum(sizes), drawn, side="right"), minlength=len(sizes)).tolist()
-    shares = [Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
-    rows = min(int(size / share) for size, share in zip(sizes, shares, strict=True))
+    weights = [Fraction(weight) if size else Fraction(0) for weight, size in zip(weights, sizes, strict=True)]
+    shares = [weight / (sum(weights) or 1) for weight in weights]
+    rows = min((int(size / share) for size, share in zip(sizes, shares, strict=True) if size), default=0)
     rows = rows if limit is None else min(rows, limit)
     counts = [int(rows * share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - rows * shares[i])
@@ -359,6 +381,20 @@ class _OpenSource:
         rows = int(file.read_text())
         return rows if self.source.max_rows is None else min(rows, self.source.max_rows)
 
+    def why_none(self, split: str) -> str:
+        """What became of the rows of a dataset that has not one for a split, and what would change that."""
+        if split not in self.files:
+            self.part(split)
+        counts = read_counts(self.files[split]) or PreparationCounts(self.raw.dataset_name)
+        hint = ""
+        if counts.identical or counts.without_answer:
+            hint = " (--max_seq_len says how much of a row is kept)"
+        elif not self.rows_of_share(split):
+            hint = " (it has too few rows to set some aside)"
+            if self.source.data_split is not None:
+                hint = f" (--data_split {self.source.data_split} leaves this step too small a share of these rows)"
+        return f"{counts}{hint}"
+
     def part(self, split: str, count: int | None = None, shuffled: bool = False) -> PromptDataset:
         """The first ``count`` usable rows of this step's share; None for all.
 
@@ -380,7 +416,7 @@ class _OpenSource:
             encoder = RowEncoder(self.raw, self.tokenizer, rules)
             self._say_origin(encoder.report, split, rows, len(indices))
             with cache_writer(file, encoder.schema, encoder.counts) as writer:
-                encode_rows(encoder, rows, indices, writer, count)
+                encode_rows(encoder, rows, indices, writer, count, split == "eval")
 
         once_per_node(file, build, self.request.rebuild)
         return PromptDataset.from_file(file, rules.train_phase)
@@ -398,15 +434,21 @@ class _OpenSource:
 
 
 def encode_rows(
-    encoder: RowEncoder, rows: Rows, indices: np.ndarray, writer: pa.RecordBatchFileWriter, limit: int | None = None
+    encoder: RowEncoder,
+    rows: Rows,
+    indices: np.ndarray,
+    writer: pa.RecordBatchFileWriter,
+    limit: int | None = None,
+    may_be_none: bool = False,
 ) -> None:
     """Write the ids of rows[indices], chunk by chunk, and count in the encoder what became of the rows.
 
     Args:
         limit: rows to write; those that cannot be used do not count. None for all.
+        may_be_none: not one of the rows need be usable, as other datasets of a blend may have some.
 
     Raises:
-        DataError: not one of the rows can be used.
+        NoUsableRows: not one of the rows can be used.
     """
     limit = len(indices) if limit is None else limit
     read = 0
@@ -416,7 +458,8 @@ def encode_rows(
             _encode_chunks(encoder, rows, indices[read : read + missing], writer, pool)
             read += missing
     report = encoder.report
-    report.raise_if_none(rows, NEEDED_TEXTS[encoder.rules.train_phase])
+    if not may_be_none:
+        report.raise_if_none(rows, NEEDED_TEXTS[encoder.rules.train_phase])
     report.dropped = encoder.counts.identical + encoder.counts.without_answer
     if read < len(indices):
         report.origin.append(f"limited to {limit}")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.data.errors import DataError, kind_of
+from utils.data.errors import NoUsableRows, kind_of
 from utils.data.rows import Rows
 from utils.data.splits import columns_text
 
@@ -138,7 +138,7 @@ class RowReport:
 
     def raise_if_none(self, rows: Rows, need: Sequence[str]) -> None:
         if self.skipped and not self.kept:
-            raise DataError(f"{self}; expected rows with {', '.join(need)}, found {columns_text(rows)}")
+            raise NoUsableRows(f"{self}; expected rows with {', '.join(need)}, found {columns_text(rows)}")
 
     def __str__(self) -> str:
         whole = self.total if self.of is None else self.of

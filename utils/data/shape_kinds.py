@@ -32,7 +32,7 @@ from utils.data.conversation import (
     without_last_answer,
 )
 from utils.data.row_texts import Row, SkipRow, common_start, expect, number, text, usable
-from utils.data.rows import Rows
+from utils.data.rows import ListRows, Rows
 
 Example = Texts | Conversation
 ASKING = ("user", "tool")  # roles of the turn before an answer
@@ -144,18 +144,27 @@ class Group(dict):
 
 
 class GroupedRows(Rows):
-    """Rows put together by a key, in the order in which the keys first come: a Group each."""
+    """Rows put together by a key, in the order in which the keys first come: a Group each.
 
-    def __init__(self, rows: Rows, key: Callable[[Row], str]):
-        self.rows, self.key, self.column_names = rows, key, rows.column_names
+    Args:
+        find_key: rows -> the function that gives the key of any of them; called on first use, as it may read them all.
+    """
+
+    def __init__(self, rows: Rows, find_key: Callable[[Rows], Callable[[Row], str]]):
+        self.rows, self.find_key, self.column_names = rows, find_key, rows.column_names
         self._groups: list[list[int]] | None = None
+
+    def _first_rows(self, count: int) -> list[Group]:
+        """Groups of the first rows alone: they may lack members that come later."""
+        return list(GroupedRows(ListRows(self.rows.head(count), ""), self.find_key))
 
     def _made(self) -> list[list[int]]:
         if self._groups is None:
             groups: dict[int, list[int]] = {}
+            key = self.find_key(self.rows)
             for position in range(len(self.rows)):
                 # The hash, since the keys are whole prompts.
-                groups.setdefault(hash(self.key(self.rows[position])), []).append(position)
+                groups.setdefault(hash(key(self.rows[position])), []).append(position)
             self._groups = list(groups.values())
         return self._groups
 
@@ -506,7 +515,7 @@ class RatedAnswers(Shape):
 
     def grouped(self, rows: Rows) -> Rows:
         names = [name for name in (self.system, self.prompt) if name]
-        return GroupedRows(rows, lambda row: json.dumps([row.get(name) for name in names], default=str))
+        return GroupedRows(rows, lambda _: lambda row: json.dumps([row.get(name) for name in names], default=str))
 
     def examples(self, row: Row, need: Sequence[str]) -> list[Example]:
         rows = rows_of_group(row)
@@ -529,7 +538,7 @@ class Trees(Shape):
     flat: bool = False  # rows are the messages of trees; else whole trees
 
     def grouped(self, rows: Rows) -> Rows:
-        return GroupedRows(rows, root_finder(rows)) if self.flat else rows
+        return GroupedRows(rows, root_finder) if self.flat else rows
 
     def examples(self, row: Row, need: Sequence[str]) -> list[Example]:
         root = self._tree_of(rows_of_group(row)) if self.flat else row.get("prompt")
