@@ -42,6 +42,7 @@ class TokenRules:
         prompt_format: in which every row is written; None: texts stand as they are, and conversations are written as
             human_assistant.
         keep_columns: of step 3: columns whose values go along with a prompt, for reward functions; "all" for all.
+        mask_prompt: of step 1: only answers are learned, also of texts; a row that has none left is dropped.
     """
 
     train_phase: int
@@ -50,6 +51,7 @@ class TokenRules:
     prompt_format: str | None = None
     allow_special_tokens: bool = False
     keep_columns: tuple[str, ...] | str = ()
+    mask_prompt: bool = False
 
 
 @dataclass
@@ -78,7 +80,7 @@ class PreparationCounts:
         if self.truncated:
             parts.append(f"{self.truncated} too long and truncated")
         if self.without_eos:
-            parts.append(f"{self.without_eos} of them inside an answer, whose end is not learned then")
+            parts.append(f"{self.without_eos} of them before the end of an answer, which is not learned then")
         if self.identical:
             parts.append(f"{self.identical} pairs dropped, their answers being identical")
         if self.without_answer:
@@ -274,7 +276,7 @@ class SftRowMaker(RowMaker):
         drop = self.tokens_to_drop(len(ids), start, leading)
         kept = cut(ids, self.rules.max_seq_len, leading, drop)
         spans = moved_spans(spans, leading, drop, len(kept))
-        if not spans and answers_only:
+        if not spans and (answers_only or self.rules.mask_prompt):
             self.counts.without_answer += 1
             return None
         self.count_cut(not fits, kept[-1] in self.end_ids)
@@ -401,9 +403,7 @@ def check_answers(raw_dataset: PromptRawDataset, train_phase: int) -> None:
     ):
         if train_phase == step and not has:
             read = raw_dataset.recognised()
-            raise DataError(
-                f"--data_path {raw_dataset.dataset_name}: has no {what}, so step {step} cannot use it (read as {read})"
-            )
+            raise DataError(f"{raw_dataset.dataset_name}: has no {what}, so step {step} cannot use it (read as {read})")
 
 
 def check_rows(raw_dataset: PromptRawDataset, train_phase: int) -> None:
