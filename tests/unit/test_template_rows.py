@@ -212,7 +212,7 @@ def test_calls_that_no_token_closes_end_for_themselves_beside_answers_that_one_c
         "{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
     )
-    tokenizer = tokenizer_with(template, SPECIAL_TOKENS["smollm2"], tmp_path)
+    tokenizer = tokenizer_with(template, {"eos_token": "</s>"}, tmp_path)  # not what closes an answer
     call = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
     called = {"role": "assistant", "content": "", "tool_calls": [call]}
     turns = [user("cat"), called, {"role": "tool", "content": "12:00"}, assistant("dog"), user("red")]
@@ -220,6 +220,16 @@ def test_calls_that_no_token_closes_end_for_themselves_beside_answers_that_one_c
     first, *rest = learned(tokenizer, row)
     assert first.startswith("{") and first.endswith("}<|im_end|>") and '"zone": "UTC"' in first
     assert rest == ["dog<|im_end|>", "blue<|im_end|>"]
+
+
+def test_marks_that_hold_an_end_token_say_how_an_answer_ends(tmp_path):
+    said = "{{ m.content }}{{ '<|return|>' if m.role == 'assistant' and loop.last else '<|end|>' }}"
+    marked = "{% if m.role == 'assistant' %}{% generation %}SAID{% endgeneration %}{% else %}SAID{% endif %}"
+    template = _RETURNS.replace(said, marked.replace("SAID", said))
+    assert template != _RETURNS
+    tokenizer = tokenizer_with(template, {"eos_token": "<|return|>"}, tmp_path)
+    [row] = rows_of(tokenizer, SFT, conversation(2))
+    assert learned(tokenizer, row) == ["red<|end|>", "blue blue<|return|>"]
 
 
 def test_marks_that_are_not_one_for_each_answer_skip_the_row_and_say_so(tmp_path):
