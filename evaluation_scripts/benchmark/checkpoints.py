@@ -77,14 +77,19 @@ def training_seconds(output: Path) -> float:
 
 
 def measured(command: list[str]) -> tuple[float, float]:
-    """(seconds, most MiB of host memory) of a process of its own."""
-    start = time.perf_counter()
+    """(seconds, most MiB of host memory) of a process of its own.
+
+    Asked while it runs: what wait4 tells at the end counts the memory of this process too, which it was forked from.
+    """
+    start, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    while process.poll() is None:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        peak = max(peak, int(found[1]) if found else 0)  # none of one that has just ended
+        time.sleep(0.02)
     if process.returncode:
         sys.exit(f"{' '.join(command)} ended with {process.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    return time.perf_counter() - start, peak / 1024
 
 
 def measure_export(folder: Path, output: Path) -> str:

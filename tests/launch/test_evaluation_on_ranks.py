@@ -19,6 +19,8 @@ def two_ranks(small_models, pairs_folder, cache_folder, tmp_path_factory):
         arguments = step_arguments(step, small_models, pairs_folder, cache_folder)
         runs.append((step, [*arguments, *flags(text, output_dir=folder / f"{step}plain")]))
         runs.append((step, [*arguments, *flags(f"{text} {WATCHING}", output_dir=folder / f"{step}watched")]))
+    one = flags(f"{RUNS[3]} --eval_interval 4 --eval_prompts 1", output_dir=folder / "3one")  # for two ranks
+    runs.append((3, [*arguments, *one]))
     run_in_one_launch(runs, folder)
     return folder
 
@@ -37,6 +39,7 @@ def test_evaluations_on_two_ranks_leave_no_trace_in_the_training(two_ranks, step
     assert len(list(watched.glob("step-*"))) == 1 and list((watched / "best").rglob("model.safetensors"))
 
 
-def test_each_held_out_prompt_is_answered_once_whatever_the_ranks(two_ranks):
-    for row in read_metrics(two_ranks / "3watched", "eval"):
-        assert row["eval/used_answers"] + row["eval/unused_answers"] == 5
+@pytest.mark.parametrize("run, prompts", [("watched", 5), ("one", 1)])
+def test_each_held_out_prompt_is_answered_once_whatever_the_ranks(two_ranks, run, prompts):
+    rows = read_metrics(two_ranks / f"3{run}", "eval")
+    assert rows and {row["eval/used_answers"] + row["eval/unused_answers"] for row in rows} == {prompts}

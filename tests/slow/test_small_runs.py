@@ -74,9 +74,13 @@ def test_sixteen_bits_at_stage_0_run_as_stage_1_and_say_so(run_step, start, caps
     assert "--zero_stage 0 runs as stage 1 in bf16" in capsys.readouterr().out
 
 
-def test_packing_trains_on_the_same_rows_with_fewer_batches(run_step, start, tmp_path):
+def test_packing_trains_on_the_same_rows_with_fewer_batches(run_step, start, tmp_path, capsys):
+    learns = []
     for name, text in (("rows", ""), ("packed", "--packing")):
-        run_step(1, [*start(1), *flags(f"--num_train_epochs 1 {text}", output_dir=tmp_path / name)])
+        text = f"--num_train_epochs 1 --console brief {text}"
+        run_step(1, [*start(1), *flags(text, output_dir=tmp_path / name)])
+        learns += re.findall(r"learns from \d+ rows", capsys.readouterr().out)
+    assert len(learns) == 2 and learns[0] == learns[1]
     rows, packed = (read_metrics(tmp_path / name) for name in ("rows", "packed"))
     assert len(packed) < len(rows)
     perplexities = [read_metrics(tmp_path / name, "eval")[0]["eval/perplexity"] for name in ("rows", "packed")]

@@ -277,6 +277,19 @@ def test_scores_that_are_not_finite_take_their_answers_out_and_are_counted(folde
     assert trainer.train_rlhf(_window(_experience(trainer))) is None and trainer.skipped_updates == 1
 
 
+def test_a_watched_function_changes_nothing_whatever_it_gives(folders, rewards):  # noqa: F811
+    trainer = _trainer(folders)
+    plain = _experience(trainer)
+    unused = trainer.experience_metrics(plain)["unused_answers"]
+    trainer.reward_functions = load_reward_functions([f"{rewards}:half_nan:0", f"{rewards}:infinite:0"])
+    watched = _experience(trainer)
+    assert torch.equal(watched.scores, plain.scores) and torch.equal(watched.usable, plain.usable)
+    metrics = trainer.experience_metrics(watched)
+    assert metrics["unused_answers"] == unused
+    assert metrics["score/half_nan"] == 1.0, "a mean over the finite ones"
+    assert math.isnan(metrics["score/infinite"])
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -330,6 +343,17 @@ def test_a_file_with_two_functions_runs_once_as_a_module_like_any_other(tmp_path
     assert (tmp_path / "runs").read_text() == "x"
 
 
+def test_whitening_is_over_the_rows_that_train(folders):  # noqa: F811
+    text = f"{GROUPS} --advantage_estimator rloo --whiten_advantages --drop_groups_without_spread --kl_ctl 0"
+    trainer = _trainer(folders, text)
+    experience = _experience(trainer, rows=REPEATED)
+    experience.scores[:] = torch.tensor([1.0, 1.0, 0.0, 2.0])
+    trainer.get_advantages_and_returns(trainer.compute_rewards(experience))
+    left = experience.of_groups_with_spread()
+    values = left.advantages[left.answer_mask.bool()]
+    assert values.mean().abs() < 1e-5 and values.var().item() == pytest.approx(1, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -338,6 +362,15 @@ def test_a_file_with_two_functions_runs_once_as_a_module_like_any_other(tmp_path
         ("--reward_model_weight 0", "leaves nothing that scores"),
         ("--reward_model_weight 0 --reward_function x.py:f --normalize_reward", "--normalize_reward"),
         (f"{GROUPS} --advantage_estimator grpo --critic_lora_dim 2", "has no critic"),
+        (f"{GROUPS} --advantage_estimator grpo --no-do_sample", "with --no-do_sample they are all the same"),
+        (f"{GROUPS} --advantage_estimator rloo --temperature 0", "with --temperature 0 they are all the same"),
+        (f"{GROUPS} --advantage_estimator rloo --top_k 1", "with --top_k 1 they are all the same"),
+        (f"{GROUPS} --advantage_estimator rloo --gamma 0.5", "--gamma 0.5 discounts rewards .*; rloo compares whole"),
+        (f"{GROUPS} --advantage_estimator grpo --lam 1", "--lam 1 weighs what the critic"),
+        (f"{GROUPS} --advantage_estimator grpo --cliprange_value 0.1", "--cliprange_value 0.1 clips the critic's"),
+        ("--no-do_sample --temperature 0.7", "--temperature 0.7 is of sampling"),
+        ("--kl_target 6 --kl_ctl 0", "--kl_ctl 0 stays 0"),
+        ("--kl_target 6 --kl_horizon 3 --per_device_generation_batch_size 16", "and this run's have 16, could make"),
         ("--only_optimize_lora --actor_lora_dim 2 --offload_reference_model", "add --separate_ref"),
         ("--no-scale_group_rewards", "gae divides by none"),
         (f"{GROUPS} --advantage_estimator rloo --scale_group_rewards", "rloo divides by none"),

@@ -8,9 +8,12 @@ import torch
 from helpers import MEASURED, assert_same_run, flags, killed_after, read_metrics, zero_stage
 from safetensors.torch import load_file
 
+from training.step3_rlhf_finetuning.ppo_trainer import DeepSpeedPPOTrainer
 from utils import arguments
 from utils.arguments.watching import worse_than_at_start
 from utils.process.errors import UserError
+from utils.run.checkpoint import Checkpoints
+from utils.run.evaluation import BEST_RECORD
 
 
 def _training_rows(folder):
@@ -90,6 +93,28 @@ def test_patience_ends_a_run_as_a_finished_one(run_step, start, tmp_path, capsys
     assert "early stopping: 2 evaluations without a better" in out and "after 3 steps" in out
     assert len(read_metrics(tmp_path)) == 3
     assert (tmp_path / "checkpoints/finished.json").exists() and list(tmp_path.rglob("model.safetensors"))
+
+
+def test_a_policy_that_says_nothing_is_never_the_best(run_step, start, tmp_path, monkeypatch, capsys):
+    """From its third step on it answers EOS alone; 0 would be a higher score than those of this reward model."""
+    generate, steps = DeepSpeedPPOTrainer._generate_sequence, []
+
+    def mute(self, prompts, *others):
+        rollout = generate(self, prompts, *others)
+        if len(steps) >= 2:
+            rollout.sequences[:, prompts.shape[1] :] = self.tokenizer.pad_token_id
+            rollout.sequences[:, prompts.shape[1]] = self.tokenizer.eos_token_id
+        return rollout
+
+    end_step = Checkpoints.end_step
+    monkeypatch.setattr(Checkpoints, "end_step", lambda *given: steps.append(1) or end_step(*given))
+    monkeypatch.setattr(DeepSpeedPPOTrainer, "_generate_sequence", mute)
+    monkeypatch.setattr(DeepSpeedPPOTrainer, "_final_scores", lambda self, parts, ended: parts[:, 0] * 0 - 1)
+    text = "--eval_interval 1 --eval_prompts 2 --save_best --early_stopping_patience 3"
+    run_step(3, [*start(3), *flags(text, output_dir=tmp_path)])
+    assert json.loads((tmp_path / "best" / BEST_RECORD).read_text())["value"] == -1
+    assert [row["eval/score"] for row in read_metrics(tmp_path, "eval")] == [-1, -1, -1, None, None]
+    assert "worse than it began: score -1 before training, nan now" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("step", [1, 3])

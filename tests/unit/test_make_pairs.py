@@ -2,14 +2,17 @@
 
 import importlib
 import json
+import math
 import sys
 from collections import Counter
+from itertools import permutations
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from helpers import make_model, make_reward_model
 
+from evaluation_scripts.judging import compare, comparison_table, comparisons
 from evaluation_scripts.language_report import distinct_2, figures, log_prob_sums, markdown
 from evaluation_scripts.language_report import main as report
 from evaluation_scripts.make_pairs import best_rows, check_one_kind, main, pair_row, pairs_of, parse_args, reward_models
@@ -50,6 +53,28 @@ def test_ties_repetitions_and_empty_answers_are_left_out_and_counted():
     assert counts["ties"] == 2
     assert pairs_of(record(["a", "a", ""], [1.0, 1.0, -1.0]), ["best_worst"], 0.0, counts) == []
     assert (counts["repeated answers"], counts["empty answers"], counts["prompts with a single answer"]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("order", list(permutations([1.0, 5.0, 3.0, math.nan])))
+def test_an_answer_without_a_finite_score_is_in_no_pair_and_counted(order):
+    counts, one = Counter(), record(["a", "b", "c", "d"], list(order))
+    assert pairs_of(one, ["best_worst"], 0.0, counts) == [(order.index(5.0), order.index(1.0))]
+    assert len(pairs_of(one, ["all"], 0.0, Counter())) == 3
+    assert counts["answers without a finite score"] == 1 and counts["ties"] == 0
+    assert best_rows([one], [CHAT])[0]["score"] == 5.0
+
+
+def test_prompts_without_a_finite_score_are_left_out_of_a_comparison_and_said():
+    def records(title, scores):
+        return [dict(prompt_number=i, mode="Greedy", title=title, scores={"judge": of}) for i, of in enumerate(scores)]
+
+    ours = [[2.0, math.nan], [math.nan], [3.0], [1.0]]  # of two answers the other one counts
+    found = comparisons(records("base", [[1.0], [1.0], [math.inf], [2.0]]) + records("ours", ours))
+    assert (found[0].mean, found[0].left_out) == (pytest.approx(4 / 3), 1)
+    assert (found[1].better, found[1].ties, found[1].worse, found[1].left_out) == (1, 0, 1, 2)
+    assert (found[1].win_rate, found[1].difference, found[1].mean) == (0.5, 0.0, 1.5)
+    assert "ours, Greedy: 2 prompts without a finite score by judge are left out" in comparison_table(found)
+    assert math.isnan(compare("judge", "Greedy", "ours", [math.nan], [1.0]).mean)
 
 
 def test_an_answer_that_was_cut_off_may_lose_and_never_wins():

@@ -196,6 +196,9 @@ def test_the_gap_of_log_probs_is_a_mean_over_tokens_of_all_ranks_and_a_maximum()
     )
     assert (mean.item(), largest.item()) == pytest.approx((0.6, 1.5))
     assert ppo_math.log_prob_gap(scored, noted, torch.zeros(1, 3))[1].item() == 0
+    no_row = torch.zeros(0, 3)  # of an evaluation with fewer prompts than ranks
+    mean, largest = ppo_math.log_prob_gap(no_row, no_row, no_row, lambda x: x + other, lambda x: x.clamp(min=1.5))
+    assert (mean.item(), largest.item()) == pytest.approx((1.0, 1.5))
 
 
 def test_value_loss_by_hand_and_no_gradient_where_clipped():

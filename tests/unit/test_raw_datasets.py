@@ -756,7 +756,7 @@ def test_damaged_line_is_named(bad, message, late, tmp_path):
             b'[{"prompt":\n"\xc3"}]',
             r"d.json: expected UTF-8, found byte 0xc3 at position 13 \(line 2 of it\)",
         ),
-        ("d.json", b'{\n"prompt": "a"}', "d.json, line 1: expected valid JSON"),
+        ("d.json", b'{\n"prompt": "a"}', "d.json, line 1: expected valid JSON.*an array of objects, or one object per"),
         ("d.json", b'[{"prompt": 1, "prompt": 2}]', "d.json: expected each key once, found 'prompt' twice"),
         ("d.csv", b"prompt,chosen\n", "d.csv: expected at least one row, found none"),
         ("d.csv", b"prompt,prompt\na,b\n", "d.csv, line 1: expected a header .* found the column 'prompt' twice"),

@@ -1,5 +1,6 @@
 """What --resume refuses, passes over and leaves alone, and how a run stops."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_same_run, flags, killed_after, read_metrics
@@ -17,6 +19,7 @@ from utils.process.errors import EndOfRun, UserError
 from utils.run import checkpoint, checkpoint_files, same_run
 from utils.run.checkpoint import Checkpoints
 from utils.run.checkpoint_files import read_checkpoint
+from utils.run.same_run import model_fingerprint, same_model
 
 
 @pytest.fixture
@@ -229,6 +232,46 @@ def test_settings_that_are_allowed_to_change_do(run_step, start, tmp_path, capsy
     assert "the learning rate of the next is 0.000426777, and would have been 0.000853553" in told
     rate = next(row["train/lr"] for row in read_metrics(tmp_path) if row["step"] == 5)
     assert rate == pytest.approx(5e-4 * (1 + math.cos(math.pi * 4 / 16)) / 2)
+
+
+@pytest.mark.parametrize("target", ["", "--kl_target 0.1 --kl_horizon 50"])
+def test_another_kl_weight_is_taken_up_once(run_step, start, tmp_path, target):
+    """And goes on from there, also where it adapts."""
+    arguments = [*start(3), *flags("--checkpoint_steps 1 --kl_target 1e9 --kl_horizon 50", output_dir=tmp_path)]
+    with killed_after(2):
+        run_step(3, arguments)
+    changed = flags(f"--kl_ctl 0.5 {target} --resume auto --allow_changed kl_ctl,kl_target,kl_horizon")
+    for steps in (2, 2):
+        with killed_after(steps + len(read_metrics(tmp_path))):
+            run_step(3, [*arguments, *changed])
+    weights = [row["train/kl_ctl"] for row in read_metrics(tmp_path)]
+    assert len(weights) == 6 and weights[0] == 0.1 > weights[1]
+    assert weights[2] == 0.5 and (weights[2:] == sorted(set(weights[2:]), reverse=weights[3] < 0.5))
+
+
+def test_the_files_of_a_model_are_known_by_what_stands_all_over_them(tmp_path):
+    """An adapter folded in changes the same weights of every layer, and neither the head of a file nor its end."""
+    file, content = tmp_path / "model.safetensors", np.random.default_rng(0).bytes(12 * 2**20)
+    file.write_bytes(content)
+    (tmp_path / "config.json").write_text("{}")
+    sampled, whole = model_fingerprint(tmp_path), model_fingerprint(tmp_path, whole=True)
+    head, end = content[: 2**20], content[-(2**20) :]
+    older = hashlib.sha256(f"{file.name} {len(content)} ".encode() + head + end).hexdigest()
+    assert all(same_model(tmp_path, then) for then in (sampled, older))
+    layers = bytearray(content)
+    for layer in range(1, 11):
+        layers[layer * 2**20 : layer * 2**20 + 2**19] = bytes(2**19)
+    file.write_bytes(layers)
+    assert not same_model(tmp_path, sampled)
+    assert same_model(tmp_path, older), "all that an older checkpoint can tell"
+    one = bytearray(content)
+    one[6_000_000] ^= 1
+    file.write_bytes(one)
+    assert model_fingerprint(tmp_path, whole=True) != whole
+    file.write_bytes(content)
+    assert model_fingerprint(tmp_path, whole=True) == whole
+    (tmp_path / "config.json").write_text('{"rope_theta": 1}')
+    assert model_fingerprint(tmp_path, whole=True) != whole and same_model(tmp_path, sampled)
 
 
 def test_a_finished_run_is_made_longer(run_step, start, tmp_path, capsys):

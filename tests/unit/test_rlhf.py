@@ -1,6 +1,7 @@
 """PPO with real engines in this process: ratios, masks, invariances, EMA, ptx, fast generation."""
 
 import argparse
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -175,6 +176,9 @@ def test_an_empty_answer_weighs_nothing_and_a_batch_of_them_is_skipped(folders, 
     answers[:, 0] = eos
     answers[:, 1:] = pad
     experience = _experience(trainer)
+    metrics = trainer.experience_metrics(experience)
+    assert metrics["used_answers"] == 0
+    assert all(math.isnan(metrics[name]) for name in ("score", "score_std", "reward", "kl", "score/reward_model"))
     assert trainer.train_rlhf(_window(experience)) is None
     assert trainer.skipped_updates == 1
     after = _whole_weights(trainer.actor_model.module)
@@ -214,6 +218,13 @@ def test_an_answer_without_an_end_does_not_pay(folders, penalty, scale, want):
     trainer.reward_scale = scale
     scores = torch.tensor([[3.0], [3.0], [1.0], [1.0]]), torch.tensor([True, False, True, False])
     assert trainer._final_scores(*scores).tolist() == want
+
+
+def test_a_negative_weight_turns_the_bound_of_answers_without_an_end_too(folders):
+    trainer = _trainer(folders, "--missing_eos_penalty 1 --reward_model_weight -1")
+    trainer.reward_scale = 2.0, 0.5
+    scores = torch.tensor([[3.0], [3.0], [1.0], [1.0]]), torch.tensor([True, False, True, False])
+    assert trainer._final_scores(*scores).tolist() == [-2, -3, 2, -1]
 
 
 @pytest.fixture(scope="module")

@@ -831,6 +831,21 @@ def test_what_lists_and_nested_columns_hold_besides_is_counted(opened, tokenizer
     assert unused(opened(empty), tokenizer) == {"messages[].content of system turns that are empty": 1}
 
 
+def test_turns_and_prompts_that_are_not_used_are_counted(opened, tokenizer):
+    bye = [{"messages": [user("q"), answer("c"), user("bye")]}, {"messages": [user("q"), answer("c")]}]
+    assert unused(opened(bye), tokenizer) == {"turns behind the last answer": 1}
+    assert unused(opened(bye[:1]), tokenizer, step=3) == {}  # there it is the question
+    asks = node("prompter", "hi", None, node("assistant", "good", 0, node("prompter", "bye"))) | {"lang": None}
+    assert unused(opened([{"prompt": asks}]), tokenizer)["turns behind the last answer"] == 1
+    again = [*flat(TREE), flat(TREE)[1], flat(TREE)[2]]
+    assert unused(opened(again), tokenizer) == {"messages whose message_id comes again later": 2}
+    turns = [user("q"), answer("c"), user("p"), answer("d")]
+    for prompt in ("q", "p", " p\n", hh("q", "c", "p") + "\n\nAssistant:", "be brief. p"):
+        assert unused(opened([{"prompt": prompt, "chosen": turns}]), tokenizer) == {}, prompt
+    other = [{"prompt": "something else", "chosen": turns}]
+    assert unused(opened(other), tokenizer) == {"prompt, which is not what the answers begin with": 1}
+
+
 def test_a_column_that_the_user_names_is_read_or_refused(opened):
     rows = [{"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": 1, "talk": [user("q")]}]
     with pytest.raises(DataError, match=r"--tools_column talk: .*is not used where rows are read as trees of messages"):
@@ -962,6 +977,11 @@ def test_columns_without_a_question_are_refused(row, opened):
             {"prompt": "q", "answers": [{"answer": "a"}, {"answer": "b"}]},
             2,
             "field 'answers' holds objects without a rank or a score",
+        ),
+        (
+            {"prompt": "q", "answers": [{"name": "f", "arguments": {}}]},
+            1,
+            "field 'answers' holds objects without any of answer, response, text, content, generated_text, output",
         ),
         (
             {"prompt": "q", "answers": ["a", "b"], "scores": [1, 1]},

@@ -242,6 +242,17 @@ def test_a_resumed_run_compares_what_the_file_holds(config, tmp_path):
     assert flags_of(config("[{path: local/demo, weight: 2}]")) != first
 
 
+def test_rows_that_a_run_would_learn_nothing_from_are_dropped_by_its_flag(config, tmp_path, capsys):
+    rows = [{"prompt": "cat " * (90 if i % 2 else 1), "chosen": f" dog {i}"} for i in range(20)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = []
+    for flag in ("", "--mask_prompt "):
+        text = f"{flag}--truncation_side right --max_seq_len 40"
+        args = config("[{path: {tmp}/long.jsonl, data_split: null}]", text=text)
+        sizes.append(sum(map(len, datasets_of_step(args, make_tokenizer(tmp_path / "t"), 1, 40))))
+    assert sizes == [20, 10] and "dropped, no answer being left of them within the length" in capsys.readouterr().out
+
+
 def test_the_data_of_a_config_is_what_a_step_gets(config, tmp_path, capsys):
     content = "[{path: {tmp}/data, weight: 3, data_split: null}, {path: {tmp}/more, weight: 1, data_split: null}]"
     args = config(content, text="--max_train_samples 20 --max_seq_len 64")

@@ -1,16 +1,18 @@
 """Rows of each step under the published chat templates: what is learned, where rows end, what a long one loses."""
 
 import re
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from chat_template_samples import SAMPLES, SPECIAL_TOKENS, sample
 from helpers import make_tokenizer
 
-from utils.data import chat_template_guard, prompt_format
+from utils.data import chat_template_guard, chat_templates, encoding, prompt_format
 from utils.data.batching import learned_labels
 from utils.data.chat_templates import rewrites_turns, training_form
-from utils.data.conversation import Conversation, assistant, system, user
+from utils.data.conversation import Conversation, Texts, assistant, system, user
 from utils.data.encoding import REWARD, RLHF, SFT, RowEncoder, TokenRules
 from utils.data.row_texts import SkipRow
 from utils.data.rows import ListRows
@@ -38,9 +40,13 @@ class Given:
 
 
 def tokenizer_of(name: str, tmp_path):
-    tokenizer, template, special = make_tokenizer(tmp_path), sample(name), SPECIAL_TOKENS[name]
+    return tokenizer_with(sample(name), SPECIAL_TOKENS[name], tmp_path)
+
+
+def tokenizer_with(template: str, special: dict[str, str], tmp_path, controls=()):
+    tokenizer = make_tokenizer(tmp_path)
     tokenizer.add_special_tokens({key: value for key, value in special.items() if key != "unk_token"})
-    controls = re.findall(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]", template)
+    controls = [*controls, *re.findall(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]", template)]
     tokenizer.add_special_tokens(
         {"additional_special_tokens": sorted(set(controls))}, replace_extra_special_tokens=False
     )
@@ -55,11 +61,13 @@ def conversation(turns: int, instruction: str | None = None) -> Conversation:
     return Conversation(messages[:-1], ([messages[-1]], [assistant("no")]))
 
 
-def rows_of(tokenizer, step: int, *examples: Conversation, max_seq_len=400, side="left", tells=None):
+def rows_of(
+    tokenizer, step: int, *examples, max_seq_len=400, side="left", tells=None, style=prompt_format.CHAT_TEMPLATE
+):
     need = 1 if step == SFT else 0 if step == RLHF else 2
     cut = [Conversation(e.prompt, e.answers[:need], e.tools, e.ranks) for e in examples]
     rows = ListRows([{"example": example} for example in cut], "given")
-    encoder = RowEncoder(Given(), tokenizer, TokenRules(step, max_seq_len, side, prompt_format.CHAT_TEMPLATE))
+    encoder = RowEncoder(Given(), tokenizer, TokenRules(step, max_seq_len, side, style))
     made = encoder.finish(*encoder.tokenise(encoder.read(rows, np.arange(len(rows))))).to_pylist()
     if tells is not None:
         tells += [encoder.report, encoder.counts]
@@ -131,6 +139,105 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(tmp_path):
     [row] = rows_of(tokenizer, SFT, given, unlearned, tells=tells)
     assert learned(tokenizer, row) == ["blue blue<|im_end|>"] and "assistant\nred" in tokenizer.decode(row["input_ids"])
     assert list(tells[0].skipped) == ["every answer has the weight 0"]
+
+
+# Templates that write no end token between an answer and the next question, or not that of a last answer.
+_HUMAN = (
+    "{% for m in messages %}{{ '### Human: ' if m.role == 'user' else '### Assistant:' }}"
+    "{% if m.role == 'user' %}{{ m.content }}USER_END{% else %}START {{ m.content }}END{% endif %}"
+    "{{ '\n' }}{% endfor %}"
+    "{{ '### Assistant:' if add_generation_prompt else WHOLE_END }}"
+)
+
+
+def human(start="", end="", user_end="", whole_end="''"):
+    parts = {"START": start, "USER_END": user_end, "WHOLE_END": whole_end, "END": end}
+    return re.sub("|".join(parts), lambda match: parts[match[0]], _HUMAN)
+
+
+_GLM = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>{{ '\n' }}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ '\n' }}{% endif %}"
+)
+_GLM_TOKENS = ("<|user|>", "<|assistant|>", "[gMASK]", "<sop>")
+_RETURNS = (
+    "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+    "{{ '<|return|>' if m.role == 'assistant' and loop.last else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|message|>{% endif %}"
+)
+_MARKS = dict(start="{% generation %}", end="{% endgeneration %}")
+OPEN = {  # template, its EOS, special tokens beside those that the template spells, what each answer is learned as
+    "human": (human(), "</s>", (), " {}</s>"),
+    "human, marked": (human(**_MARKS), "</s>", (), " {}</s>"),
+    "EOS behind the whole": (human(whole_end="eos_token"), "</s>", (), " {}\n</s>"),
+    "EOS behind questions": (human(user_end="{{ eos_token }}"), "</s>", (), " {}</s>"),
+    "words close": (human(end=" ### End"), "</s>", (), " {} ### End</s>"),
+    "GLM-4": (_GLM, "</s>", _GLM_TOKENS, "{}</s>"),
+    "GLM-4, EOS begins a question": (_GLM, "<|user|>", _GLM_TOKENS, "{}<|user|>"),
+    "the last answer returns": (_RETURNS, "<|return|>", (), "{}<|return|>"),
+}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_answers_end_for_themselves_where_a_template_closes_no_turns(name, tmp_path):
+    template, eos, controls, answer = OPEN[name]
+    tokenizer = tokenizer_with(template, {"eos_token": eos}, tmp_path, controls)
+    given, eos_id = conversation(3), tokenizer.eos_token_id
+    [row], [pair] = rows_of(tokenizer, SFT, given), rows_of(tokenizer, REWARD, given)
+    assert learned(tokenizer, row) == [answer.format(said) for said in ANSWERS]
+    # The ids are the template's text and one EOS, the same in all steps.
+    [prompt] = rows_of(tokenizer, RLHF, given)
+    asked = tokenizer.apply_chat_template(given.prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert pair["chosen_ids"] == row["input_ids"] and prompt["input_ids"] == asked
+    assert pair["prompt_length"] == len(asked) and pair["chosen_ids"][: len(asked)] == asked
+    for ids, said in ((pair["chosen_ids"], ANSWERS[2]), (pair["rejected_ids"], "no")):
+        assert tokenizer.decode(ids[len(asked) :]) == answer.format(said)
+    # What has the weight 0 is not learned, wherever it stands.
+    for unlearned in range(3):
+        messages = [dict(message) for message in (*given.prompt, *given.answers[0])]
+        messages[2 * unlearned + 1]["weight"] = 0
+        [row] = rows_of(tokenizer, SFT, Conversation(messages[:-1], (messages[-1:],)))
+        assert learned(tokenizer, row) == [answer.format(said) for i, said in enumerate(ANSWERS) if i != unlearned]
+    # Nor does one end that was cut off there.
+    [row] = rows_of(tokenizer, SFT, given)
+    end = row["answer_spans"][1]
+    [row] = rows_of(tokenizer, SFT, given, max_seq_len=end - (row["input_ids"][end - 1] == eos_id), side="right")
+    assert learned(tokenizer, row) == [answer.format(ANSWERS[0]).removesuffix(eos)]
+
+
+def test_calls_that_no_token_closes_end_for_themselves_beside_answers_that_one_closes(tmp_path):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' }}{{ m.content or '' }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% else %}<|im_end|>{% endif %}"
+        "{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+    )
+    tokenizer = tokenizer_with(template, {"eos_token": "</s>"}, tmp_path)  # not what closes an answer
+    call = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    turns = [user("cat"), called, {"role": "tool", "content": "12:00"}, assistant("dog"), user("red")]
+    [row] = rows_of(tokenizer, SFT, Conversation(turns, ([assistant("blue")],)))
+    first, *rest = learned(tokenizer, row)
+    assert first.startswith("{") and first.endswith("}<|im_end|>") and '"zone": "UTC"' in first
+    assert rest == ["dog<|im_end|>", "blue<|im_end|>"]
+
+
+def test_marks_that_hold_an_end_token_say_how_an_answer_ends(tmp_path):
+    said = "{{ m.content }}{{ '<|return|>' if m.role == 'assistant' and loop.last else '<|end|>' }}"
+    marked = "{% if m.role == 'assistant' %}{% generation %}SAID{% endgeneration %}{% else %}SAID{% endif %}"
+    template = _RETURNS.replace(said, marked.replace("SAID", said))
+    assert template != _RETURNS
+    tokenizer = tokenizer_with(template, {"eos_token": "<|return|>"}, tmp_path)
+    [row] = rows_of(tokenizer, SFT, conversation(2))
+    assert learned(tokenizer, row) == ["red<|end|>", "blue blue<|return|>"]
+
+
+def test_marks_that_are_not_one_for_each_answer_skip_the_row_and_say_so(tmp_path):
+    marked = "{% generation %}{{ m.content }}{% endgeneration %}"
+    template = human().replace("{{ m.content }}", marked, 1) + marked.replace("m.content", "'!'")
+    tells = []
+    assert rows_of(tokenizer_with(template, {}, tmp_path), SFT, conversation(2), tells=tells) == []
+    assert list(tells[0].skipped) == ["the chat template's {% generation %} marks are not one for each answer"]
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen3", "gemma2", "llama3", "mistral_v0.3", "phi3_mini"])
@@ -237,3 +344,51 @@ def test_a_format_that_cannot_write_a_row_skips_it(tmp_path):
     with pytest.raises(SkipRow, match="bare holds one question"):
         encoder.maker.samples({"example": conversation(2)})
     assert not tells
+
+
+def one_by_one(given: Conversation, fits) -> Conversation:
+    """Drops the oldest turns question by question until the rest fits."""
+    kept = 1 if given.prompt[0]["role"] == "system" else 0
+    while not fits(given):
+        later = [i for i, message in enumerate(given.prompt) if i > kept and message["role"] == "user"]
+        if not later:
+            break
+        given = replace(given, prompt=given.prompt[:kept] + given.prompt[later[0] :])
+    return given
+
+
+@pytest.mark.parametrize(
+    "name", ["smollm2", "qwen3", "mistral_v0.3", "phi3_mini", "llama2", "open", "unknown", "plain"]
+)
+def test_bisection_drops_the_turns_that_one_by_one_would_go(name, tmp_path, monkeypatch):
+    tokenizer = tokenizer_of(name if name in SAMPLES else "smollm2", tmp_path)
+    tokenizer.chat_template = {"open": human(), "unknown": UNKNOWN}.get(name, tokenizer.chat_template)
+    rows = partial(rows_of, tokenizer, style=None if name == "plain" else prompt_format.CHAT_TEMPLATE)
+    turns = [part for i in range(12) for part in (user("cat " * (i % 4 + 1)), assistant("dog " * (i % 3) + "red"))]
+    examples = [Conversation([*first, *turns[:-1]], (turns[-1:], [assistant("no")])) for first in ([], [system("red")])]
+    cases = [(step, limit) for step in (SFT, REWARD, RLHF) for limit in (24, 40, 70, 110, 170, 260)]
+    found = [rows(step, *examples, max_seq_len=limit) for step, limit in cases]
+    monkeypatch.setattr(encoding, "without_oldest", one_by_one)
+    assert found == [rows(step, *examples, max_seq_len=limit) for step, limit in cases]
+    assert len({len(made[0].get("input_ids", made[0].get("chosen_ids"))) for made in found if made}) > 6
+
+
+def test_a_long_conversation_is_written_about_as_often_as_it_has_answers(tmp_path, monkeypatch):
+    written, render = [], chat_templates.render_template
+    monkeypatch.setattr(chat_templates, "render_template", lambda *args: written.append(args) or render(*args))
+    tokenizer, turns = tokenizer_of("smollm2", tmp_path), [user("cat"), assistant("dog")] * 64
+    given = Conversation(turns[:-1], (turns[-1:],))
+    rows_of(tokenizer, SFT, conversation(1))
+    written.clear()
+    [row] = rows_of(tokenizer, SFT, given, max_seq_len=120)
+    assert 2 <= len(learned(tokenizer, row)) < 16 and len(written) < 64 + 40
+
+
+def test_a_row_without_an_answer_is_dropped_where_prompts_are_not_learned(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    texts = [Texts(prompt, (prompt + " dog",), (" dog",)) for prompt in ("cat " * 90, "cat")]
+    for mask_prompt, kept, words in ((True, 1, "1 dropped, no answer"), (False, 2, "1 of them before the end of an")):
+        rules = TokenRules(SFT, 40, "right", mask_prompt=mask_prompt)
+        encoder, rows = RowEncoder(Given(), tokenizer, rules), ListRows([{"example": text} for text in texts], "given")
+        made = encoder.finish(*encoder.tokenise(encoder.read(rows, np.arange(2)))).to_pylist()
+        assert len(made) == kept and all(row["answer_spans"] for row in made[-1:]) and words in str(encoder.counts)

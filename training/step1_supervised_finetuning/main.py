@@ -141,7 +141,7 @@ def main():
     checkpoints.resume(writer, train_dataset, {"model": engine}, nonfinite=nonfinite, evaluations=evaluations)
 
     # 4. Train
-    console.begin(len(train_dataset))
+    console.begin(len(train_dataset.dataset if args.packing else train_dataset))  # packed ones have blocks
     evaluations.before_training(checkpoints.resumed)
     for epoch, first_step in checkpoints.epochs(args.num_train_epochs):
         console.epoch(epoch, len(train_loader))

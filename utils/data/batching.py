@@ -169,8 +169,8 @@ def pad_rows(
 def learned_labels(row: dict, mask_prompt: bool) -> list[int]:
     """The labels of one row: its ids, -100 outside its answers where only answers are learned.
 
-    An answer that another turn follows, in a format whose texts hold no end tokens, is followed by one in the labels:
-    the model is to end there, whatever the conversation goes on with.
+    An answer that another turn follows without an end token in between is followed by one in the labels: the model is
+    to end there, whatever the conversation goes on with.
     """
     ids, spans, end_id = row["input_ids"], row["answer_spans"], row.get("end_id", -1)
     if not (mask_prompt or row["answers_only"]):
@@ -178,7 +178,7 @@ def learned_labels(row: dict, mask_prompt: bool) -> list[int]:
     labels = [IGNORE_INDEX] * len(ids)
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         labels[start:end] = ids[start:end]
-        if end_id >= 0 and end < len(ids):
+        if end_id >= 0 and end < len(ids) and ids[end - 1] != end_id:
             labels[end] = end_id
     return labels
 

@@ -14,7 +14,7 @@ from utils.data.encoding import PreparationCounts
 from utils.process.console import print_rank_0
 from utils.process.files import name_if_new, scratch_beside, write_text
 
-CACHE_VERSION = 6  # part of every cache key: raise it when the rules change what is stored
+CACHE_VERSION = 7  # part of every cache key: raise it when the rules change what is stored
 
 
 class PromptDataset(Dataset):

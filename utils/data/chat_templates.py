@@ -114,6 +114,7 @@ def _plain(value: Any) -> Any:
 # Words that no template writes by itself.
 _SYSTEM, _REASON, _FUNCTION, _ARGUMENT, _RESULT = "zsystem", "zreason", "zfunction", "zargument", "zresult"
 _NAME = "zname"
+_VALUE = "zvalue"
 _CALL_ID = "zcall0001"  # nine letters and digits, as Mistral's templates want them
 _TOOLS = [
     {
@@ -144,7 +145,7 @@ def _reasoned(number: int = 1) -> dict:
 
 
 def _call(**fields: Any) -> dict:
-    function = {"name": _FUNCTION, "arguments": {_ARGUMENT: "a value"}}
+    function = {"name": _FUNCTION, "arguments": {_ARGUMENT: _VALUE}}
     call = {"id": _CALL_ID, "type": "function", "function": function}
     return {"role": "assistant", "content": None, "tool_calls": [call]} | fields
 
@@ -286,6 +287,28 @@ def _grows(writer: _Writer, messages: Messages, tools: list[dict] | None) -> boo
             or not any(whole.startswith(stem) for stem in writer.stems(answered))
         ):
             return False
+    return True
+
+
+def closes_answers(template: str, special_tokens: SpecialTokens, end_tokens: frozenset[str]) -> bool:
+    """Whether one of some tokens stands between each answer, calls of tools included, and the turn that follows it."""
+    return _closes_answers(template, _key(special_tokens), end_tokens)
+
+
+@lru_cache(maxsize=32)
+def _closes_answers(template: str, key: str, end_tokens: frozenset[str]) -> bool:
+    writer = _Writer.of_key(template, key)
+    for messages, tools in _long_probes(writer):
+        text = writer.text_or_none(messages, tools)
+        if text is None:
+            continue  # it refuses such conversations, and will when it is used
+        for answer, following in itertools.pairwise(messages):
+            if answer["role"] != "assistant":
+                continue
+            end, said = text.find(following["content"]), answer["content"] or _VALUE
+            start = text.rfind(said, 0, max(end, 0))
+            if start < 0 or not any(token in text[start + len(said) : end] for token in end_tokens):
+                return False
     return True
 
 

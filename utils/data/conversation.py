@@ -210,6 +210,11 @@ class MessageReader:
             if key not in known and without_nulls(value) not in EMPTY:
                 self.unused[f"{name}.{key}"] += 1
 
+    def note_behind(self, turns: int) -> None:
+        """Counts turns behind the last answer of a conversation."""
+        if turns:
+            self.unused["turns behind the last answer"] += turns
+
 
 def _role(turn: Mapping) -> Any:
     return turn.get("role") if turn.get("role") is not None else turn.get("from")

@@ -18,8 +18,16 @@ from utils.data.batching import ranked_pairs
 from utils.data.conversation import Conversation, Texts
 from utils.data.errors import DataError
 from utils.data.raw_datasets import PromptRawDataset
-from utils.data.rendering import ConversationWriter, Rendered, as_it_stands, as_written, one_per_answer, shorter
+from utils.data.rendering import (
+    ConversationWriter,
+    Rendered,
+    as_it_stands,
+    as_written,
+    one_per_answer,
+    without_oldest,
+)
 from utils.data.row_texts import RowReport, SkipRow
+from utils.data.special_tokens import special_token_ids
 from utils.data.text_encoder import EncodedText, TextEncoder
 
 GLUED_EXAMPLES = 2
@@ -36,6 +44,7 @@ class TokenRules:
         prompt_format: in which every row is written; None: texts stand as they are, and conversations are written as
             human_assistant.
         keep_columns: of step 3: columns whose values go along with a prompt, for reward functions; "all" for all.
+        mask_prompt: of step 1: only answers are learned, also of texts; a row that has none left is dropped.
     """
 
     train_phase: int
@@ -44,6 +53,7 @@ class TokenRules:
     prompt_format: str | None = None
     allow_special_tokens: bool = False
     keep_columns: tuple[str, ...] | str = ()
+    mask_prompt: bool = False
 
 
 @dataclass
@@ -72,7 +82,7 @@ class PreparationCounts:
         if self.truncated:
             parts.append(f"{self.truncated} too long and truncated")
         if self.without_eos:
-            parts.append(f"{self.without_eos} of them inside an answer, whose end is not learned then")
+            parts.append(f"{self.without_eos} of them before the end of an answer, which is not learned then")
         if self.identical:
             parts.append(f"{self.identical} pairs dropped, their answers being identical")
         if self.without_answer:
@@ -141,7 +151,7 @@ class RowMaker:
             tokenizer, template=self.by_template, allow_special_tokens=rules.allow_special_tokens
         )
         self.leading = self.encoder.leading
-        self.end_ids = {self.eos, prompt_format.end_of_turn_id(tokenizer)} if self.by_template else {self.eos}
+        self.end_ids = prompt_format.end_ids(tokenizer, self.by_template)
 
     def samples(self, row) -> list[tuple]:
         """Raises SkipRow where the step cannot use the row."""
@@ -171,19 +181,24 @@ class RowMaker:
                 self.counts.glued_examples.append(example.wholes[0][max(0, start - 30) : start + 30])
 
     def written(self, conversation: Conversation) -> list[tuple[Conversation, list[Rendered]]]:
-        return [(conversation, [self.writer.answered(conversation, answer) for answer in conversation.answers])]
+        """The rows of a conversation: what each is made of, and its texts."""
+        return [(conversation, self.texts(conversation))]
+
+    def texts(self, conversation: Conversation) -> list[Rendered]:
+        """The texts of one row, without where its learned answers stand."""
+        return [self.writer.answered(conversation, answer, spans=False) for answer in conversation.answers]
 
     def encoded(self, rendered: list[Rendered]) -> list[EncodedText]:
         return self.encoder.encode([one.text for one in rendered])
 
     def closed(self, ids: list[int], start: int) -> list[int]:
         """The ids of a row, ended by exactly one end token after the last answer, which begins at ``start``."""
-        end = self.closing(ids, start) if self.by_template else None
+        end = self.closing(ids, start, len(ids)) if self.by_template else None
         return [*ids, self.eos] if end is None else ids[: end + 1]
 
-    def closing(self, ids: list[int], start: int) -> int | None:
-        """Where the first end token from ``start`` on stands: contents that spell one are encoded as text."""
-        return next((i for i in range(start, len(ids)) if ids[i] in self.end_ids), None)
+    def closing(self, ids: list[int], start: int, end: int) -> int | None:
+        """Where the first end token in [start, end) stands: contents that spell one are encoded as text."""
+        return next((i for i in range(start, end) if ids[i] in self.end_ids), None)
 
     def fitting(self, example, rendered: list[Rendered], encoded: list[EncodedText]):
         """(rendered, encoded, how many tokens stay at the beginning): without the oldest turns that do not fit.
@@ -193,12 +208,17 @@ class RowMaker:
         leading = self.leading
         if self.rules.truncation_side == "right" or isinstance(example, Texts) or self.fits(rendered, encoded):
             return rendered, encoded, leading
-        while not self.fits(rendered, encoded) and (less := shorter(example)) is not None:
-            example, rendered = less, self.written(less)[0][1]
-            encoded = self.encoded(rendered)
+        example = without_oldest(example, self.fits_alone)
+        [(_, rendered)] = self.written(example)
+        encoded = self.encoded(rendered)
         if not self.fits(rendered, encoded):
             leading = max(leading, encoded[0].token_at(self.writer.head(example)))
         return rendered, encoded, leading
+
+    def fits_alone(self, example: Conversation) -> bool:
+        """Whether the row of a conversation fits, which costs one rendering where finding its answers costs many."""
+        rendered = self.texts(example)
+        return self.fits(rendered, self.encoded(rendered))
 
     def fits(self, rendered: list[Rendered], encoded: list[EncodedText]) -> bool:
         limit = self.rules.max_seq_len
@@ -220,8 +240,8 @@ class RowMaker:
 class SftRowMaker(RowMaker):
     """A conversation, or a prompt and its chosen answer; ``answer_spans`` are flat [start, end) pairs of its answers.
 
-    ``answers_only``: the rest is not learned. ``end_id``: what follows an answer in the labels where another turn
-    follows it in the ids, whose text has no end token; -1 where the ids have one.
+    ``answers_only``: the rest is not learned. ``end_id``: the row's last token, which follows an answer in the labels
+    where another turn follows it in the ids without an end token in between; -1 where all answers have one in the ids.
     """
 
     columns: ClassVar = {
@@ -231,6 +251,10 @@ class SftRowMaker(RowMaker):
         "end_id": pa.int32(),
     }
     learns = True
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.special_ids = special_token_ids(self.tokenizer)
 
     def written(self, conversation):
         [answer] = conversation.answers
@@ -250,24 +274,24 @@ class SftRowMaker(RowMaker):
         start = encoded.token_at(rendered.start)
         ids = self.closed(encoded.ids, encoded.token_at(rendered.last))
         spans = [self.span(encoded, rendered, ids, *answer) for answer in rendered.answers]
+        closed = self.by_template and all(ids[end - 1] in self.special_ids for _, end in spans)
         drop = self.tokens_to_drop(len(ids), start, leading)
         kept = cut(ids, self.rules.max_seq_len, leading, drop)
         spans = moved_spans(spans, leading, drop, len(kept))
-        if not spans and answers_only:
+        if not spans and (answers_only or self.rules.mask_prompt):
             self.counts.without_answer += 1
             return None
         self.count_cut(not fits, kept[-1] in self.end_ids)
-        end_id = -1 if self.by_template else self.eos
-        return kept, list(chain.from_iterable(spans)), answers_only, end_id
+        return kept, list(chain.from_iterable(spans)), answers_only, -1 if closed else ids[-1]
 
     def span(self, encoded: EncodedText, rendered: Rendered, ids: list[int], start: int, end: int) -> tuple[int, int]:
         """[start, end) in tokens of an answer given in characters, its end token included where the text has one."""
         first = encoded.token_at(start)
         if start == rendered.last:
             return first, len(ids)
-        if self.by_template and (closing := self.closing(ids, first)) is not None:
-            return first, closing + 1
-        return first, encoded.token_at(end)
+        until = min(encoded.token_at(end), len(ids))
+        closing = self.closing(ids, first, until) if self.by_template else None
+        return first, until if closing is None else closing + 1
 
 
 class Pair(NamedTuple):
@@ -341,8 +365,8 @@ class PromptRowMaker(RowMaker):
         if self.rules.keep_columns:
             self.columns["columns"] = pa.string()
 
-    def written(self, conversation):
-        return [(conversation, [self.writer.prompt(conversation)])]
+    def texts(self, conversation):
+        return [self.writer.prompt(conversation)]
 
     def samples_of(self, example, row):
         [((one, rendered, _), texts)] = super().samples_of(example, row)
@@ -381,9 +405,7 @@ def check_answers(raw_dataset: PromptRawDataset, train_phase: int) -> None:
     ):
         if train_phase == step and not has:
             read = raw_dataset.recognised()
-            raise DataError(
-                f"--data_path {raw_dataset.dataset_name}: has no {what}, so step {step} cannot use it (read as {read})"
-            )
+            raise DataError(f"{raw_dataset.dataset_name}: has no {what}, so step {step} cannot use it (read as {read})")
 
 
 def check_rows(raw_dataset: PromptRawDataset, train_phase: int, split: str | None = None) -> None:

@@ -74,9 +74,11 @@ def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int, keep_c
     Raises:
         UserError: as prepare_datasets.
     """
-    style = format_of_run(args, tokenizer)
+    style, mask_prompt = format_of_run(args, tokenizer), getattr(args, "mask_prompt", False)
     request = DataRequest(
-        TokenRules(train_phase, max_seq_len, args.truncation_side, style, args.allow_special_tokens, keep_columns),
+        TokenRules(
+            train_phase, max_seq_len, args.truncation_side, style, args.allow_special_tokens, keep_columns, mask_prompt
+        ),
         sources_of_step(args),
         args.data_output_path,
         args.seed,
@@ -89,7 +91,7 @@ def datasets_of_step(args, tokenizer, train_phase: int, max_seq_len: int, keep_c
     alone = all(getattr(find_known_dataset(source.path), "single_questions", False) for source in request.sources)
     prompt_format.remember(tokenizer, style or style_of_rows(train, tokenizer), alone)
     train.prompt_format = prompt_format.noted(tokenizer)  # for checkpoints
-    show_rows(train, tokenizer, args.show_rows, getattr(args, "mask_prompt", False))
+    show_rows(train, tokenizer, args.show_rows, mask_prompt)
     return train, evaluation
 
 

@@ -279,6 +279,11 @@ def end_of_turn_id(tokenizer):
     return next((i for i in ids if i in special), None)
 
 
+def end_ids(tokenizer, by_template):
+    """Ids of the tokens that end an answer in training: EOS, and what closes a turn of the chat template."""
+    return {tokenizer.eos_token_id, end_of_turn_id(tokenizer) if by_template else None} - {None}
+
+
 def _check_style(style):
     if style not in FORMATS:
         raise ValueError(f"unknown prompt format {style!r}: choose one of {', '.join(FORMATS)}")

@@ -456,7 +456,12 @@ def _begins_with_bracket(path: Path) -> bool:
 
 
 def _json_file(path: Path) -> Rows:
-    return JsonArrayFile(path) if _begins_with_bracket(path) else JsonLinesFile(path)
+    if _begins_with_bracket(path):
+        return JsonArrayFile(path)
+    try:
+        return JsonLinesFile(path)
+    except DataError as error:
+        raise DataError(f"{error}; a .json file holds an array of objects, or one object per line") from error
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

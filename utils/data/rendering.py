@@ -1,6 +1,7 @@
 """A conversation as the text of one row: where its answers stand in it, and what a row that is too long must keep."""
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from utils.data import chat_templates, prompt_format
@@ -17,7 +18,8 @@ class Rendered:
     Attributes:
         text: special tokens that contents spell are marked in it (special_tokens.py) where a chat template wrote it.
         start: where what follows the prompt begins, in characters; the text's length for a prompt alone.
-        answers: [start, end) of each answer that is learned.
+        answers: [start, end) of each answer that is learned. Its end token stands before ``end``, unless the format
+            writes none there.
         last: where the last answer begins: behind ``start`` where the answer is several turns; None: there.
     """
 
@@ -40,11 +42,13 @@ class ConversationWriter:
 
     Attributes:
         splits: conversations of several answers make a row per answer, since the template has no training form.
+        closes_turns: a template that writes an end token behind every answer, also where another turn follows.
     """
 
     def __init__(self, tokenizer, style: str, learns: bool = False):
         self.tokenizer, self.style, self.learns = tokenizer, style, learns
         self.by_template, self.template, self.splits = style == prompt_format.CHAT_TEMPLATE, None, False
+        self.closes_turns = False
         if not self.by_template:
             return
         own, self.special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
@@ -52,7 +56,8 @@ class ConversationWriter:
         form = chat_templates.training_form(own, self.special) if learns else None
         self.template = form or own
         self.splits = learns and form is None and chat_templates.rewrites_turns(own, self.special)
-        self.closes_turns = prompt_format.end_of_turn_id(tokenizer) is not None
+        ends = tokenizer.convert_ids_to_tokens(sorted(prompt_format.end_ids(tokenizer, by_template=True)))
+        self.closes_turns = chat_templates.closes_answers(self.template, self.special, frozenset(ends))
 
     def prompt(self, conversation: Conversation) -> Rendered:
         """The text up to where the next answer begins."""
@@ -60,19 +65,25 @@ class ConversationWriter:
         text, _ = self._written(messages, tools, waits=True)
         return Rendered(text, len(text))
 
-    def answered(self, conversation: Conversation, answer: Sequence[Message]) -> Rendered:
-        """The text of the prompt with one of its answers. Every turn of the assistant's that has no weight 0 is one."""
+    def answered(self, conversation: Conversation, answer: Sequence[Message], spans: bool = True) -> Rendered:
+        """The text of the prompt with one of its answers. Every turn of the assistant's that has no weight 0 is one.
+
+        Args:
+            spans: whether to find where the learned answers stand, which writes the text anew for each of them.
+        """
         turns, first = [*conversation.prompt, *answer], len(conversation.prompt)
         messages, tools = self._suited(turns, conversation.tools)
         text, places = self._written(messages, tools)
         if self.by_template and len(answer) == 1 and not (self.learns or places):
             return self._behind_its_prompt(text, messages, tools)
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        if places and self.by_template:  # by generation markers: one for each answer
+        if places and self.by_template:
+            if len(places) != len(answers):
+                raise SkipRow("the chat template's {% generation %} marks are not one for each answer")
             places = dict(zip(answers, places, strict=True))
-        learned = [i for i in answers if turns[i].get("weight") != 0] if self.learns else []
-        spans = {i: self._answer_span(i, text, places, messages, tools) for i in {*learned, first, answers[-1]}}
-        return Rendered(text, spans[first][0], [spans[i] for i in learned], spans[answers[-1]][0])
+        learned = [i for i in answers if turns[i].get("weight") != 0] if self.learns and spans else []
+        found = {i: self._answer_span(i, text, places, messages, tools) for i in {*learned, first, answers[-1]}}
+        return Rendered(text, found[first][0], [found[i] for i in learned], found[answers[-1]][0])
 
     def left_out(self, messages: Sequence[Message]) -> Iterator[str]:
         """Fields of messages that say who speaks or what is answered, and that the format has no place for."""
@@ -115,7 +126,9 @@ class ConversationWriter:
     def _written(self, messages, tools, waits=False) -> tuple[str, list]:
         try:
             if self.by_template:
-                return chat_templates.render_template(self.template, self.special, messages, tools, waits)
+                text, marks = chat_templates.render_template(self.template, self.special, messages, tools, waits)
+                # What parts turns is no part of an answer where EOS is to follow the answer itself.
+                return text if waits or self.closes_turns else text.rstrip(), marks
             return prompt_format.write_turns(messages, self.style, waits)
         except ValueError as error:
             raise SkipRow(str(error)) from error
@@ -123,18 +136,21 @@ class ConversationWriter:
     def _answer_span(self, i: int, text: str, places, messages, tools) -> tuple[int, int]:
         """[start, end) of turn ``i``, an answer, in the text of all turns.
 
-        Where the template closes turns by a token, the end is where the next of these stands in the ids, and is given
-        here as the text's own.
+        Where the template closes each turn by a token, that one tells the end, and the text's own end is given here.
+        Else an answer ends where the template goes on otherwise than it would end the text there.
         """
-        if places:
+        last = i == len(messages) - 1
+        if places and not self.closes_turns:
             return places[i]
-        asked = self._written(messages[:i], tools, waits=True)[0]
-        # A template may write the beginning of an answer otherwise where it asks for one (an open <think>, say).
-        start = len(common_start([asked, text]))
-        if self.closes_turns or i == len(messages) - 1:
+        if places:
+            start = places[i][0]
+        else:
+            asked = self._written(messages[:i], tools, waits=True)[0]
+            # A template may write the beginning of an answer otherwise where it asks for one (an open <think>, say).
+            start = len(common_start([asked, text]))
+        if self.closes_turns or last:
             return start, len(text)
-        until = self._written(messages[: i + 1], tools)[0]
-        return start, len(common_start([until.rstrip(), text]))
+        return start, len(common_start([self._written(messages[: i + 1], tools)[0], text]))
 
     # What a format can write
 
@@ -171,17 +187,23 @@ class ConversationWriter:
         return message
 
 
-def shorter(conversation: Conversation) -> Conversation | None:
-    """The conversation without its oldest turns, up to the next of the user's; None where one question is left.
+def without_oldest(conversation: Conversation, fits: Callable[[Conversation], bool]) -> Conversation:
+    """The conversation without its oldest turns, up to the first question from which on it fits; where none does, its
+    last question alone. A system turn stays.
 
-    A system turn stays.
+    Each turn that goes makes a text shorter, so that bisection finds the question.
     """
     prompt = conversation.prompt
     kept = 1 if prompt and prompt[0]["role"] in SYSTEM_ROLES else 0
     questions = [i for i, message in enumerate(prompt) if i > kept and message["role"] == "user"]
     if not questions:
-        return None
-    return replace(conversation, prompt=[*prompt[:kept], *prompt[questions[0] :]])
+        return conversation
+
+    def beginning_at(question: int) -> Conversation:
+        return replace(conversation, prompt=[*prompt[:kept], *prompt[question:]])
+
+    first = bisect_left(questions, True, key=lambda question: fits(beginning_at(question)))
+    return beginning_at(questions[min(first, len(questions) - 1)])
 
 
 def one_per_answer(conversation: Conversation, answer: list[Message]) -> list[tuple[Conversation, list[Message]]]:

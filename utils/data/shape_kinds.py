@@ -244,8 +244,13 @@ class NamedRoles(Shape):
             return {}
 
     def _check_repeated(self, row: Row, prompt: list[Message]) -> None:
-        """SkipRow where a prompt is given as messages and the answers begin with others."""
-        if not is_messages(row.get(self.prompt)):
+        """SkipRow where a prompt is given as messages and the answers begin with others. A text counts as not used
+        where it neither is one of their turns nor holds the question."""
+        given = row.get(self.prompt)
+        if not is_messages(given):
+            turns = [turn["content"].strip() for turn in prompt]
+            if isinstance(given, str) and given.strip() not in ("", *turns) and turns[-1] not in given:
+                self.reader.unused[f"{self.prompt}, which is not what the answers begin with"] += 1
             return
         given, there = (
             [(turn["role"], turn["content"].strip()) for turn in turns]
@@ -364,11 +369,13 @@ class Messages(Shape):
         prompt, answer = without_last_answer(messages)
         if "chosen" not in need:
             return [self.finished(row, Conversation(prompt), self.name)]
+        turns = len(messages)
         while messages and not answer:  # turns behind the last answer teach nothing
             messages = messages[:-1]
             prompt, answer = without_last_answer(messages)
         if not answer:
             raise SkipRow(f"field '{self.name}' holds no answer")
+        self.reader.note_behind(turns - len(messages))
         return [self.finished(row, Conversation(prompt, (answer,)), self.name)]
 
     def messages(self, row: Row) -> list[Message]:
@@ -458,6 +465,8 @@ class RankedList(Shape):
             return self.reader.read(item, self.answers)
         if isinstance(item, Mapping):
             key = next((key for key in self.TEXT_KEYS if item.get(key) is not None), None)
+            if key is None:
+                raise SkipRow(f"field '{self.answers}' holds objects without any of {', '.join(self.TEXT_KEYS)}")
             self.reader.note_unused(item, (key, self._key_of([item])[0]), f"{self.answers}[]")
             item = item.get(key)
         return answered({self.answers: item}, self.answers)
@@ -569,8 +578,10 @@ class Trees(Shape):
         while replies := _replies(node):
             node = replies[0]
             path.append(self._turn(node))
+        turns = len(path)
         while len(path) > 1 and path[-1]["role"] == "user":
             path.pop()
+        self.reader.note_behind(turns - len(path))
         return path
 
     def _comparisons(self, root: Mapping) -> list[Conversation]:
@@ -591,6 +602,8 @@ class Trees(Shape):
     def _tree_of(self, messages: Sequence[Row]) -> dict:
         """The messages of one tree, put below their parents."""
         nodes = {_id(message, "message_id"): {**message, "replies": []} for message in messages}
+        if repeated := len(messages) - len(nodes):
+            self.reader.unused["messages whose message_id comes again later"] += repeated
         roots = []
         for name, node in nodes.items():
             parent = _id(node, "parent_id")

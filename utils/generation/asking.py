@@ -8,7 +8,7 @@ from utils.data import prompt_format
 from utils.data.conversation import Conversation, Texts
 from utils.data.encoding import cut
 from utils.data.prompt_format import BARE, CHAT_TEMPLATE, FORMATS, HUMAN_ASSISTANT
-from utils.data.rendering import ConversationWriter, Rendered, as_written, shorter
+from utils.data.rendering import ConversationWriter, Rendered, as_written, without_oldest
 from utils.data.text_encoder import EncodedText, TextEncoder
 from utils.process.errors import UserError
 
@@ -143,8 +143,11 @@ class PromptWriter:
         given = len(example.prompt)
         rendered = self.writer.prompt(example)
         encoded = self._encoded(rendered)
-        while max_tokens is not None and len(encoded.ids) > max_tokens and (less := shorter(example)) is not None:
-            example, rendered = less, self.writer.prompt(less)
+        if max_tokens is not None and len(encoded.ids) > max_tokens:
+            example = without_oldest(
+                example, lambda less: len(self._encoded(self.writer.prompt(less)).ids) <= max_tokens
+            )
+            rendered = self.writer.prompt(example)
             encoded = self._encoded(rendered)
         head = self.encoder.leading
         if max_tokens is not None and len(encoded.ids) > max_tokens:
