@@ -96,7 +96,8 @@ def judge(answers):
 
 def test_a_judge_that_fails_on_one_rank_ends_all_with_the_steps_before_saved(step_3, tmp_path):
     (tmp_path / "judge.py").write_text(JUDGE)
-    more = f"--checkpoint_steps 50 --reward_function {tmp_path}/judge.py:judge --actor_zero_stage 3"
+    more = "--checkpoint_steps 50 --actor_zero_stage 3 --enable_hybrid_engine"
+    more += f" --reward_function {tmp_path}/judge.py:judge"
     code, console = launch(3, step_3(more), "torchrun", ranks=2)
     assert code != 0
     assert f"judge raised ConnectionError at {tmp_path}/judge.py:8: nobody listens" in console
