@@ -558,7 +558,11 @@ REWARDS = {
     "a number for a function": ("f = 1", "r.py:f", "has no function f"),
     "no such file": ("", "nowhere.py:f", "there is no file"),
     "a weight without bounds": ("def f(prompts, answers): return [1]", "r.py:f:1e999", "is no number"),
-    "an error in its work": ("def f(prompts, answers): raise ValueError('no')", "r.py:f", "raised ValueError: no"),
+    "an error in its work": (
+        "def f(prompts, answers): raise ValueError('no')",
+        "r.py:f",
+        "ValueError at .*r.py:1: no",
+    ),
     "an exit in its work": ("import sys\ndef f(**columns): sys.exit(0)", "r.py:f", "raised SystemExit"),
     "other arguments": (
         "def f(p, a): return []",

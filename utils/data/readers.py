@@ -108,6 +108,9 @@ class _FileRows(Rows):
         return f"{self.path}, {self.unit} {int(index) + 1 if lines is None else int(lines[index])}"
 
 
+_COLUMNS: dict[tuple, tuple[list[str], list[tuple[int, dict[str, Any]]]]] = {}  # of JSON lines, by path, size and time
+
+
 class JsonLinesFile(_FileRows):
     """One JSON object per line, read in place (a packed one from an unpacked copy). Blank lines do not count.
 
@@ -115,7 +118,12 @@ class JsonLinesFile(_FileRows):
     """
 
     def _peek_columns(self) -> list[str]:
-        names, self._examples = columns_of(self._in_order())
+        with _errors_name(self.path):
+            state = os.stat(self.path)
+        key = self.path, state.st_size, state.st_mtime_ns
+        if key not in _COLUMNS:  # a start opens the data twice: to look at them, and to prepare them
+            _COLUMNS[key] = columns_of(self._in_order())
+        names, self._examples = _COLUMNS[key]
         if not names and not self._first_rows(1):
             raise DataError(f"{self.path}: expected at least one row, found only blank lines")
         return names
