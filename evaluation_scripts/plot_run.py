@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.process.errors import UserError, run_script
+from utils.process.files import check_writable
 from utils.run.metrics_file import METRICS_FILE
 
 # What a reader wants first, in this order, of whichever step the runs are of.
@@ -238,6 +239,7 @@ def main() -> None:
     output = args.output or (args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent) / "curves.png"
     if output.suffix not in (".png", ".html"):
         raise UserError(f"--output {output}: a .png or .html file")
+    check_writable(str(output))
     runs = dict(zip(names_of_runs(args.runs), map(read_curves, args.runs), strict=True))
     metrics = choose(list(runs.values()), args.metrics)
     figure = draw(runs, metrics, args.smooth)

@@ -33,6 +33,12 @@ def rows_of(output: Path, step: str, prefix: str) -> list[dict]:
     return rows
 
 
+def ends(evaluations: list[dict]) -> tuple[dict, dict]:
+    """The first and the last; one alone is of the model before training, and there is nothing to set beside it yet."""
+    first, last = evaluations[0], evaluations[-1]
+    return first, dict.fromkeys(last, math.nan) if len(evaluations) == 1 else last
+
+
 def mean(rows: list[dict], name: str) -> float:
     values = [row[name] for row in rows if row[name] is not None]
     return sum(values) / len(values) if values else float("nan")
@@ -54,13 +60,12 @@ def main() -> None:
     lines = [
         (
             "step 1: perplexity, held-out rows",
-            *(row["perplexity"] or math.inf for row in (perplexity[0], perplexity[-1])),
+            *(row["perplexity"] or math.inf for row in ends(perplexity)),
             "",
         ),
         (
             f"step 2: accuracy, {reward[-1]['pairs']:.0f} held-out pairs",
-            100 * reward[0]["accuracy"],
-            100 * reward[-1]["accuracy"],
+            *(100 * row["accuracy"] for row in ends(reward)),
             "%",
         ),
     ]

@@ -25,12 +25,12 @@ def judgement(summary: dict) -> dict:
     row = {f"{name}_before": sft[name] for name in RATES}
     row |= {name: rlhf[name] for name in (*RATES, "kl")}
     missed = []
-    if rlhf["manner"] < MANNER:
+    if not rlhf["manner"] >= MANNER:  # nor is what is not a number
         missed.append("manner")
     low, high = rlhf["right_change"]
-    if high < 0:
+    if not high >= 0:
         missed.append("right")
-    if rlhf["kl"] > KL_LIMIT:
+    if not rlhf["kl"] <= KL_LIMIT:
         missed.append("KL")
     return row | {"right_low": low, "right_high": high, "missed": missed}
 
@@ -55,10 +55,14 @@ def main() -> None:
     args = parser.parse_args()
     runs = defaultdict(dict)
     for file in sorted(args.output_dir.glob("*/summary.json"), key=lambda file: file.parent.stat().st_ctime):
-        name, seed = re.fullmatch(r"(.+)_(\d+)", file.parent.name).groups()
+        match = re.fullmatch(r"(.+)_(\d+)", file.parent.name)
+        if match is None:
+            print(f"{file.parent} is no run of the study (NAME_SEED): left out")
+            continue
+        name, seed = match.groups()
         runs["as in the quickstart" if name == "seed" else name][seed] = judgement(json.loads(file.read_text()))
     if not runs:
-        raise UserError(f"{args.output_dir} holds no folder with a summary.json")
+        raise UserError(f"{args.output_dir} holds no folder NAME_SEED with a summary.json")
     print(table(runs))
     print("\nbefore: the SFT model, after: the actor of step 3; KL in nats per answer, from the SFT model;")
     print("change in points, 95 % interval over prompts. Not reached: below 95 % manner, less right, KL above 10")

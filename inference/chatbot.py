@@ -99,10 +99,12 @@ class Dialogue:
     def say(self, message: str, settings: dict) -> None:
         """Answer a message, as the next turn."""
         self.turns.append(user(message))
-        prompt_ids, dropped = build_prompt(self.turns, self.lm, self.max_input_tokens, self.system_prompt)
+        prompt_ids, dropped, lost = build_prompt(self.turns, self.lm, self.max_input_tokens, self.system_prompt)
         if dropped and not self.forgetting_announced:
             print(f"({self.why_forgotten()})")
             self.forgetting_announced = True
+        if lost:
+            print(f"(this is longer than {self.max_input_tokens} tokens: its beginning is not seen)")
         self.turns.append(assistant(self.answer(prompt_ids, settings)))
 
     def why_forgotten(self) -> str:

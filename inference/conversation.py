@@ -125,8 +125,9 @@ def check_system_prompt(lm: LanguageModel, text: str | None, max_input_tokens: i
 
 def build_prompt(
     turns: list[Message], lm: LanguageModel, max_input_tokens: int | None, system_prompt: str | None = None
-) -> tuple[list[int], int]:
-    """Token ids of the conversation, and how many of its oldest turns had to be left out.
+) -> tuple[list[int], int, int]:
+    """Token ids of the conversation; how many of its oldest turns, and how many tokens of the last question's
+    beginning, had to be left out.
 
     Question and answer go together; the system prompt stays. If the last question alone is too long, it loses its
     beginning; BOS stays. A model that was trained on single questions sees the last one alone.
@@ -137,7 +138,7 @@ def build_prompt(
         prompt = lm.prompts.write(Conversation([*before, *asked]), max_input_tokens)
     except SkipRow as reason:
         raise UserError(f"{lm.name} cannot be asked this: {reason}") from reason
-    return prompt.ids, len(turns) - len(asked) + prompt.dropped
+    return prompt.ids, len(turns) - len(asked) + prompt.dropped, prompt.lost
 
 
 def settled_part(text: str, style: str) -> tuple[str, bool]:

@@ -133,7 +133,8 @@ class Session:
     Attributes:
         order: the number of the model on each side.
         answers, ended: of each side; an answer that did not end was cut off.
-        open_to_vote: both answers are there, and nobody has voted.
+        open_to_vote: both answers are there, to the whole question, and nobody has voted.
+        unseen: what the models were not shown, for want of room; "" for nothing.
         seen_turns: the part of the conversation that the models could take into account, system prompt included.
         running: answers are being written, by the one thread that changes a session meanwhile.
         stop, forget: what that thread is asked to do: end the answers there, and begin a new conversation.
@@ -144,6 +145,7 @@ class Session:
     answers: list[str] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
     open_to_vote: bool = False
+    unseen: str = ""
     seen_turns: list[Message] = field(default_factory=list)
     running: bool = False
     stop: bool = False
@@ -202,8 +204,13 @@ class Host:
             return [build_prompt(turns, lm, limit, self.system_prompt) for lm, limit in zip(lms, limits, strict=True)]
 
         # Both see the same part of the conversation, which is the prompt of the vote.
-        seen_turns = turns[max(dropped for _, dropped in build_prompts(turns)) :]
-        prompts = [ids for ids, _ in build_prompts(seen_turns)]
+        seen_turns = turns[max(dropped for _, dropped, _ in build_prompts(turns)) :]
+        prompts, _, lost = map(list, zip(*build_prompts(seen_turns), strict=True))
+        session.unseen = ""
+        if any(lost):
+            session.unseen = "The beginning of this question was not seen: it is too long. "
+        elif len(seen_turns) < len(turns) and not any(map(asks_alone, lms)):
+            session.unseen = "The oldest turns were not seen: the conversation is too long. "
         for lm, ids in zip(lms, prompts, strict=True):
             check_ids([ids], lm.model, lm.name)
 
@@ -217,7 +224,8 @@ class Host:
                 session.answers = [answer.text for answer in answers]
                 session.ended = [answer.ended for answer in answers]
                 yield
-            session.open_to_vote = len(lms) == len(SIDES) and not session.stop
+            # A pair with the whole question would say that the answers are to all of it.
+            session.open_to_vote = len(lms) == len(SIDES) and not session.stop and not any(lost)
         finally:
             session.running = False
             if session.forget:
@@ -259,10 +267,10 @@ class Host:
         """The status under finished answers: whether one was cut off, and the question for a vote."""
         if session.stop or not session.answers:
             return "Stopped." if session.answers else ""
-        names = SIDES if session.open_to_vote else ["The answer"]
+        names = SIDES if len(session.answers) == len(SIDES) else ["The answer"]
         cut = [name for name, ended in zip(names, session.ended, strict=True) if not ended]
         limit = f"{' and '.join(cut)} stopped at {self.settings['max_new_tokens']} tokens (--max_new_tokens). "
-        return (limit if cut else "") + ("Which answer is better?" if session.open_to_vote else "")
+        return session.unseen + (limit if cut else "") + ("Which answer is better?" if session.open_to_vote else "")
 
 
 # ---------------------------------------------------------------- the page
@@ -378,7 +386,8 @@ def _chat_column(gr, side: str, label: str):
 def check_port(host: str, port: int) -> None:
     """UserError if nothing can listen there, before a model is loaded."""
     try:
-        with socket.create_server((host, port)):
+        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.create_server((host, port), family=family):
             pass
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port}: cannot listen there: {error}") from error
@@ -417,7 +426,8 @@ def main(argv=None):
     if host.votes:
         print(f"votes go to {host.votes.path}, which has {host.votes.count} rows")
     page = build_page(gr, host, "Compare two models" if host.votes else "Talk to the model")
-    print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends", flush=True)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"open http://{host}:{args.port} in a browser; Ctrl-C ends", flush=True)
     page.launch(
         server_name=args.host,
         server_port=args.port,

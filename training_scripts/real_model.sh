@@ -65,12 +65,12 @@ has_module gguf || python -m pip install --quiet gguf
 # Sharding gradients and optimizer states (ZeRO 2) pays on a CPU too: each rank updates half of the weights.
 step 1 "${common[@]}" \
     --model_name_or_path "$output/base" --max_seq_len "${MAX_SEQ_LEN:-256}" --mask_prompt --zero_stage 2 \
-    --per_device_train_batch_size $((8 / ranks)) --learning_rate 2e-5 --num_warmup_steps 3 \
+    --per_device_train_batch_size $((ranks > 8 ? 1 : 8 / ranks)) --learning_rate 2e-5 --num_warmup_steps 3 \
     --max_train_samples "${SFT_ROWS:-200}" --log_interval 5
 
 step 2 "${common[@]}" \
     --model_name_or_path "$output/step1" --max_seq_len "${MAX_SEQ_LEN:-256}" --zero_stage 2 \
-    --per_device_train_batch_size $((8 / ranks)) --learning_rate 2e-5 --num_warmup_steps 3 \
+    --per_device_train_batch_size $((ranks > 8 ? 1 : 8 / ranks)) --learning_rate 2e-5 --num_warmup_steps 3 \
     --max_train_samples "${REWARD_PAIRS:-200}" --log_interval 5
 
 # Two optimizer steps per step of PPO. Scores are scaled as step 2 saved them, an answer without an end costs 1 (the defaults).

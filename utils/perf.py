@@ -28,7 +28,8 @@ def get_hf_configs(hf_config):
 
 
 def matmul_parameters(hf_model) -> int:
-    """Weights that take part in a matrix product for every token: all but embeddings that are only looked up."""
+    """Weights that take part in a matrix product for each token: all but embeddings that are only looked up, and the
+    experts of a mixture that a token does not go to."""
     model = unwrap(hf_model)
     _, total = count_parameters(model)
     for module in model.modules():
@@ -36,7 +37,20 @@ def matmul_parameters(hf_model) -> int:
             weight = module.weight
             if not any(weight is other.weight for other in model.modules() if isinstance(other, torch.nn.Linear)):
                 total -= getattr(weight, "ds_numel", weight.numel())
-    return total
+    return total - _idle_experts(model)
+
+
+def _idle_experts(model) -> int:
+    """Weights of experts that a token does not go to."""
+    config = getattr(model, "config", None)
+    text = None if config is None else config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(text, name, None))), 0)
+    chosen = getattr(text, "num_experts_per_tok", None) or experts
+    if not experts:
+        return 0
+    weights = sum(getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters() if ".experts." in name)
+    return round(weights * (1 - chosen / experts))
 
 
 def calculate_flops(checkpoint_activations_factor, batch_size, seq_length, hf_config) -> float:

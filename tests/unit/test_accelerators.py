@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deepspeed.ops.op_builder.builder import CUDAMismatchException
-from helpers import make_model
+from helpers import WITH_EXPERTS, make_model
 from transformers import AutoModelForCausalLM
 
 from utils import accelerators, perf
@@ -75,6 +75,16 @@ def test_mfu_counts_the_model_once_and_nothing_for_frozen_weights(tmp_path, monk
     model.requires_grad_(False)
     assert mfu(True) == pytest.approx(2 * 100 * forward / 2.0 / 1e9)
     assert capsys.readouterr().out.count("MFU") == 3
+
+
+def test_experts_that_a_token_does_not_go_to_are_no_operations(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, WITH_EXPERTS["mixtral"]))
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    text = model.config.get_text_config()
+    assert text.num_experts_per_tok < text.num_local_experts
+    idle = experts * (1 - text.num_experts_per_tok / text.num_local_experts)
+    looked_up = model.get_input_embeddings().weight.numel()
+    assert perf.matmul_parameters(model) == sum(p.numel() for p in model.parameters()) - looked_up - idle
 
 
 def test_no_mfu_is_printed_where_no_peak_is_known(tmp_path, capsys):

@@ -304,7 +304,7 @@ def test_a_model_of_the_demos_single_questions_is_asked_each_question_alone(tmp_
         args = serve.parse_args(["--path", str(tmp_path / name)])
         [lm] = conversation.load_models(args)
         asked[name] = [conversation.build_prompt(turns, lm, None) for turns in (TALK, TALK[-1:])]
-    assert asked["demo"][0] == (asked["demo"][1][0], 2), "the earlier turns count as left out"
+    assert asked["demo"][0] == (asked["demo"][1][0], 2, 0), "the earlier turns count as left out"
     assert len(asked["pairs"][0][0]) > len(asked["pairs"][1][0])
 
 
@@ -317,7 +317,7 @@ def test_a_template_that_training_set_aside_is_used_when_asked_for(tmp_path, pro
     tokenizer.save_pretrained(folder)
     args = chatbot.parse_args(["--path", folder, "--device", "cpu", "--prompt_format", "chat_template"])
     [lm] = conversation.load_models(args)
-    ids, _ = conversation.build_prompt([user("q")], lm, None)
+    ids, *_ = conversation.build_prompt([user("q")], lm, None)
     assert lm.tokenizer.decode(ids) == "<s><user>q</s><assistant>"
     assert lm.tokenizer.eos_token_id in lm.stop_ids
     with pytest.raises(UserError, match="no chat template of its own"):
@@ -355,7 +355,7 @@ def test_a_long_conversation_loses_whole_turns_as_in_training(folders, prompt_fo
     whole = trained_ids(lm.name, prompt_format, [*before, *turns])
     lost = set()
     for limit in range(30, len(whole) + 2):
-        ids, dropped = conversation.build_prompt(turns, lm, limit, told)
+        ids, dropped, _ = conversation.build_prompt(turns, lm, limit, told)
         assert ids == trained_ids(lm.name, prompt_format, [*before, *turns], limit)
         assert len(ids) <= limit and ids[0] == lm.tokenizer.bos_token_id
         if told:
@@ -366,8 +366,9 @@ def test_a_long_conversation_loses_whole_turns_as_in_training(folders, prompt_fo
 
 def test_no_room_for_the_head_leaves_the_end_of_the_question(folders):
     [lm] = conversation.load_models(chatbot.parse_args(["--path", folders["chat_template"], "--device", "cpu"]))
-    whole, _ = conversation.build_prompt([user("say red and blue")], lm, None)
-    ids, _ = conversation.build_prompt([user("say red and blue")], lm, 5)
+    whole, *_ = conversation.build_prompt([user("say red and blue")], lm, None)
+    ids, dropped, lost = conversation.build_prompt([user("say red and blue")], lm, 5)
+    assert dropped == 0 and lost > 0
     assert ids == whole[-5:]
 
 

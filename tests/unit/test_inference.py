@@ -6,6 +6,7 @@ import random
 import re
 import socket
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -225,7 +226,7 @@ def test_the_oldest_turns_are_lost_first_and_bos_stays(tokenizer):
     turns = [user("one"), assistant("1"), user("two"), assistant("2"), user("three")]
 
     def built(limit):
-        ids, dropped = build_prompt(turns, speaker(tokenizer), limit)
+        ids, dropped, _ = build_prompt(turns, speaker(tokenizer), limit)
         return tokenizer.decode(ids[1:]), ids[0], len(ids), dropped
 
     whole = " Human: one Assistant: 1 Human: two Assistant: 2 Human: three Assistant:"
@@ -576,6 +577,18 @@ def test_a_tie_and_a_question_without_a_vote_write_nothing(host):
     assert [turn["role"] for turn in session.turns] == ["user", "assistant"] * 2 + ["user"]
 
 
+def test_what_was_not_seen_is_said_and_a_cut_question_is_not_voted_on(host):
+    narrow = serve.Host(host.lms, host.settings | {"max_new_tokens": 5}, [24, 24], host.votes, blind=False)
+    session = asked(narrow, "word " * 40)
+    assert not session.open_to_vote and "The beginning of this question was not seen" in narrow.verdict(session)
+    with pytest.raises(UserError, match="no two answers"):
+        narrow.vote(session, 0)
+    session = asked(narrow, "hi", session)
+    assert session.open_to_vote and len(session.seen_turns) == 1
+    assert "The oldest turns were not seen" in narrow.verdict(session)
+    assert narrow.verdict(asked(narrow, "hi")).endswith("Which answer is better?")
+
+
 def test_what_is_no_question_and_no_vote_is_refused(host, trained):
     with pytest.raises(UserError, match="Write a message first"):
         asked(host, "  \n")
@@ -756,7 +769,11 @@ def test_answers_of_every_way_are_judged_and_reported(folders, tmp_path, capsys)
     judge = rw_eval.load_judge(
         folders["reward"], rw_eval.parse_args(["--model_name_or_path", folders["reward"], "--device", "cpu"])
     )
-    records = [rw_eval.question_record(row["prompt"], row["answers"][0]) for row in rows[:3]]
+    records = [
+        replace(rw_eval.question_record(row["prompt"], row["answers"][0]), ended=tuple(row["ended"]))
+        for row in rows[:3]
+    ]
+    assert {record.ended for record in records} == {(True,), (False,)}
     _, scores = rw_eval.score_records(judge, records, 200, 8)
     assert expected == pytest.approx([score for (score,) in scores], abs=1e-5)
 

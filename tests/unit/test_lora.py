@@ -119,6 +119,20 @@ def test_a_head_tied_to_the_embedding_is_refused(tmp_path):
         convert_linear_layer_to_lora(model, "", 4)
 
 
+def test_layers_that_share_a_weight_are_refused(model_folder):
+    """As those of Zamba's blocks do: a weight of its own module each, or one module in two places."""
+    for share in ("weight", "module"):
+        model = AutoModelForCausalLM.from_pretrained(model_folder)
+        first, second = (layer.mlp for layer in model.model.layers)
+        if share == "weight":
+            second.up_proj.weight = first.up_proj.weight
+        else:
+            second.up_proj = first.up_proj
+        with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj and model\.layers\.1\.mlp\.up_proj: they share"):
+            convert_linear_layer_to_lora(model, "auto", 4)
+        convert_linear_layer_to_lora(model, "q_proj", 4)
+
+
 @pytest.mark.parametrize("scaling", [0.0, 1.0])
 def test_lora_of_rank_0_of_scaling_0_and_fresh_lora_are_no_lora(model_folder, scaling):
     ids = torch.arange(12).view(2, 6)

@@ -346,6 +346,12 @@ REFUSED = {
         ),
         r"1 parts that .* has not: model\.layers\.7\.self_attn\.q_proj",
     ),
+    "a part without a weight": (
+        lambda f: _edit_weights(
+            f, lambda t: t.update({k.replace("self_attn.q_proj", "mlp"): v.clone() for k, v in list(t.items())})
+        ),
+        r"2 parts that .* has not: model\.layers\.0\.mlp, model\.layers\.1\.mlp",
+    ),
     "a layer of another width": (
         lambda f: _edit_weights(f, lambda t: t.update({FIRST: torch.zeros(8, 31)})),
         r"layers\.0\.self_attn\.q_proj.*do not fit.*32",

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import sys
 from functools import partial
 
@@ -11,6 +12,8 @@ from helpers import PROJECT
 sys.path.insert(0, str(PROJECT / "evaluation_scripts"))
 
 import plot_run
+import run_report
+import study_report
 
 from utils.process.errors import UserError, run_script
 
@@ -30,6 +33,41 @@ def _plot(monkeypatch, *arguments):
 def test_curves_hold_every_number_and_a_line_that_is_being_written_is_left(tmp_path):
     curves = plot_run.read_curves(_run(tmp_path / "a", end='{"step": 5, "train/sc'))
     assert curves == {"train/score": [(i, i) for i in range(5)], "train/kl": [(i, 0.1) for i in range(5)]}
+
+
+def test_reports_read_a_run_in_progress(tmp_path, monkeypatch, capsys):
+    """Its last line may be half-written; a line in the middle that is no row is a fault."""
+    for step, name in (("step1", "perplexity"), ("step2", "accuracy")):
+        (tmp_path / step).mkdir()
+        row = {"step": 0, f"eval/{name}": 0.5, "eval/pairs": 8}
+        (tmp_path / step / "metrics.jsonl").write_text(json.dumps(row) + '\n{"step": 1, "eva')
+    ppo = {f"train/{name}": 1.0 for name, *_ in run_report.PPO_FIGURES}
+    folder = _run(tmp_path / "step3")
+    (folder / "metrics.jsonl").write_text(json.dumps(ppo) + "\n")
+    monkeypatch.setattr(sys, "argv", ["run_report.py", "--output_dir", str(tmp_path)])
+    run_report.main()
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "perplexity" in line]
+    assert line.split()[-2:] == ["0.50", "nan"], "nothing is after training yet"
+    (folder / "metrics.jsonl").write_text('{"step": 1, "tra\n' + json.dumps(ppo) + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: no row of metrics"):
+        run_report.main()
+
+
+def test_a_study_leaves_out_other_folders_and_takes_no_nan_for_a_success(tmp_path, monkeypatch, capsys):
+    models = {"SFT": dict(manner=0.5, right=0.7, ended=0.8)}
+    models["RLHF"] = dict(manner=0.99, right=0.7, ended=1.0, kl=math.nan, right_change=[-0.1, 0.1])
+    for name in ("seed_1", "quickstart"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({"models": models}))
+    monkeypatch.setattr(sys, "argv", ["study_report.py", str(tmp_path)])
+    study_report.main()
+    printed = capsys.readouterr().out
+    assert "quickstart is no run of the study" in printed and "not reached: KL" in printed
+
+
+def test_a_folder_of_the_picture_is_made(tmp_path, monkeypatch):
+    _plot(monkeypatch, _run(tmp_path / "run"), "--output", tmp_path / "new/curves.png")
+    assert (tmp_path / "new/curves.png").exists()
 
 
 def test_smoothing_has_no_bias_towards_zero_and_weight_zero_changes_nothing():

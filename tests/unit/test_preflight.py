@@ -2,16 +2,24 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from helpers import WITH_EXPERTS, make_model, make_tokenizer
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+)
 
 from utils import arguments
 from utils.planning import plan, preflight
 from utils.planning.engine_memory import GIB, Bytes, Machine
+from utils.planning.estimate import models_of_step
 from utils.process.errors import UserError
 
 
@@ -114,6 +122,22 @@ def test_each_problem_has_a_line_with_its_reason(dry_run, model_folder, tmp_path
     )
     assert "holds no reward model" in line_of(printed, "critic")
     assert "the tokenizers differ" in line_of(printed, "tokenizer") and "2 of" in error
+
+
+def test_the_disk_must_hold_checkpoints_and_all_models_that_stay(dry_run, model_folder, monkeypatch):
+    flags = ["--model_name_or_path", model_folder, "--max_seq_len", "64", "--dtype", "bf16", "--zero_stage", "2"]
+    trained = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model_folder).parameters())
+    more = ["--checkpoint_steps", "1", "--keep_checkpoints", "4", "--save_best", "--save_interval", "2"]
+    more += ["--save_total_limit", "3", "--num_train_epochs", "2"]
+    args = arguments.build_parser(1).parse_args([*map(str, flags), *more, "--output_dir", "o"])
+    config = AutoConfig.from_pretrained(model_folder)
+    models = models_of_step(args, 1, {"model": config})
+    needs = preflight._needed_on_disks(args, {}, models)
+    assert needs["o/checkpoints"] == 5 * 14 * trained  # bf16, and in fp32 the weight and AdamW's two moments
+    assert needs["o"] == 5 * models["model"].saved_bytes, "the last, the best, and three on the way"
+    monkeypatch.setattr(preflight, "_free", lambda folder: (Path("/tmp"), needs["o/checkpoints"]))
+    printed, _ = dry_run(1, *flags, *more)
+    assert "checkpoints needs 0.0 GB, 0.0 GB with what else goes there, and its disk has" in line_of(printed, "disk")
 
 
 def test_a_run_that_does_not_fit_is_told_flags_that_make_it_fit(dry_run, model_folder, monkeypatch):

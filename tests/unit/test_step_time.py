@@ -438,6 +438,15 @@ def test_a_plan_with_times_ranks_machines_by_time_and_by_price(small, capsys):
         assert best["recommended"]
 
 
+def test_groups_of_answers_are_planned_by_micro_batches_that_hold_them(small, capsys):
+    flags = ["--model", small, "--step", "3", "--gpu", "H100", "--gpus", "8", "--batch_size", "64", "--json"]
+    groups = ["--advantage_estimator", "grpo", "--num_generations_per_prompt", "4"]
+    assert plan.main([*flags, *groups, "--max_prompt_seq_len", "64", "--max_answer_seq_len", "64"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found and any(row["fits"] for row in found)
+    assert {row["settings"]["per_device_generation_batch_size"] % 4 for row in found} == {0}
+
+
 def test_each_number_of_devices_is_planned_as_it_is_alone(small, capsys):
     flags = ["--model", small, "--gpu", "H100", "--batch_size", "16", "--max_seq_len", "64", "--time", "--json"]
     flags += ["--gpus_per_node", "2", "--host_memory", "40"]

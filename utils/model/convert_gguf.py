@@ -79,7 +79,9 @@ def convert(file: Path, output: Path) -> None:
         tokenizer, model = load_tokenizer(file), load_unpacked_model(file)
     except Exception as error:  # a stranger's file: the readers raise whatever their parsers raise
         raise UserError(f"{file} cannot be read as a GGUF model: {type(error).__name__}: {error}") from error
-    tokenizer.model_max_length = model.config.max_position_embeddings
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None:  # not every family has a limit
+        tokenizer.model_max_length = positions
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))

@@ -261,7 +261,7 @@ class Merge:
 
     def _base_value_name(self, name: str) -> str | None:
         """Where the base's files hold a weight of the skeleton, under its own name or that of the one it shares."""
-        return self._base_name[name] or self._base_name.get(self._tied.get(name))
+        return self._base_name.get(name) or self._base_name.get(self._tied.get(name))
 
     def _untie(self) -> None:
         """A tied pair of which the adapter changes one alone, or both unlike, becomes two weights, as in PEFT."""

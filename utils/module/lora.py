@@ -16,6 +16,7 @@ Folded, the layer is the plain matrix W + scaling/r * (R L)^T: one product inste
 
 import math
 import re
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import deepspeed
@@ -239,7 +240,7 @@ def match_lora_scope(model, part_module_name: str) -> list[str]:
 
     Raises:
         UserError: when nothing matches, with names of linear layers that exist; when a matched layer's weight is also
-            the embedding: one of the two would move and the other not.
+            the embedding: one of the two would move and the other not; when layers share a weight with each other.
     """
     layers = _linear_layers(model)
     names, head = list(layers), model.get_output_embeddings()
@@ -264,7 +265,23 @@ def match_lora_scope(model, part_module_name: str) -> list[str]:
             f"the LoRA scope {part_module_name!r} covers {tied[0]}, whose weight is the embedding's too (tied); "
             "all-linear leaves it out"
         )
+    _refuse_shared(model, matched)
     return matched
+
+
+def _refuse_shared(model, matched: Sequence[str]) -> None:
+    """Raises: UserError for layers that share a weight with each other (Zamba's blocks): each would have an update of
+    its own, and folding them in would add all of them to the one weight."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(weight := getattr(module, "weight", None), torch.nn.Parameter):
+            places.setdefault(id(weight), []).append(name)
+    shared = next((names for names in places.values() if len(names) > 1 and not set(names).isdisjoint(matched)), None)
+    if shared is not None:
+        raise UserError(
+            f"LoRA cannot adapt {' and '.join(shared[:3])}{' …' if len(shared) > 3 else ''}: they share one weight, "
+            "and each would have an update of its own; name a scope without them"
+        )
 
 
 def convert_linear_layer_to_lora(

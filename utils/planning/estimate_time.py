@@ -19,7 +19,7 @@ def shape_of(meta: MetaModel) -> Shape:
     return Shape(
         total=sizes.total,
         trained=sizes.trained,
-        active=matmul_parameters(meta.model) - _idle_experts(meta, text),
+        active=matmul_parameters(meta.model),
         layers=text.num_hidden_layers,
         width=width,
         kv_width=kv_width,
@@ -27,17 +27,6 @@ def shape_of(meta: MetaModel) -> Shape:
         itemsize=meta.itemsize,
         vocabulary=text.vocab_size if meta.spec.kind == "causal" else 0,
     )
-
-
-def _idle_experts(meta: MetaModel, text) -> int:
-    """Weights of experts that a token does not go to."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((count for name in names if (count := getattr(text, name, None))), 0)
-    chosen = getattr(text, "num_experts_per_tok", None) or experts
-    if not experts:
-        return 0
-    weights = sum(p.numel() for name, p in meta.model.named_parameters() if ".experts." in name)
-    return round(weights * (1 - chosen / experts))
 
 
 def time_of_step(args: argparse.Namespace, step: Step, models: dict[str, MetaModel], cluster: Cluster) -> StepTime:

@@ -316,6 +316,8 @@ def candidates(
                     way = stage, offload, checkpointing, micro, per_device // micro
                     settings = _settings(plan.args, plan.step, *way)
                     result = plan.estimate_with(settings)
+                    if result is None and best is None:
+                        continue  # one row does not divide into the answers to a prompt, say, and more may
                     if result is None or (best is not None and not result.fits):
                         break
                     best = Candidate(*way, settings, result)

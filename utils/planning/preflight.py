@@ -10,6 +10,7 @@ import importlib.util
 import io
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -275,23 +276,43 @@ def _free(folder: str) -> tuple[Path, int]:
 
 
 def _disk(args, paths: dict[str, str], models: dict[str, MetaModel]) -> str:
-    texts = []
-    needs = {}  # folder -> bytes
-    if args.output_dir is not None:
-        saved = [model for name, model in models.items() if model.spec.trains or name == "EMA"]
-        needs[args.output_dir] = sum(model.saved_bytes for model in saved)
-    needs[args.data_output_path] = 100_000_000  # an indication: the cache takes 4 bytes per token
-    missing = [path for path in paths.values() if not _weights_are_here(path)]
-    if missing:
-        needs[HF_HUB_CACHE] = max(model.saved_bytes for model in models.values()) * len(missing)
-    for folder, size in needs.items():
+    texts, of_disks = [], Counter()
+    for folder, size in _needed_on_disks(args, paths, models).items():
         there, free = _free(folder)
         if not os.access(there, os.W_OK):
             raise UserError(f"{folder} cannot be written: {there} is not yours")
-        if free < size:
-            raise UserError(f"{folder} needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free")
+        disk = there.stat().st_dev
+        of_disks[disk] += size
+        if free < of_disks[disk]:
+            others = "" if of_disks[disk] == size else f", {of_disks[disk] / 1e9:.1f} GB with what else goes there"
+            raise UserError(f"{folder} needs {size / 1e9:.1f} GB{others}, and its disk has {free / 1e9:.1f} GB free")
         texts.append(f"{folder} needs {size / 1e9:.1f} of {free / 1e9:.1f} GB free")
     return "; ".join(texts)
+
+
+def _needed_on_disks(args, paths: dict[str, str], models: dict[str, MetaModel]) -> Counter:
+    """Folder -> bytes: models, checkpoints with one more than stay, while it is written, and what is downloaded."""
+    needs: Counter = Counter()
+    saved = sum(model.saved_bytes for name, model in models.items() if model.spec.trains or name == "EMA")
+    if args.output_dir is not None:
+        kept = 0 if args.save_interval is None else args.save_total_limit or 1  # without a limit one is known of
+        needs[args.output_dir] += saved * (1 + bool(args.save_best) + kept)
+    checkpoints = args.checkpoint_dir or (args.output_dir and str(Path(args.output_dir) / "checkpoints"))
+    if checkpoints is not None and (args.checkpoint_steps or args.checkpoint_dir):
+        each = sum(_checkpoint_bytes(name, model) for name, model in models.items())
+        needs[checkpoints] += each * (args.keep_checkpoints + 1 if args.checkpoint_steps else 1)
+    needs[args.data_output_path] += 100_000_000  # an indication: the cache takes 4 bytes per token
+    missing = [path for path in paths.values() if not _weights_are_here(path)]
+    if missing:
+        needs[HF_HUB_CACHE] += max(model.saved_bytes for model in models.values()) * len(missing)
+    return needs
+
+
+def _checkpoint_bytes(name: str, model: MetaModel) -> int:
+    """Trained weights in the model's precision, and in fp32 with AdamW's two moments; an average in fp32."""
+    if name == "EMA":
+        return 4 * model.sizes.total
+    return model.sizes.trained * (model.itemsize + 12) if model.spec.trains else 0
 
 
 def _longest(args, step: arguments.Step, datasets):
