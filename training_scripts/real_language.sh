@@ -35,7 +35,8 @@ set -- # what is sourced below must not take them for its own
 # shellcheck source=training_scripts/launch.sh
 . "$project/training_scripts/launch.sh"
 ranks="${RANKS:-$(count_ranks)}"
-answers="${ANSWERS:-$(((16 + 4 * ranks - 1) / (4 * ranks) * 4 * ranks))}" # of an update, on all ranks
+shares=$(((16 + 4 * ranks - 1) / (4 * ranks)))
+answers="${ANSWERS:-$((shares * 4 * ranks))}" # of an update, on all ranks
 if ((answers % (4 * ranks))); then
     echo "error: ANSWERS=$answers does not divide by 4 x $ranks ranks" >&2
     exit 1
