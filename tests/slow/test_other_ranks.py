@@ -23,6 +23,8 @@ FIGURES = ("train/loss", "train/critic_loss", "train/reward_score")
 LAYOUTS = [(1, stage, 2, other) for stage in range(4) for other in range(4)]  # ranks and ZeRO stage, then and later
 LAYOUTS += [(2, stage, 1, other) for stage in range(4) for other in range(4)]
 LAYOUTS += [(1, stage, 1, other) for stage in range(4) for other in range(4) if stage != other]
+FOUR_RANKS = [(1, 0, 4, 3), (1, 2, 4, 2), (2, 3, 4, 1), (2, 1, 4, 0), (4, 3, 4, 2)]
+FOUR_RANKS += [(4, 3, 1, 0), (4, 2, 1, 2), (4, 1, 2, 3), (4, 0, 2, 1), (4, 2, 4, 3)]
 
 
 def name_of(*layout: int) -> str:
@@ -46,23 +48,21 @@ def arguments_of(small_models, tmp_path_factory, cache_folder):
 def run_layouts(arguments_of, folder, step, layouts) -> None:
     """Undisturbed runs of all layouts that are left, in one launch for each number of ranks; then all that go on."""
     saving = flags(f"--checkpoint_steps {SAVED_AT} --keep_checkpoints 9")
-    for ranks in (1, 2):
+    for ranks in sorted({layout[0] for layout in layouts}):
         stages = sorted({layout[1] for layout in layouts if layout[0] == ranks})
         runs = [
             (step, [*arguments_of(step, ranks, stage), *saving, "--output_dir", folder / name_of(ranks, stage)])
             for stage in stages
         ]
-        if runs:
-            run_in_one_launch(runs, folder, ranks)
-    for ranks in (1, 2):
+        run_in_one_launch(runs, folder, ranks)
+    for ranks in sorted({layout[2] for layout in layouts}):
         runs = []
         for layout in (layout for layout in layouts if layout[2] == ranks):
             checkpoint = folder / name_of(*layout[:2]) / f"checkpoints/step-{SAVED_AT:08d}"
             more = flags(resume=checkpoint, output_dir=folder / name_of(*layout))
             runs.append((step, [*arguments_of(step, *layout[2:]), *more]))
-        if runs:
-            console = run_in_one_launch(runs, folder, ranks)
-            assert console.count("a step has the same rows as before") == len(runs)
+        console = run_in_one_launch(runs, folder, ranks)
+        assert console.count("a step has the same rows as before") == len(runs)
 
 
 def largest_difference(plain, other) -> float:
@@ -111,11 +111,12 @@ def test_the_loss_scale_of_fp16_goes_on_at_another_stage(run_step, start, tmp_pa
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("layouts", [LAYOUTS, FOUR_RANKS], ids=["1 and 2 ranks", "4 ranks"])
 @pytest.mark.parametrize("step", [1, 2, "dpo", 3])
-def test_all_layouts_go_on_from_each_other(arguments_of, tmp_path, step):
-    run_layouts(arguments_of, tmp_path, step, LAYOUTS)
+def test_all_layouts_go_on_from_each_other(arguments_of, tmp_path, step, layouts):
+    run_layouts(arguments_of, tmp_path, step, layouts)
     found = {
-        layout: largest_difference(tmp_path / name_of(*layout[:2]), tmp_path / name_of(*layout)) for layout in LAYOUTS
+        layout: largest_difference(tmp_path / name_of(*layout[:2]), tmp_path / name_of(*layout)) for layout in layouts
     }
     print("\n".join(f"step {step}: {name_of(*layout)}: {value:.1e}" for layout, value in found.items()))
     assert max(found.values()) < TOLERANCE
