@@ -8,6 +8,7 @@ from utils.process.errors import SharedError, UserError
 from utils.run import results
 from utils.run.checkpoint import Checkpoints
 from utils.run.checkpoint_files import newest_checkpoint
+from utils.run.checkpoint_writer import CheckpointWriter
 
 JUDGE = """
 from pathlib import Path
@@ -101,6 +102,18 @@ def test_one_that_is_written_beside_training_is_completed(ended_by, start, tmp_p
     found, told = ended_by(1, [*start(1), *flags("--checkpoint_steps 4 --async_checkpoint", output_dir=tmp_path)])
     assert isinstance(found, error)
     assert (newest_checkpoint(tmp_path / "checkpoints") is not None) == kept == ("goes on from there" in told)
+
+
+def test_a_checkpoint_that_could_not_be_written_is_not_tried_again(ended_by, start, tmp_path, monkeypatch):
+    tried = []
+
+    def refuse(self, run, *_):
+        tried.append(run.steps)
+        raise SharedError("the disk is full")
+
+    monkeypatch.setattr(CheckpointWriter, "_write", refuse)
+    error, told = ended_by(1, [*start(1), *flags("--checkpoint_steps 4", output_dir=tmp_path)])
+    assert str(error) == "the disk is full" and tried == [4] and "--resume" not in told
 
 
 def test_what_goes_wrong_in_it_does_not_hide_the_error(ended_by, judged, tmp_path, monkeypatch):

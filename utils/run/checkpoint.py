@@ -170,7 +170,7 @@ class Checkpoints:
         engine nobody knows.
         """
         saved = self._writer.steps_saved
-        if isinstance(error, SharedError) and self.steps > self._steps_before:
+        if isinstance(error, SharedError) and self.steps > self._steps_before and not self._writer.refused:
             self.save_before_step()
         elif isinstance(error, SharedError) or get_world_size() == 1:
             self.complete()

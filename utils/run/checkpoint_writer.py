@@ -79,11 +79,13 @@ class CheckpointWriter:
 
     Attributes:
         steps_saved: as above, brought up to date.
+        refused: whether a checkpoint could not be written.
     """
 
     def __init__(self, folder: Path | None, keep: int, steps_saved: int | None):
         self._folder, self._keep, self.steps_saved = folder, keep, steps_saved
         self._pending: Pending | None = None
+        self.refused = False
 
     def save(self, run: Snapshot, beside: bool = False) -> str:
         """Write a checkpoint. ``beside``: training goes on once all is copied; ``complete`` does the rest.
@@ -147,6 +149,7 @@ class CheckpointWriter:
         try:
             yield
         except UserError:
+            self.refused = True
             if get_rank() == 0:
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
