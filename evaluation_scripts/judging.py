@@ -123,8 +123,8 @@ class Comparison:
 def compare(judge: str, mode: str, title: str, scores: list[float], baseline: list[float] | None) -> Comparison:
     """A comparison of the scores of each prompt; ``baseline`` None for the baseline itself."""
     if baseline is None:
-        known = [score for score in scores if math.isfinite(score)]
-        return Comparison(judge, mode, title, mean_of(known), left_out=len(scores) - len(known))
+        left_out = sum(not math.isfinite(score) for score in scores)
+        return Comparison(judge, mode, title, mean_of(scores), left_out=left_out)
     both = [pair for pair in zip(scores, baseline, strict=True) if all(map(math.isfinite, pair))]
     left_out = len(scores) - len(both)
     if not both:
